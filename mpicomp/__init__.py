@@ -1,0 +1,44 @@
+"""Data-parallel training of PyTorch models over MPI with compressed gradients.
+
+Importing this package starts nothing: no MPI_Init, no torch, no CuPy, no output. Each public name
+below is loaded from its module the first time somebody asks for it.
+"""
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Compressor": "compressor",
+    "DistributedOptimizer": "reducer",
+    "Key": "philox",
+    "LaunchError": "errors",
+    "Layout": "layout",
+    "Method": "systems",
+    "MismatchError": "errors",
+    "MpicompError": "errors",
+    "NonFiniteError": "errors",
+    "PacketError": "errors",
+    "Reducer": "reducer",
+    "SpecError": "errors",
+    "StallError": "errors",
+    "broadcast_optimizer_state": "broadcast",
+    "broadcast_parameters": "broadcast",
+    "from_spec": "compressor",
+    "method": "systems",
+    "methods": "systems",
+    "register": "compressor",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'mpicomp' has no attribute {name!r}")
+    from importlib import import_module
+
+    module = import_module(f"mpicomp.{_HOME[name]}")
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def __dir__():
+    return sorted([*globals(), *_HOME])

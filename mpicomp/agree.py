@@ -1,0 +1,50 @@
+"""Do all ranks mean the same thing? If not, the same error everywhere, naming who and what."""
+
+from hashlib import blake2b
+
+from mpicomp.errors import MismatchError, SpecError
+
+
+def digest(text: str) -> int:
+    """64 bits of a text."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def agree(comm, facts: dict, hint="every rank must be started with the same arguments") -> int:
+    """Compare `facts` (name -> value or list of lines) over all ranks; returns their digest.
+
+    Raises MismatchError on every rank, naming the first rank and fact that differ from rank 0's.
+    A rank that found a problem of its own puts it under "problem", so that nobody waits for it; a
+    problem that all share is a SpecError. Collective, blocking; 8 bytes a rank where all is well.
+    """
+    mine = digest("\n".join(f"{name}: {value}" for name, value in facts.items()))
+    if len(set(comm.allgather((mine, "problem" in facts)))) == 1 and "problem" not in facts:
+        return mine
+    everyone = comm.allgather(facts)
+    problems = [theirs.get("problem") for theirs in everyone]
+    if len(set(problems)) == 1 and problems[0]:
+        raise SpecError(problems[0])
+    for rank, problem in enumerate(problems):
+        if problem:
+            raise MismatchError(f"rank {rank}: {problem}")
+    for rank, theirs in enumerate(everyone):
+        difference = first_difference(everyone[0], theirs)
+        if difference:
+            raise MismatchError(f"rank {rank} and rank 0 differ in {difference}; {hint}")
+    raise MismatchError("the ranks disagree")  # two texts with one digest: not in this universe
+
+
+def first_difference(zero: dict, other: dict) -> str | None:
+    """The first fact in which `other` differs from rank 0's, in words."""
+    for name, expected in zero.items():
+        found = other.get(name)
+        if found == expected:
+            continue
+        if not isinstance(expected, (list, tuple)):
+            return f"{name}: {found} there, {expected} on rank 0"
+        for i, line in enumerate(expected):
+            if i >= len(found) or found[i] != line:
+                there = found[i] if i < len(found) else "nothing more"
+                return f"{name} {i}: {there} there, {line} on rank 0"
+        return f"{name} {len(expected)}: {found[len(expected)]} there, nothing more on rank 0"
+    return None

@@ -1,0 +1,88 @@
+"""Buckets: parameters side by side in flat float32 arrays, in the order in which backward ends.
+
+The gradient of a float32 CPU parameter lives in its bucket: after the hook's one copy, p.grad is
+a view of it. Other dtypes and devices are copied in and out.
+"""
+
+import numpy as np
+import torch
+
+from mpicomp import kernels
+from mpicomp.layout import Layout
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Slot:
+    """One parameter's place in a bucket. `ready` once this step's gradient is in place."""
+
+    def __init__(self, name, parameter, view):
+        self.name, self.parameter, self.view = name, parameter, view
+        self.direct = parameter.dtype == torch.float32 and parameter.device.type == "cpu"
+        self.ready = False
+
+    def fill(self):
+        """Bring the parameter's gradient into the bucket; zeros where there is none."""
+        gradient = self.parameter.grad
+        if gradient is None:
+            self.view.zero_()
+        elif gradient is not self.view:
+            self.view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
+        if self.direct and gradient is not None:
+            self.parameter.grad = self.view
+
+    def give_back(self):
+        """Make p.grad what now stands in the bucket."""
+        if self.direct:
+            self.parameter.grad = self.view
+        elif self.parameter.grad is None or self.parameter.grad.is_sparse:
+            self.parameter.grad = self.view.to(self.parameter.device, self.parameter.dtype)
+        else:
+            self.parameter.grad.copy_(self.view)
+
+
+class Bucket:
+    """A flat float32 gradient with its layout, and the slots of its parameters."""
+
+    def __init__(self, index, named_parameters):
+        self.index = index
+        self.layout = Layout.of((name, p.shape) for name, p in named_parameters)
+        self.grad = np.zeros(self.layout.size, np.float32)
+        flat = torch.from_numpy(self.grad)
+        self.slots = [Slot(name, p, flat[s.slice].view(p.shape))
+                      for (name, p), s in zip(named_parameters, self.layout.segments)]
+        self.reset()
+
+    def reset(self):
+        """Before the first gradient of a step."""
+        self.missing, self.launched = len(self.slots), False
+        for slot in self.slots:
+            slot.ready = False
+
+    @property
+    def touched(self) -> bool:
+        """Has any gradient of this step arrived?"""
+        return self.missing < len(self.slots)
+
+    def first_bad(self) -> str | None:
+        """The first parameter whose gradient holds NaN or Inf, or None."""
+        finite = kernels.of(self.grad).finite
+        if finite(self.grad):
+            return None
+        return next(s.name for s in self.layout.segments if not finite(self.grad[s.slice]))
+
+
+def make_buckets(named_parameters, bucket_bytes) -> list[Bucket]:
+    """Cut parameters into buckets of at most `bucket_bytes` of float32 (or one parameter).
+
+    In reverse order of registration: backward reaches the last layers first.
+    """
+    groups, room = [], 0
+    for name, parameter in reversed(named_parameters):
+        size = 4 * parameter.numel()
+        if not groups or size > room:
+            groups.append([])
+            room = bucket_bytes
+        groups[-1].append((name, parameter))
+        room -= size
+    return [Bucket(i, group) for i, group in enumerate(groups)]

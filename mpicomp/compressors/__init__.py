@@ -1,0 +1,12 @@
+"""The compressors of this package: a file each, a line each."""
+
+from mpicomp.compressor import register
+from mpicomp.compressors.cast import BFloat16, Float16
+from mpicomp.compressors.dense import Dense
+from mpicomp.compressors.onebit import OneBit
+from mpicomp.compressors.residual import Residual
+from mpicomp.compressors.strom import Strom
+from mpicomp.compressors.terngrad import TernGrad
+
+for _class in (BFloat16, Dense, Float16, OneBit, Residual, Strom, TernGrad):
+    register(_class)

@@ -1,0 +1,70 @@
+"""Residual: error feedback for any compressor. What was not said is owed, and said later."""
+
+from dataclasses import dataclass
+
+from mpicomp import kernels
+from mpicomp.compressor import Compressor, State, check_options, option
+from mpicomp.errors import SpecError
+
+
+@dataclass(frozen=True, repr=False)
+class Residual(Compressor):
+    """Encodes owed + gradient with the inner compressor and keeps the difference.
+
+    The residual is held twice: `owed` as of the last step that was applied, and `ahead` as it
+    will be if the packet just encoded is applied too. `commit` swaps them. So encode may be
+    repeated, and a step that all ranks skip has never happened: nothing is lost.
+
+    Source: Seide, Fu, Droppo, Li, Yu, Interspeech 2014, section 3, with the old residual inside
+    the difference as in CNTK's code (the paper's second line omits it).
+    """
+
+    name = "residual"
+    inner: Compressor = option(None, "the compressor to wrap")
+
+    def __post_init__(self):
+        check_options(self)
+        if not self.inner.feedback:
+            raise SpecError(f"{self.inner.name} does not declare that its residual stays bounded: "
+                            "error feedback may not wrap it; leave out feedback=yes")
+
+    def capacity(self, layout):
+        return self.inner.capacity(layout)
+
+    def init(self, layout, like):
+        measures = type(self.inner).measure is not Compressor.measure
+        zeros = kernels.of(like).zeros
+        state = State(owed=zeros(layout.size), ahead=zeros(layout.size), sum=None,
+                      inner=self.inner.init(layout, like))
+        if measures:
+            state.sum = zeros(layout.size)
+        return state
+
+    def measure(self, x, layout, state):
+        if state.sum is None:
+            return None
+        state.sum[...] = state.owed
+        state.sum += x
+        return self.inner.measure(state.sum, layout, state.inner)
+
+    def encode(self, x, packet, layout, key, state):
+        return self.inner.encode_owed(x, state.owed, packet, layout, key, state.inner,
+                                      out=state.ahead)
+
+    def decode_add(self, packet, out, layout, key, weight=1.0):
+        self.inner.decode_add(packet, out, layout, key, weight)
+
+    def persistent(self, state):
+        return {"error": state.owed, **self.inner.persistent(state.inner)}
+
+    def commit(self, state):
+        state.owed, state.ahead = state.ahead, state.owed
+        self.inner.commit(state.inner)
+
+    fixed = property(lambda self: self.inner.fixed)
+    summable = property(lambda self: self.inner.summable)
+    most_ranks = property(lambda self: self.inner.most_ranks)
+
+    def shared_bytes(self, layout):
+        return self.inner.shared_bytes(layout)
+

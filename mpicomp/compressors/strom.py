@@ -1,0 +1,51 @@
+"""Strom: elements whose residual passed a threshold tau are sent as +-tau, 32 bits each."""
+
+from dataclasses import dataclass
+
+from mpicomp import kernels
+from mpicomp.compressor import Compressor, check_options, option
+from mpicomp.errors import PacketError
+
+MOST_ELEMENTS = 2**31
+
+
+@dataclass(frozen=True, repr=False)
+class Strom(Compressor):
+    """A word index << 1 | positive for every element beyond +-tau; at most one tau a step.
+
+    tau has the unit of the gradient that is handed in (the local mean over the rank's examples,
+    if the loss is a mean). The length depends on the data: that is the point.
+
+    Made to be wrapped by Residual. Source: Strom, Interspeech 2015 (algorithm and 32-bit words);
+    `strict` sends |r| > tau, as in the pseudo-code, else |r| >= tau as in LBANN and MXNet.
+    """
+
+    name = "strom"
+    source = "Strom, Interspeech 2015"
+    fixed = False
+    feedback = True
+
+    tau: float = option(0.01, "the threshold and the quantum, in units of the gradient", above=0)
+    strict: bool = option(True, "send beyond tau only, not at tau itself")
+
+    def __post_init__(self):
+        check_options(self)
+
+    def capacity(self, layout):
+        """At most 4 * n bytes: uint32 words index << 1 | sign, ascending; index within the bucket.
+
+        31 bits of index allow 2**31 elements in a bucket.
+        """
+        if layout.size > MOST_ELEMENTS:
+            raise ValueError(f"strom: {layout.size} elements found in one bucket, an index has 31 "
+                             f"bits: make bucket_bytes less than {4 * MOST_ELEMENTS}")
+        return 4 * layout.size
+
+    def encode(self, x, packet, layout, key, state):
+        return kernels.of(x).strom_encode(x, self.tau, self.strict, packet)
+
+    def decode_add(self, packet, out, layout, key, weight=1.0):
+        if len(packet) % 4:
+            raise PacketError(f"strom: a payload of whole 32-bit words expected, "
+                              f"found {len(packet)} bytes")
+        kernels.of(out).strom_decode_add(packet, self.tau, weight, out)

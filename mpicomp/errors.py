@@ -1,0 +1,29 @@
+"""What can go wrong, by name: every error of this package derives from MpicompError."""
+
+
+class MpicompError(Exception):
+    """Any error that this package raises on purpose."""
+
+
+class SpecError(MpicompError, ValueError):
+    """A method or compressor specification that cannot be understood."""
+
+
+class LaunchError(MpicompError, RuntimeError):
+    """The job was not started the way MPI needs it, or MPI itself is missing."""
+
+
+class MismatchError(MpicompError, RuntimeError):
+    """The ranks disagree: another model, method, seed, dtype or step. Raised on every rank."""
+
+
+class NonFiniteError(MpicompError, ArithmeticError):
+    """A gradient holds NaN or Inf on some rank. Raised on every rank, in the same step."""
+
+
+class PacketError(MpicompError, ValueError):
+    """Bytes that are not a packet of this compressor and layout."""
+
+
+class StallError(MpicompError, TimeoutError):
+    """A collective waited longer than `stall_timeout` for the other ranks."""

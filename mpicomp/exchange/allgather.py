@@ -1,0 +1,63 @@
+"""Allgather: encode once, everybody decodes everybody in rank order. For any compressor.
+
+Fixed lengths travel in one call, header and payload together. Where the length depends on the
+data, the headers travel first and tell how many bytes each rank used; only those follow. Each rank
+receives P - 1 packets, so this moves fewer bytes than a dense ring while P < 2 * ratio.
+"""
+
+import numpy as np
+
+from mpicomp import kernels, packet
+from mpicomp.errors import PacketError
+from mpicomp.exchange.mail import Exchange
+
+
+class Allgather(Exchange):
+    """See the module. The sum is taken in rank order, this rank's own packet included."""
+
+    def prepare(self, mail):
+        zeros = kernels.of(mail.grad).zeros
+        if mail.compressor.fixed:
+            mail.inbox = zeros(mail.outbox.size * self.wire.size, np.uint8)
+        else:
+            mail.inbox = zeros(0, np.uint8)
+
+    def run(self, mail, step, flags):
+        yield from self.agree(mail, flags)
+        used = self.encode(mail, step, flags)
+        if mail.compressor.fixed:
+            yield [self.wire.allgather(1, mail.outbox, mail.inbox)]
+            self.read_headers(mail, mail.inbox, mail.outbox.size)
+            return
+        yield [self.wire.allgather(1, mail.outbox[:packet.SIZE], mail.header_box)]
+        self.read_headers(mail, mail.header_box, packet.SIZE)
+        lengths = self._lengths(mail)
+        if sum(lengths) > mail.inbox.size:  # grows for the first steps, then with room to spare
+            mail.inbox = kernels.of(mail.grad).zeros(sum(lengths) * 5 // 4, np.uint8)
+        if sum(lengths):
+            yield [self.wire.allgatherv(2, mail.payload[:used], mail.inbox, lengths)]
+
+    def decode(self, mail, step, weight):
+        mail.grad[...] = 0
+        for rank, payload in enumerate(self._payloads(mail)):
+            mail.compressor.decode_add(payload, mail.grad, mail.layout, mail.key(step, rank),
+                                       weight)
+
+    def _lengths(self, mail):
+        most = mail.payload.size
+        for rank, header in enumerate(mail.headers):
+            if header.length > most:
+                raise PacketError(f"rank {rank} announces {header.length} bytes for bucket "
+                                  f"{mail.index}, which takes at most {most}")
+        return [header.length for header in mail.headers]
+
+    def _payloads(self, mail):
+        if mail.compressor.fixed:
+            for rank in range(self.wire.size):
+                at = rank * mail.outbox.size + packet.SIZE
+                yield mail.inbox[at:at + mail.headers[rank].length]
+            return
+        at = 0
+        for header in mail.headers:
+            yield mail.inbox[at:at + header.length]
+            at += header.length

@@ -1,0 +1,63 @@
+"""Allreduce: MPI adds the payloads. For dense, for 16-bit casts, and for codes with a shared scale.
+
+Headers are gathered beside the sum, so that a mismatch or a gradient that is not finite is known
+to all ranks. What the ranks agreed on before (shared scales) does not travel again.
+"""
+
+import numpy as np
+
+from mpicomp import kernels, packet
+from mpicomp.exchange.mail import Exchange
+
+
+class Allreduce(Exchange):
+    """See the module. Replicas are identical because MPI gives every rank the same sum."""
+
+    def __init__(self, wire):
+        super().__init__(wire)
+        self._ops = {}
+
+    def check(self, compressor):
+        if compressor.summable is None:
+            return (f"MPI cannot add the payloads of {compressor!r}: use exchange=allgather")
+        most = compressor.most_ranks
+        if most is not None and self.wire.size > most:
+            return (f"sums of {compressor.summable} codes are exact up to {most} ranks, this job "
+                    f"has {self.wire.size}: use packing=int16 or exchange=allgather")
+
+    def prepare(self, mail):
+        mail.inbox = kernels.of(mail.grad).zeros(mail.payload.size, np.uint8)
+
+    def run(self, mail, step, flags):
+        yield from self.agree(mail, flags)
+        used = self.encode(mail, step, flags)
+        shared = mail.compressor.shared_bytes(mail.layout)
+        mail.inbox[:shared] = mail.payload[:shared]
+        dtype, op = self._op(mail.compressor.summable)
+        requests = [self.wire.allgather(1, mail.outbox[:packet.SIZE], mail.header_box)]
+        if used > shared:
+            requests.append(self.wire.allreduce(2, mail.payload[shared:used].view(dtype),
+                                                mail.inbox[shared:used].view(dtype), op))
+        yield requests
+        self.read_headers(mail, mail.header_box, packet.SIZE)
+
+    def decode(self, mail, step, weight):
+        mail.grad[...] = 0
+        mail.compressor.decode_add(mail.inbox, mail.grad, mail.layout,
+                                   mail.key(step, self.wire.rank), weight)
+
+    def _op(self, kind):
+        """(dtype, MPI operation) that adds this kind of number; MPI itself has no 16-bit floats."""
+        from mpi4py import MPI
+
+        if kind not in ("float16", "bfloat16"):
+            return kind, MPI.SUM
+        if kind not in self._ops:
+
+            def add(incoming, inout, datatype):
+                k = kernels.reference
+                a, b = (np.frombuffer(side, np.uint8) for side in (incoming, inout))
+                k.cast_encode(k.cast_widen(a, kind) + k.cast_widen(b, kind), kind, b)
+
+            self._ops[kind] = MPI.Op.Create(add, commute=True)
+        return np.uint16, self._ops[kind]

@@ -1,0 +1,95 @@
+"""Drives the exchanges of many buckets at once, every MPI call in the order that all ranks share."""
+
+import os
+from time import perf_counter, sleep
+
+from mpicomp.errors import StallError
+
+
+class Pipeline:
+    """Buckets in flight: each is a generator that yields lists of MPI requests.
+
+    A generator is resumed when its requests are done. The one rule that keeps ranks from posting
+    in different orders: a bucket makes its n-th posting only after the bucket before it has made
+    its own n-th. Nonblocking collectives move only while somebody calls Test, so `poll` is called
+    from the gradient hooks, and `drain` sleeps between two looks where ranks share cores.
+    """
+
+    def __init__(self, comm, timeout):
+        self.comm, self.timeout = comm, timeout
+        self._flights = []
+        self._crowded = _ranks_here(comm) > len(os.sched_getaffinity(0))
+
+    def launch(self, label, generator):
+        """Add a bucket, after all that were launched before it."""
+        self._flights.append(_Flight(label, generator))
+        self.poll()
+
+    def poll(self) -> bool:
+        """Move on whatever can move on; True if anything did."""
+        moved = False
+        ahead = None
+        for flight in self._flights:
+            while not flight.done and flight.ready(ahead):
+                flight.resume()
+                moved = True
+            ahead = flight
+        return moved
+
+    def drain(self):
+        """Return when all buckets are through. Raises StallError after `timeout` seconds of nothing."""
+        quiet, pause = perf_counter(), 0.0
+        while not all(flight.done for flight in self._flights):
+            if self.poll():
+                quiet, pause = perf_counter(), 0.0
+            elif perf_counter() - quiet > self.timeout:
+                self._stalled()
+            elif self._crowded:
+                pause = min(pause + 2e-5, 1e-3)
+                sleep(pause)
+            else:
+                sleep(0)
+        self.clear()
+
+    def clear(self):
+        """Forget all buckets."""
+        self._flights.clear()
+
+    def _stalled(self):
+        waiting = next(f for f in self._flights if not f.done)
+        raise StallError(f"rank {self.comm.rank} waited {self.timeout:g} s in call "
+                         f"{waiting.posted} of {waiting.label}: another rank has ended, or made "
+                         "fewer steps, or is slower than stall_timeout allows")
+
+
+class _Flight:
+    """One bucket on its way: how often it has posted, and what it waits for."""
+
+    def __init__(self, label, generator):
+        self.label, self.generator = label, generator
+        self.requests, self.posted, self.done = [], 0, False
+
+    def ready(self, ahead) -> bool:
+        """May the next posting be made, `ahead` being the bucket before this one?"""
+        if ahead is not None and not ahead.done and ahead.posted <= self.posted:
+            return False
+        while self.requests and self.requests[-1].Test():
+            self.requests.pop()
+        return not self.requests
+
+    def resume(self):
+        self.requests = next(self.generator, None)
+        self.done = self.requests is None
+        self.posted += not self.done
+
+
+def _ranks_here(comm):
+    """How many ranks share this node's cores."""
+    if comm.size == 1:
+        return 1
+    from mpi4py import MPI
+
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    count = node.size
+    node.Free()
+    return count

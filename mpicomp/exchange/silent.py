@@ -1,0 +1,23 @@
+"""Silent: sends nothing. For measuring everything but the wire; replicas drift apart."""
+
+from mpicomp import packet
+from mpicomp.exchange.mail import Exchange
+
+
+class Silent(Exchange):
+    """Encodes and decodes this rank's own packet, as often as there are ranks."""
+
+    def run(self, mail, step, flags):
+        if mail.shared is not None and not flags & packet.NONFINITE:
+            mail.compressor.measure(mail.grad, mail.layout, mail.state)
+        used = self.encode(mail, step, flags)
+        mail.headers = [packet.Header.read(mail.outbox)]
+        mail.inbox = mail.payload[:used]
+        return
+        yield  # a generator that never waits
+
+    def decode(self, mail, step, weight):
+        mail.grad[...] = 0
+        key = mail.key(step, self.wire.rank)
+        for _ in range(self.wire.size):
+            mail.compressor.decode_add(mail.inbox, mail.grad, mail.layout, key, weight)

@@ -1,0 +1,36 @@
+"""Nonblocking MPI calls that are counted, each stage on a communicator of its own."""
+
+
+class Wire:
+    """Posts collectives and books their bytes.
+
+    Collectives on one communicator must be posted in the same order on all ranks, but a bucket's
+    second call goes out when its first has arrived, which happens at other times on other ranks.
+    So the k-th call of every bucket has the k-th duplicate of the communicator to itself, and on
+    each of them buckets go in plan order (see pipeline.py).
+    """
+
+    def __init__(self, comm, meter):
+        self.comm, self.meter = comm, meter
+        self.size, self.rank = comm.size, comm.rank
+        self._stages = []
+
+    def open(self, stages):
+        """Have at least this many stages. Collective: call it when all ranks do."""
+        while len(self._stages) < stages:
+            self._stages.append(self.comm.Dup())
+
+    def allgather(self, stage, send, receive):
+        """Every rank's `send` (equal lengths) side by side in `receive`; both uint8."""
+        self.meter.count("Iallgather", send.nbytes, receive.nbytes - send.nbytes)
+        return self._stages[stage].Iallgather(send, receive)
+
+    def allgatherv(self, stage, send, receive, lengths):
+        """Every rank's `send`, of the given lengths in bytes, side by side in `receive`."""
+        self.meter.count("Iallgatherv", send.nbytes, sum(lengths) - send.nbytes)
+        return self._stages[stage].Iallgatherv(send, [receive, lengths])
+
+    def allreduce(self, stage, send, receive, op):
+        """The sum or maximum of every rank's `send` in `receive`."""
+        self.meter.count("Iallreduce", send.nbytes, receive.nbytes)
+        return self._stages[stage].Iallreduce(send, receive, op)

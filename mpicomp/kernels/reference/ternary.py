@@ -1,0 +1,91 @@
+"""TernGrad's arithmetic and its packings, in NumPy."""
+
+import numpy as np
+
+from mpicomp import philox
+from mpicomp.errors import PacketError
+from mpicomp.kernels.reference.sums import total
+
+
+def ternary_scale(x, clip):
+    """(level, scale): where this rank clips one layer, and the largest magnitude after clipping.
+
+    level = clip * sigma, sigma the standard deviation about the mean, in float64 from the sums of
+    x and x * x (TernGrad, section 3.4). No clipping, level = inf, where clip is 0, where sigma is
+    0 (a constant tensor would be crushed to nothing) and below 8 elements, where |x - mean| <=
+    sqrt(n - 1) * sigma lets the paper's 2.5 sigma cut nothing.
+    """
+    n = x.size
+    if n == 0:
+        return np.float32(np.inf), np.float32(0)
+    largest = np.float32(np.abs(x).max())
+    if clip == 0 or n < 8:
+        return np.float32(np.inf), largest
+    wide = x.astype(np.float64)
+    mean = total(wide) / n
+    variance = total(wide * wide) / n - mean * mean
+    sigma = np.sqrt(max(variance, 0.0))
+    level = np.float32(clip * sigma)
+    if not level > 0 or largest * np.float32(1e-6) > level:
+        return np.float32(np.inf), largest
+    return level, min(largest, level)
+
+
+def ternary_codes(x, level, scale, draws):
+    """int8 codes sgn(x) * b with P(b = 1) = min(|x|, level) / scale (TernGrad, equation 3).
+
+    `draws` are uniform in [0, 1): b = 1 iff draw * scale < min(|x|, level). Zero has the code 0.
+    """
+    hit = draws * np.float32(scale) < np.minimum(np.abs(x), level)
+    return np.where(hit, np.sign(x), 0).astype(np.int8)
+
+
+def ternary_size(n, packing):
+    """The bytes of n packed codes."""
+    return {"2bit": -(-n // 4), "planar": n // 4 + 1 if n else 0, "int8": n, "int16": 2 * n}[packing]
+
+
+def ternary_pack(codes, packing, data):
+    """Codes -1, 0, 1 to bytes.
+
+    2bit: byte j holds codes 4j ... 4j+3 plus one, the first in the lowest bits; missing codes at
+    the end are written as 0. planar: the layout of the authors' code: padded with 4 - n % 4 values
+    0, 1, 2, 3 and cut into four quarters, byte j = q0[j] + 4 q1[j] + 16 q2[j] + 64 q3[j].
+    int8, int16: one integer each, which MPI can add.
+    """
+    n = codes.size
+    if packing in ("int8", "int16"):
+        data.view(packing)[:] = codes
+    elif n:
+        if packing == "2bit":
+            digits = np.zeros(4 * data.size, np.uint8)
+            digits[n:] = 0
+            digits[:n] = codes + 1
+            quarter = digits.reshape(-1, 4).T
+        else:
+            pad = np.arange(4 - n % 4, dtype=np.uint8)
+            quarter = np.concatenate([(codes + 1).astype(np.uint8), pad]).reshape(4, -1)
+        data[:] = quarter[0] | quarter[1] << 2 | quarter[2] << 4 | quarter[3] << 6
+
+
+def ternary_unpack(data, packing, n):
+    """The n codes (or sums of codes) in `data`; PacketError where a 2-bit digit is 3."""
+    if packing in ("int8", "int16"):
+        return data.view(packing)
+    digits = np.stack([data & 3, data >> 2 & 3, data >> 4 & 3, data >> 6])
+    digits = (digits.T if packing == "2bit" else digits).reshape(-1)[:n]
+    if digits.size and digits.max() > 2:
+        raise PacketError("terngrad: the digit 3 stands in the payload, which has 0, 1 and 2 only")
+    return digits.astype(np.int8) - np.int8(1)
+
+
+def ternary_encode(x, level, scale, key, start, packing, data):
+    """`ternary_codes` with the random words of elements start ... of the bucket, then packed."""
+    draws = philox.uniform(key, start, x.size)
+    ternary_pack(ternary_codes(x, level, scale, draws), packing, data)
+
+
+def ternary_decode_add(data, scale, packing, weight, out):
+    """out += code * (weight * scale)."""
+    codes = ternary_unpack(data, packing, out.size)
+    out += codes.astype(np.float32) * (np.float32(weight) * np.float32(scale))

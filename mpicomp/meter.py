@@ -1,0 +1,60 @@
+"""Wire receipts: bytes counted where they are handed to MPI, and seconds by stage."""
+
+from collections import Counter
+from contextlib import contextmanager
+from time import perf_counter
+
+
+class Meter:
+    """What this rank sent and what it took; totals since the Reducer was made.
+
+    sent        bytes of the buffers handed to MPI calls: headers, scales and lengths included
+    received    bytes that those calls delivered here from other ranks, or as a reduced result
+    dense       bytes that float32 gradients would have been: 4 a parameter and step
+    ratio       dense / sent
+    calls       bytes sent by MPI call, {"Iallgather": ..., "Iallreduce": ...}
+    steps       steps that were exchanged; `skipped` of them had a gradient that was not finite
+    seconds     by stage: encode, post (MPI calls and polling), wait, decode
+    last        sent, received and dense of the last step
+    """
+
+    def __init__(self):
+        self.sent = self.received = self.dense = self.steps = self.skipped = 0
+        self.calls, self.seconds = Counter(), Counter()
+        self.last = {"sent": 0, "received": 0, "dense": 0}
+        self._before, self._inner = (0, 0, 0), 0.0
+
+    @property
+    def ratio(self) -> float:
+        return self.dense / self.sent if self.sent else float("nan")
+
+    def count(self, call, sent, received):
+        """Book one MPI call."""
+        self.calls[call] += sent
+        self.sent += sent
+        self.received += received
+
+    @contextmanager
+    def stage(self, name):
+        """Book the seconds of a `with` block, less those of the stages inside of it."""
+        start, outer, self._inner = perf_counter(), self._inner, 0.0
+        try:
+            yield
+        finally:
+            elapsed = perf_counter() - start
+            self.seconds[name] += elapsed - self._inner
+            self._inner = outer + elapsed
+
+    def step(self, dense, skipped=False):
+        """Close a step in which `dense` bytes of float32 gradient were exchanged."""
+        self.steps += 1
+        self.skipped += bool(skipped)
+        self.dense += dense
+        now = (self.sent, self.received, self.dense)
+        self.last = dict(zip(self.last, (n - b for n, b in zip(now, self._before))))
+        self._before = now
+
+    def __str__(self):
+        seconds = ", ".join(f"{k} {v:.2f} s" for k, v in self.seconds.items())
+        return (f"{self.steps} steps ({self.skipped} skipped), sent {self.sent} bytes, received "
+                f"{self.received}, dense would be {self.dense}: ratio {self.ratio:.1f}; {seconds}")

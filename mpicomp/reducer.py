@@ -1,0 +1,293 @@
+"""The Reducer decides when: it watches backward, exchanges buckets, and leaves the mean in p.grad."""
+
+import zlib
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+import mpicomp
+from mpicomp import mpi, packet, systems
+from mpicomp.agree import agree
+from mpicomp.bucket import DTYPES, make_buckets
+from mpicomp.errors import MismatchError, NonFiniteError, SpecError
+from mpicomp.exchange import exchange
+from mpicomp.exchange.mail import Mail
+from mpicomp.exchange.pipeline import Pipeline
+from mpicomp.exchange.wire import Wire
+from mpicomp.meter import Meter
+
+
+class Reducer:
+    """Replaces every gradient by its mean over ranks, exchanged as `method` says.
+
+    named_parameters  (name, parameter) pairs, as model.named_parameters() gives them; those that
+                      need no gradient are left out
+    method            a Method or its specification, such as "onebit" or "strom:tau=0.01"
+    comm              an MPI communicator; None means COMM_WORLD. A duplicate is used
+    average           True: the mean over ranks. False: the sum
+    bucket_bytes      gradients travel in pieces of about so many bytes of float32
+    seed              of the stochastic methods; ranks and steps draw different numbers from it
+    nonfinite         "raise": a NaN or Inf on any rank raises NonFiniteError on all of them.
+                      "skip": all ranks leave p.grad = None in that step, residuals unchanged
+    stall_timeout     seconds without progress after which a wait raises StallError
+
+    Every rank must make one with the same arguments and the same model; MismatchError names the
+    first difference on all ranks otherwise. The order of a step is in docs/design.md.
+    """
+
+    def __init__(self, named_parameters, method, comm=None, *, average=True,
+                 bucket_bytes=25 << 20, seed=0, nonfinite="raise", stall_timeout=600.0):
+        self.comm = mpi.communicator(comm)
+        mpi.end_all_on_exception(self.comm)
+        self.average, self.seed, self.nonfinite = average, seed, nonfinite
+        self.stats = Meter()
+        self.step = 0
+        named, problem = _trainable(named_parameters)
+        try:
+            self.method = systems.method(method)
+            problem = problem or _bad_option(bucket_bytes, seed, nonfinite)
+        except SpecError as error:
+            self.method, problem = None, error
+        self._plan = self._agree(named, problem, bucket_bytes)
+        self._wire = Wire(self.comm, self.stats)
+        self._exchange = exchange(self.method.exchange)(self._wire)
+        refusal = self._exchange.check(self.method.compressor)
+        if refusal:
+            raise SpecError(refusal)
+        self._pipeline = Pipeline(self.comm, stall_timeout)
+        self._buckets = make_buckets(named, bucket_bytes)
+        self._mail = [self._open(bucket) for bucket in self._buckets]
+        self._next = 0  # the bucket to launch next: plan order, on every rank
+        self._finished = False
+        self._synchronising, self._checked = True, False
+        self._bad = {}
+        self._hooks = [slot.parameter.register_post_accumulate_grad_hook(
+            partial(self._arrived, bucket, slot)) for bucket in self._buckets
+            for slot in bucket.slots]
+
+    # ---- setting up ----
+
+    def _agree(self, named, problem, bucket_bytes):
+        """The plan digest; raises on all ranks alike if they differ or any has a problem."""
+        facts = {
+            "mpicomp": mpicomp.__version__, "method": repr(self.method), "seed": self.seed,
+            "average": self.average, "nonfinite": self.nonfinite, "bucket_bytes": bucket_bytes,
+            "parameter": [f"{name} {list(p.shape)} {p.dtype}" for name, p in named],
+        }
+        if problem:
+            facts["problem"] = str(problem)
+        return agree(self.comm, facts, "every rank must build the same model and Reducer")
+
+    def _open(self, bucket):
+        mail = Mail(self.method.compressor, bucket.layout, bucket.index, bucket.grad, self._plan,
+                    self.seed, self._wire)
+        self._exchange.prepare(mail)
+        return mail
+
+    def attach(self, optimizer):
+        """Call `finish` before every optimizer.step(). Returns self.
+
+        The optimizer stays the user's own object. From now on every rank must call step()
+        equally often, also where a rank had no examples.
+        """
+        optimizer.register_step_pre_hook(lambda *_: self.finish())
+        optimizer.register_step_post_hook(lambda *_: self._reopen())
+        return self
+
+    @contextmanager
+    def no_sync(self):
+        """Within this context backward only accumulates; the next backward outside exchanges all."""
+        before, self._synchronising = self._synchronising, False
+        try:
+            yield
+        finally:
+            self._synchronising = before
+
+    # ---- one step ----
+
+    def _arrived(self, bucket, slot, parameter):
+        """The gradient of one parameter is complete (called by autograd)."""
+        self._reopen()
+        if not self._synchronising:
+            return
+        if slot.ready:
+            raise MismatchError(
+                f"rank {self.comm.rank}: a second gradient of {slot.name!r} arrived before the "
+                "step: wrap every backward() but the last one in  with reducer.no_sync():")
+        self._fill(bucket, slot)
+        self._launch_ready()
+        with self.stats.stage("post"):
+            self._pipeline.poll()
+
+    def _reopen(self):
+        """A new step begins."""
+        if self._finished:
+            self._finished = False
+            self._next = 0
+            for bucket in self._buckets:
+                bucket.reset()
+
+    def _fill(self, bucket, slot):
+        slot.fill()
+        slot.ready = True
+        bucket.missing -= 1
+
+    def _launch_ready(self):
+        while self._next < len(self._buckets) and not self._buckets[self._next].missing:
+            self._launch(self._buckets[self._next], touched=True)
+
+    def _launch(self, bucket, touched):
+        """Send a complete bucket on its way."""
+        if not self._checked:
+            self._check_replicas()
+        bad = bucket.first_bad()
+        flags = (packet.NONFINITE if bad else 0) | (0 if touched else packet.EMPTY)
+        if bad:
+            self._bad[bucket.index] = bad
+        generator = self._exchange.run(self._mail[bucket.index], self.step, flags)
+        self._next += 1
+        self._pipeline.launch(f"bucket {bucket.index} in step {self.step}", generator)
+
+    def finish(self):
+        """Wait until every p.grad is the mean over ranks (average=False: the sum). Idempotent.
+
+        Parameters without a gradient count as zero; a bucket that had none on any rank is left
+        alone. Raises NonFiniteError, MismatchError or StallError, on all ranks alike.
+        """
+        if self._finished:
+            return
+        for bucket in self._buckets[self._next:]:
+            touched = bucket.touched
+            for slot in bucket.slots:
+                if not slot.ready:
+                    # an accumulated gradient from no_sync() counts, an absent one is zero
+                    touched |= slot.parameter.grad is not None
+                    self._fill(bucket, slot)
+            self._launch(bucket, touched)
+        with self.stats.stage("wait"):
+            self._pipeline.drain()
+        self._finished = True
+        skipped = any(mail.flagged(packet.NONFINITE) for mail in self._mail)
+        if skipped:
+            self._skip()
+        else:
+            self._apply()
+        self.step += 1
+        self.stats.step(4 * sum(b.layout.size for b in self._buckets), skipped)
+
+    def _apply(self):
+        """Decode every bucket and make its residual the past."""
+        weight = 1.0 / self.comm.size if self.average else 1.0
+        with self.stats.stage("decode"):
+            for bucket, mail in zip(self._buckets, self._mail):
+                if len(mail.flagged(packet.EMPTY)) == len(mail.headers):
+                    continue
+                self._exchange.decode(mail, self.step, weight)
+                mail.compressor.commit(mail.state)
+                for slot in bucket.slots:
+                    slot.give_back()
+
+    def _skip(self):
+        """A gradient is not finite somewhere: nobody applies this step, and all say why."""
+        found = self.comm.allgather(list(self._bad.values()))
+        self._bad.clear()
+        where = "; ".join(f"rank {r}: {', '.join(names)}" for r, names in enumerate(found) if names)
+        if self.nonfinite == "raise":
+            raise NonFiniteError(f"step {self.step}: the gradient holds NaN or Inf ({where}). The "
+                                 "residuals are as before this step; nonfinite='skip' goes on")
+        for bucket in self._buckets:
+            for slot in bucket.slots:
+                slot.parameter.grad = None
+
+    def _check_replicas(self):
+        """Before the first exchange: all ranks must start from the same parameters."""
+        self._checked = True
+        if self.comm.size == 1:
+            return
+        facts = [f"{slot.name} {zlib.crc32(_bytes(slot.parameter)):08x}"
+                 for bucket in self._buckets for slot in bucket.slots]
+        agree(self.comm, {"value of parameter": sorted(facts)},
+              "call mpicomp.broadcast_parameters(model) before the first step")
+
+    # ---- state ----
+
+    def state_dict(self) -> dict:
+        """{"step": int, "error/<name>": tensor}: this rank's residuals, in gradient units."""
+        state = {"step": self.step}
+        for name, slot, array in self._persistent():
+            state[f"{name}/{slot.name}"] = torch.from_numpy(array.copy()).view(slot.view.shape)
+        return state
+
+    def load_state_dict(self, state) -> None:
+        """Go on from what `state_dict` gave on this rank: the same packets follow, to the bit.
+
+        Raises MismatchError, with nothing changed, if names or shapes do not fit this model.
+        """
+        places = {f"{name}/{slot.name}": (slot, array) for name, slot, array in self._persistent()}
+        expected = {"step", *places}
+        if set(state) != expected:
+            odd = sorted(expected ^ set(state))[0]
+            raise MismatchError(f"rank {self.comm.rank}: the saved state "
+                                f"{'lacks' if odd in expected else 'has'} {odd!r}, which this "
+                                f"model with method {self.method!r} "
+                                f"{'needs' if odd in expected else 'does not know'}")
+        for key, (slot, array) in places.items():
+            if state[key].shape != slot.view.shape:
+                raise MismatchError(f"rank {self.comm.rank}: saved {key!r} has shape "
+                                    f"{list(state[key].shape)}, expected {list(slot.view.shape)}")
+        for key, (slot, array) in places.items():
+            array[...] = state[key].reshape(-1).numpy()
+        self.step = int(state["step"])
+
+    def _persistent(self):
+        """(kind, slot, flat array) of everything that outlives a step."""
+        for bucket, mail in zip(self._buckets, self._mail):
+            for kind, array in mail.compressor.persistent(mail.state).items():
+                for slot, segment in zip(bucket.slots, bucket.layout.segments):
+                    yield kind, slot, array[segment.slice]
+
+
+def DistributedOptimizer(optimizer, named_parameters, method="dense", comm=None, **keywords):
+    """The optimizer itself, with a Reducer attached as `optimizer.reducer`.
+
+    `keywords` are those of Reducer. optimizer.step() then waits for the exchange and steps on the
+    mean gradient.
+    """
+    optimizer.reducer = Reducer(named_parameters, method, comm, **keywords).attach(optimizer)
+    return optimizer
+
+
+def _trainable(named_parameters):
+    """(the pairs that need gradients, what is wrong with them or None)."""
+    named = list(named_parameters)
+    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in named):
+        return [], SpecError("named_parameters must be (name, parameter) pairs: pass "
+                             "model.named_parameters(), not model.parameters()")
+    named = [(name, p) for name, p in named if p.requires_grad]
+    names = [name for name, _ in named]
+    if not named:
+        return [], SpecError("no parameter needs a gradient: pass model.named_parameters()")
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        return [], SpecError(f"two parameters are called {twice!r}")
+    for name, p in named:
+        if p.dtype not in DTYPES:
+            return [], SpecError(f"the gradient of {name!r} has dtype {p.dtype}, expected "
+                                 f"{', '.join(map(str, DTYPES))}: call model.float()")
+    return named, None
+
+
+def _bad_option(bucket_bytes, seed, nonfinite):
+    if nonfinite not in ("raise", "skip"):
+        return SpecError(f"nonfinite={nonfinite!r} found, expected 'raise' or 'skip'")
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        return SpecError(f"seed={seed!r} found, expected a whole number from 0 to 2**64 - 1")
+    if not bucket_bytes > 0:
+        return SpecError(f"bucket_bytes={bucket_bytes!r} found, expected more than 0")
+
+
+def _bytes(parameter):
+    """The parameter's memory as bytes, whatever its dtype."""
+    flat = parameter.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy() if flat.numel() else b""
