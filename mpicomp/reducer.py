@@ -4,6 +4,7 @@ import zlib
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
 
 import mpicomp
@@ -11,8 +12,6 @@ from mpicomp import mpi, packet, systems
 from mpicomp.agree import agree
 from mpicomp.bucket import DTYPES, make_buckets
 from mpicomp.errors import MismatchError, NonFiniteError, SpecError
-from mpicomp.exchange import exchange
-from mpicomp.exchange.mail import Mail
 from mpicomp.exchange.pipeline import Pipeline
 from mpicomp.exchange.wire import Wire
 from mpicomp.meter import Meter
@@ -51,13 +50,15 @@ class Reducer:
             self.method, problem = None, error
         self._plan = self._agree(named, problem, bucket_bytes)
         self._wire = Wire(self.comm, self.stats)
-        self._exchange = exchange(self.method.exchange)(self._wire)
+        self._exchange = self.method.open(self._wire)
         refusal = self._exchange.check(self.method.compressor)
         if refusal:
             raise SpecError(refusal)
         self._pipeline = Pipeline(self.comm, stall_timeout)
         self._buckets = make_buckets(named, bucket_bytes)
-        self._mail = [self._open(bucket) for bucket in self._buckets]
+        self._mail = [self._exchange.open(self.method.compressor, bucket.layout, bucket.index,
+                                          bucket.grad, self._plan, seed)
+                      for bucket in self._buckets]
         self._next = 0  # the bucket to launch next: plan order, on every rank
         self._finished = False
         self._synchronising, self._checked = True, False
@@ -78,12 +79,6 @@ class Reducer:
         if problem:
             facts["problem"] = str(problem)
         return agree(self.comm, facts, "every rank must build the same model and Reducer")
-
-    def _open(self, bucket):
-        mail = Mail(self.method.compressor, bucket.layout, bucket.index, bucket.grad, self._plan,
-                    self.seed, self._wire)
-        self._exchange.prepare(mail)
-        return mail
 
     def attach(self, optimizer):
         """Call `finish` before every optimizer.step(). Returns self.
@@ -184,7 +179,7 @@ class Reducer:
                 if len(mail.flagged(packet.EMPTY)) == len(mail.headers):
                     continue
                 self._exchange.decode(mail, self.step, weight)
-                mail.compressor.commit(mail.state)
+                mail.commit()
                 for slot in bucket.slots:
                     slot.give_back()
 
@@ -215,8 +210,11 @@ class Reducer:
     def state_dict(self) -> dict:
         """{"step": int, "error/<name>": tensor}: this rank's residuals, in gradient units."""
         state = {"step": self.step}
-        for name, slot, array in self._persistent():
-            state[f"{name}/{slot.name}"] = torch.from_numpy(array.copy()).view(slot.view.shape)
+        for bucket, mail in zip(self._buckets, self._mail):
+            for kind, array in mail.persistent().items():
+                for segment in bucket.layout.segments:
+                    flat = torch.from_numpy(array[segment.slice].copy())
+                    state[f"{kind}/{segment.name}"] = flat.view(segment.shape)
         return state
 
     def load_state_dict(self, state) -> None:
@@ -224,28 +222,31 @@ class Reducer:
 
         Raises MismatchError, with nothing changed, if names or shapes do not fit this model.
         """
-        places = {f"{name}/{slot.name}": (slot, array) for name, slot, array in self._persistent()}
-        expected = {"step", *places}
-        if set(state) != expected:
-            odd = sorted(expected ^ set(state))[0]
-            raise MismatchError(f"rank {self.comm.rank}: the saved state "
-                                f"{'lacks' if odd in expected else 'has'} {odd!r}, which this "
-                                f"model with method {self.method!r} "
-                                f"{'needs' if odd in expected else 'does not know'}")
-        for key, (slot, array) in places.items():
-            if state[key].shape != slot.view.shape:
+        now = self.state_dict()
+        odd = sorted(set(now) ^ set(state))
+        if odd:
+            raise MismatchError(
+                f"rank {self.comm.rank}: the saved state {'lacks' if odd[0] in now else 'has'} "
+                f"{odd[0]!r}, which this model with method {self.method!r} "
+                f"{'needs' if odd[0] in now else 'does not know'}")
+        for key, tensor in now.items():
+            if key != "step" and state[key].shape != tensor.shape:
                 raise MismatchError(f"rank {self.comm.rank}: saved {key!r} has shape "
-                                    f"{list(state[key].shape)}, expected {list(slot.view.shape)}")
-        for key, (slot, array) in places.items():
-            array[...] = state[key].reshape(-1).numpy()
+                                    f"{list(state[key].shape)}, expected {list(tensor.shape)}")
+        for bucket, mail in zip(self._buckets, self._mail):
+            arrays = mail.persistent()
+            for kind in arrays:
+                arrays[kind] = np.concatenate([
+                    state[f"{kind}/{s.name}"].reshape(-1).float().numpy()
+                    for s in bucket.layout.segments])
+            mail.restore(arrays)
         self.step = int(state["step"])
 
-    def _persistent(self):
-        """(kind, slot, flat array) of everything that outlives a step."""
-        for bucket, mail in zip(self._buckets, self._mail):
-            for kind, array in mail.compressor.persistent(mail.state).items():
-                for slot, segment in zip(bucket.slots, bucket.layout.segments):
-                    yield kind, slot, array[segment.slice]
+    def close(self) -> None:
+        """Take the hooks off the parameters: this Reducer does nothing from now on."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
 
 def DistributedOptimizer(optimizer, named_parameters, method="dense", comm=None, **keywords):

@@ -1,13 +1,13 @@
 """The methods by the names of their papers: which compressor, with or without error feedback,
 over which exchange."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from mpicomp.compressor import (Compressor, find, option, parse_options, registry, spec_text,
                                 split_spec)
 from mpicomp.compressors import BFloat16, Dense, Float16, OneBit, Residual, Strom, TernGrad
 from mpicomp.errors import SpecError
-from mpicomp.exchange import EXCHANGES
+from mpicomp.exchange import EXCHANGES, exchange
 
 
 @dataclass(frozen=True, repr=False)
@@ -17,6 +17,8 @@ class Method:
     name: str
     compressor: Compressor
     exchange: str
+    own: str = "quantised"
+    adagrad: bool = False
 
     def __post_init__(self):
         if self.exchange not in EXCHANGES:
@@ -25,6 +27,14 @@ class Method:
         if self.exchange == "allreduce" and self.compressor.summable is None:
             raise SpecError(f"{self.name}: MPI cannot add the payloads of {self.compressor!r}: "
                             "use exchange=allgather")
+        if self.exchange != "sharded" and (self.own != "quantised" or self.adagrad):
+            raise SpecError(f"{self.name}: own and adagrad belong to exchange=sharded, found "
+                            f"exchange={self.exchange}")
+
+    def open(self, wire):
+        """The exchange object that carries this method's packets over `wire`."""
+        cls = exchange(self.exchange)
+        return cls(wire, self.own, self.adagrad) if self.exchange == "sharded" else cls(wire)
 
     @property
     def feedback(self) -> bool:
@@ -34,8 +44,10 @@ class Method:
     def __repr__(self):
         core = self.compressor.inner if self.feedback else self.compressor
         options = {f.name: getattr(core, f.name) for f in fields(core)}
-        return spec_text(self.name, {**options, "feedback": self.feedback,
-                                     "exchange": self.exchange})
+        options |= {"feedback": self.feedback, "exchange": self.exchange}
+        if self.exchange == "sharded":
+            options |= {"own": self.own, "adagrad": self.adagrad}
+        return spec_text(self.name, options)
 
 
 def _owing(compressor, feedback):
@@ -83,6 +95,9 @@ class _Common:
 
     exchange: str = option("the method's own", "who gets which packet: " + ", ".join(EXCHANGES))
     feedback: bool = option("the method's own", "error feedback: what was not said is said later")
+    own: str = option("quantised", "sharded: how a rank's gradient reaches its own shard",
+                      choices=("quantised", "raw"))
+    adagrad: bool = option(False, "sharded: AdaGrad on the sum, between the two quantisations")
 
 
 def methods() -> dict[str, str]:
@@ -109,8 +124,9 @@ def method(spec) -> Method:
                         + ", ".join(known))
     cls = find(name)
     options = parse_options(name, (*fields(cls), *fields(_Common)), options)
+    sharded = {key: options.pop(key) for key in ("own", "adagrad") if key in options}
     if name in METHODS:
-        return METHODS[name](**options)
+        return replace(METHODS[name](**options), **sharded)
     feedback = options.pop("feedback", cls.feedback)
     carried_by = options.pop("exchange", "allgather")
-    return Method(name, _owing(cls(**options), feedback), carried_by)
+    return Method(name, _owing(cls(**options), feedback), carried_by, **sharded)

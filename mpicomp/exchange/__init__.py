@@ -2,7 +2,7 @@
 
 from mpicomp.errors import SpecError
 
-EXCHANGES = ("allgather", "allreduce", "silent")
+EXCHANGES = ("allgather", "allreduce", "sharded", "silent")
 
 
 def exchange(name):

@@ -8,7 +8,6 @@ receives P - 1 packets, so this moves fewer bytes than a dense ring while P < 2 
 import numpy as np
 
 from mpicomp import kernels, packet
-from mpicomp.errors import PacketError
 from mpicomp.exchange.mail import Exchange
 
 
@@ -27,12 +26,14 @@ class Allgather(Exchange):
         used = self.encode(mail, step, flags)
         if mail.compressor.fixed:
             yield [self.wire.allgather(1, mail.outbox, mail.inbox)]
-            self.read_headers(mail, mail.inbox, mail.outbox.size)
+            size = mail.outbox.size
+            mail.headers = self.read_headers(mail.inbox, range(0, size * self.wire.size, size))
             return
         yield [self.wire.allgather(1, mail.outbox[:packet.SIZE], mail.header_box)]
-        self.read_headers(mail, mail.header_box, packet.SIZE)
-        lengths = self._lengths(mail)
-        if sum(lengths) > mail.inbox.size:  # grows for the first steps, then with room to spare
+        mail.headers = self.read_headers(mail.header_box,
+                                         range(0, mail.header_box.size, packet.SIZE))
+        lengths = self.lengths(mail.headers, [mail.payload.size] * self.wire.size)
+        if sum(lengths) > mail.inbox.size:  # grows in the first steps, then has room to spare
             mail.inbox = kernels.of(mail.grad).zeros(sum(lengths) * 5 // 4, np.uint8)
         if sum(lengths):
             yield [self.wire.allgatherv(2, mail.payload[:used], mail.inbox, lengths)]
@@ -42,14 +43,6 @@ class Allgather(Exchange):
         for rank, payload in enumerate(self._payloads(mail)):
             mail.compressor.decode_add(payload, mail.grad, mail.layout, mail.key(step, rank),
                                        weight)
-
-    def _lengths(self, mail):
-        most = mail.payload.size
-        for rank, header in enumerate(mail.headers):
-            if header.length > most:
-                raise PacketError(f"rank {rank} announces {header.length} bytes for bucket "
-                                  f"{mail.index}, which takes at most {most}")
-        return [header.length for header in mail.headers]
 
     def _payloads(self, mail):
         if mail.compressor.fixed:

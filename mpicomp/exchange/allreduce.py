@@ -39,7 +39,8 @@ class Allreduce(Exchange):
             requests.append(self.wire.allreduce(2, mail.payload[shared:used].view(dtype),
                                                 mail.inbox[shared:used].view(dtype), op))
         yield requests
-        self.read_headers(mail, mail.header_box, packet.SIZE)
+        mail.headers = self.read_headers(mail.header_box,
+                                         range(0, mail.header_box.size, packet.SIZE))
 
     def decode(self, mail, step, weight):
         mail.grad[...] = 0

@@ -1,27 +1,30 @@
-"""What every exchange has in common: a bucket's buffers, its header, and the check of all headers."""
+"""What every exchange has in common: one compressor at work, its header, the check of all headers."""
 
 from abc import ABC, abstractmethod
 
 import numpy as np
 
 from mpicomp import kernels, packet
-from mpicomp.errors import MismatchError
+from mpicomp.errors import MismatchError, PacketError
 from mpicomp.packet import Header
 from mpicomp.philox import Key
 
 
 class Mail:
-    """One bucket's way through an exchange: compressor state, outbox, inbox, headers of all ranks.
+    """One compressor at work on one flat gradient: its state, its packets, headers of all ranks.
 
     grad     float32[layout.size], the gradient going in and the mean coming out
+    index    the bucket
     plan     digest of everything that ranks must agree on
+    draw     what tells its random numbers from those of other mail; by default the bucket
     shared   the array of what ranks agree on before they encode (it lives in `state`), or None
     headers  of all ranks, once they are here
     """
 
-    def __init__(self, compressor, layout, index, grad, plan, seed, wire):
+    def __init__(self, compressor, layout, index, grad, plan, seed, wire, draw=None):
         self.compressor, self.layout, self.index = compressor, layout, index
         self.grad, self.plan, self.seed = grad, plan, seed
+        self.draw = index if draw is None else draw
         self.state = compressor.init(layout, grad)
         zeros = kernels.of(grad).zeros
         self.outbox = zeros(packet.SIZE + compressor.capacity(layout), np.uint8)
@@ -37,11 +40,45 @@ class Mail:
         return self.outbox[packet.SIZE:]
 
     def key(self, step, rank):
-        return Key(self.seed, rank, step, self.index)
+        return Key(self.seed, rank, step, self.draw)
+
+    def measure(self, flags):
+        """Have the compressor fill `shared`, with zeros if the gradient is not finite."""
+        if flags & packet.NONFINITE:
+            self.shared[...] = 0
+        else:
+            self.compressor.measure(self.grad, self.layout, self.state)
+
+    def encode(self, step, rank, flags) -> int:
+        """Fill the outbox, header included; returns the bytes of the payload.
+
+        A gradient that is not finite is not encoded: the flag in the header tells all ranks.
+        """
+        if flags & packet.NONFINITE:
+            used = self.payload.size if self.compressor.fixed else 0
+            self.payload[:used] = 0
+        else:
+            used = self.compressor.encode(self.grad, self.payload, self.layout,
+                                          self.key(step, rank), self.state)
+        Header(step, self.index, self.plan, used, flags).write(self.outbox)
+        return used
 
     def flagged(self, flag) -> list[int]:
         """The ranks whose header carries the flag."""
         return [rank for rank, header in enumerate(self.headers) if header.flags & flag]
+
+    def commit(self):
+        """The step was applied on all ranks."""
+        self.compressor.commit(self.state)
+
+    def persistent(self) -> dict:
+        """{kind: flat array} of everything that outlives a step, as views or copies."""
+        return self.compressor.persistent(self.state)
+
+    def restore(self, arrays):
+        """Take over what `persistent` gave."""
+        for kind, array in self.persistent().items():
+            array[...] = arrays[kind]
 
 
 class Exchange(ABC):
@@ -56,8 +93,14 @@ class Exchange(ABC):
     def check(self, compressor) -> str | None:
         """Why this compressor cannot take this exchange over so many ranks, or None."""
 
+    def open(self, compressor, layout, index, grad, plan, seed):
+        """A Mail, or something like it, for one bucket, with all the memory it will need."""
+        mail = Mail(compressor, layout, index, grad, plan, seed, self.wire)
+        self.prepare(mail)
+        return mail
+
     def prepare(self, mail) -> None:
-        """Take the memory that the bucket needs here."""
+        """Take the memory that the bucket needs in this exchange."""
 
     @abstractmethod
     def run(self, mail, step, flags):
@@ -68,41 +111,28 @@ class Exchange(ABC):
         """Turn mail.grad into weight * the sum over ranks of what was said."""
 
     def agree(self, mail, flags):
-        """Replace the compressor's measure, if it has one, by its maximum over ranks."""
+        """Replace what the compressor measured, if it does, by the maximum over ranks."""
         from mpi4py import MPI
 
-        if mail.shared is None:
-            return
-        with self.wire.meter.stage("encode"):
-            if flags & packet.NONFINITE:
-                mail.shared[...] = 0
-            else:
-                mail.compressor.measure(mail.grad, mail.layout, mail.state)
-        yield [self.wire.allreduce(0, mail.shared, mail.agreed, MPI.MAX)]
-        mail.shared[...] = mail.agreed
+        if mail.shared is not None:
+            with self.wire.meter.stage("encode"):
+                mail.measure(flags)
+            yield [self.wire.allreduce(0, mail.shared, mail.agreed, MPI.MAX)]
+            mail.shared[...] = mail.agreed
 
     def encode(self, mail, step, flags) -> int:
-        """Fill the outbox, header included; returns the bytes of the payload.
-
-        A gradient that is not finite is not encoded: the residual stays clean, and the flag in
-        the header tells all ranks.
-        """
+        """`mail.encode` with the seconds booked."""
         with self.wire.meter.stage("encode"):
-            if flags & packet.NONFINITE:
-                used = mail.payload.size if mail.compressor.fixed else 0
-                mail.payload[:used] = 0
-            else:
-                used = mail.compressor.encode(mail.grad, mail.payload, mail.layout,
-                                              mail.key(step, self.wire.rank), mail.state)
-            Header(step, mail.index, mail.plan, used, flags).write(mail.outbox)
-        return used
+            return mail.encode(step, self.wire.rank, flags)
 
-    def read_headers(self, mail, buffer, stride):
-        """Read every rank's header and raise the same MismatchError on all ranks if they differ."""
-        mail.headers = [Header.read(buffer[rank * stride:][:packet.SIZE])
-                        for rank in range(self.wire.size)]
-        first = mail.headers[0]
-        for rank, header in enumerate(mail.headers):
+    def read_headers(self, buffer, starts) -> list[Header]:
+        """The headers at these offsets, one of each rank.
+
+        Raises the same MismatchError on all ranks if they differ in step, bucket or plan.
+        """
+        headers = [Header.read(buffer[at:at + packet.SIZE]) for at in starts]
+        first = headers[0]
+        for rank, header in enumerate(headers):
             for field, what in (("step", "step"), ("bucket", "bucket"), ("plan", "plan digest")):
                 here, there = getattr(first, field), getattr(header, field)
                 if here != there:
@@ -110,3 +140,12 @@ class Exchange(ABC):
                         f"rank {rank} is at {what} {there}, rank 0 at {here} (step {first.step}, "
                         f"bucket {first.bucket} there): every rank must make the same steps with "
                         "the same model and method")
+        return headers
+
+    def lengths(self, headers, most) -> list[int]:
+        """The bytes of payload that each rank announces; PacketError beyond `most` (one a rank)."""
+        for rank, (header, limit) in enumerate(zip(headers, most)):
+            if header.length > limit:
+                raise PacketError(f"rank {rank} announces {header.length} bytes for bucket "
+                                  f"{header.bucket}, which takes at most {limit}")
+        return [header.length for header in headers]

@@ -34,3 +34,17 @@ class Wire:
         """The sum or maximum of every rank's `send` in `receive`."""
         self.meter.count("Iallreduce", send.nbytes, receive.nbytes)
         return self._stages[stage].Iallreduce(send, receive, op)
+
+    def alltoall(self, stage, send, receive):
+        """Block r of `send` to rank r, block r of `receive` from rank r, blocks of equal size.
+
+        The block for this rank itself does not travel and is not counted.
+        """
+        share = send.nbytes // self.size
+        self.meter.count("Ialltoall", send.nbytes - share, receive.nbytes - share)
+        return self._stages[stage].Ialltoall(send, receive)
+
+    def alltoallv(self, stage, send, receive):
+        """`send` and `receive` are (uint8 array, lengths, starts), one length and start a rank."""
+        self.meter.count("Ialltoallv", sum(send[1]), sum(receive[1]))
+        return self._stages[stage].Ialltoallv([send[0], send[1:]], [receive[0], receive[1:]])

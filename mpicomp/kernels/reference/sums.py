@@ -38,3 +38,9 @@ def total(v):
     lanes = np.zeros(-(-v.size // FOLD) * FOLD, v.dtype)
     lanes[:v.size] = v
     return fold(fold(lanes.reshape(-1, FOLD)))
+
+
+def adagrad(x, history, ahead):
+    """ahead = history + x * x; x /= sqrt(ahead) + 1e-8, in place (LBANN's form of AdaGrad)."""
+    ahead[...] = history + x * x
+    x /= np.sqrt(ahead) + np.float32(1e-8)

@@ -1,0 +1,234 @@
+"""Sharded: each rank owns a part, receives it compressed from all, sums it, says it compressed to all.
+
+The exchange of 1-bit SGD (Seide 2014, section 3.1) and of Dryden 2016: traffic does not depend on
+the number of ranks. Every element is quantised twice, and each time what was not said is kept:
+"error" is what this rank has not told the owners, "error2" what this rank as an owner has not told
+the others. Owners sum in rank order and apply what they sent, so replicas stay bit-identical.
+"""
+
+import numpy as np
+
+from mpicomp import kernels, packet
+from mpicomp.exchange.mail import Exchange, Mail
+from mpicomp.exchange.shards import cut
+
+SECOND = 1 << 31  # marks the random numbers of the second quantisation
+
+
+class Sharded(Exchange):
+    """See the module. `own="raw"`: the owner adds its own gradient as it is (Dryden's code).
+
+    `adagrad` divides the sum by sqrt(sum of its squares so far) + 1e-8 between the two
+    quantisations, the best place for it by Seide 2014, table 3; what arrives is then a step
+    for plain SGD, not a mean.
+    """
+
+    stages = 5
+
+    def __init__(self, wire, own="quantised", adagrad=False):
+        super().__init__(wire)
+        self.own, self.adagrad = own, adagrad
+
+    def open(self, compressor, layout, index, grad, plan, seed):
+        return _Bucket(self, compressor, layout, index, grad, plan, seed)
+
+    def run(self, mail, step, flags):
+        yield from self._to_owners(mail, step, flags)
+        flags = mail.reduce(step)
+        yield from self._to_all(mail, step, flags)
+
+    def _to_owners(self, mail, step, flags):
+        """Every rank's packets to the owners of the shards."""
+        from mpi4py import MPI
+
+        with self.wire.meter.stage("encode"):
+            mail.gather()
+        if mail.shared is not None:
+            with self.wire.meter.stage("encode"):
+                for shard_mail, part in mail.shared_parts():
+                    shard_mail.measure(flags)
+                    mail.shared[part] = shard_mail.shared
+            yield [self.wire.allreduce(0, mail.shared, mail.agreed, MPI.MAX)]
+            for shard_mail, part in mail.shared_parts():
+                shard_mail.shared[...] = mail.agreed[part]
+        me, size = self.wire.rank, self.wire.size
+        with self.wire.meter.stage("encode"):
+            used = [m.encode(step, me, flags) for m in mail.first]
+        if mail.fixed:
+            send = [packet.SIZE + n for n in used]
+            receive = [mail.first[me].outbox.size] * size
+            starts = [rank * receive[0] for rank in range(size)]
+            send[me] = receive[me] = 0
+            yield [self.wire.alltoallv(2, (mail.outbox, send, mail.out_starts),
+                                       (mail.inbox, receive, starts))]
+            mail.inbox[starts[me]:][:mail.first[me].outbox.size] = mail.first[me].outbox
+            headers = self.read_headers(mail.inbox, starts)
+            mail.received = headers, [at + packet.SIZE for at in starts]
+            return
+        for rank, m in enumerate(mail.first):
+            mail.head_out[rank * packet.SIZE:][:packet.SIZE] = m.outbox[:packet.SIZE]
+        yield [self.wire.alltoall(1, mail.head_out, mail.head_in)]
+        headers = self.read_headers(mail.head_in, range(0, mail.head_in.size, packet.SIZE))
+        receive = self.lengths(headers, [mail.first[me].payload.size] * size)
+        mail.make_room(sum(receive))
+        starts = [sum(receive[:rank]) for rank in range(size)]
+        mail.inbox[starts[me]:][:used[me]] = mail.first[me].payload[:used[me]]
+        mail.received = headers, starts
+        send, arriving = list(used), list(receive)
+        send[me] = arriving[me] = 0
+        payload_starts = [at + packet.SIZE for at in mail.out_starts]
+        yield [self.wire.alltoallv(2, (mail.outbox, send, payload_starts),
+                                   (mail.inbox, arriving, starts))]
+
+    def _to_all(self, mail, step, flags):
+        """Every owner's packet of its sum to all ranks."""
+        with self.wire.meter.stage("encode"):
+            if mail.second.shared is not None:
+                mail.second.measure(flags)
+            used = mail.second.encode(step, self.wire.rank, flags)
+        if mail.fixed:
+            lengths = [m.outbox.size for m in mail.first]
+            starts = [sum(lengths[:rank]) for rank in range(self.wire.size)]
+            yield [self.wire.allgatherv(4, mail.second.outbox, mail.result, lengths)]
+            mail.headers = self.read_headers(mail.result, starts)
+            mail.payload_starts = [at + packet.SIZE for at in starts]
+            return
+        yield [self.wire.allgather(3, mail.second.outbox[:packet.SIZE], mail.head_in)]
+        mail.headers = self.read_headers(mail.head_in, range(0, mail.head_in.size, packet.SIZE))
+        lengths = self.lengths(mail.headers, [m.payload.size for m in mail.first])
+        mail.payload_starts = [sum(lengths[:rank]) for rank in range(self.wire.size)]
+        mail.make_room_for_result(sum(lengths))
+        if sum(lengths):
+            yield [self.wire.allgatherv(4, mail.second.payload[:used], mail.result, lengths)]
+
+    def decode(self, mail, step, weight):
+        mail.flat[...] = 0
+        for rank, (m, header, at) in enumerate(zip(mail.first, mail.headers, mail.payload_starts)):
+            payload = mail.result[at:at + header.length]
+            key = mail.second.key(step, rank)
+            m.compressor.decode_add(payload, m.grad, m.layout, key, 1.0 if self.adagrad else weight)
+        for shard, m in zip(mail.shards, mail.first):
+            shard.scatter(m.grad, mail.grad)
+
+
+class _Bucket:
+    """One bucket in the sharded exchange: P first mails, one a shard, and the owner's second."""
+
+    def __init__(self, exchange, compressor, layout, index, grad, plan, seed):
+        wire = exchange.wire
+        self.exchange, self.rank = exchange, wire.rank
+        self.compressor, self.layout, self.grad = compressor, layout, grad
+        self.fixed = compressor.fixed
+        self.zeros = zeros = kernels.of(grad).zeros
+        self.shards = cut(layout, wire.size)
+        self.flat = zeros(layout.size)
+        starts = [0]
+        for shard in self.shards:
+            starts.append(starts[-1] + shard.layout.size)
+        self.first = [Mail(compressor, shard.layout, index, self.flat[a:b], plan, seed, wire,
+                           draw=index | (owner + 1) << 16)
+                      for owner, (shard, a, b) in enumerate(zip(self.shards, starts, starts[1:]))]
+        own = self.shards[self.rank].layout
+        self.second = Mail(compressor, own, index, zeros(own.size), plan, seed, wire,
+                           draw=index | SECOND)
+        self.history = zeros(own.size) if exchange.adagrad else None
+        self.history_ahead = zeros(own.size) if exchange.adagrad else None
+        self._take_buffers(wire.size)
+        self.headers = self.received = self.payload_starts = None
+
+    def _take_buffers(self, size):
+        """One outbox for all first packets, and room for what comes back."""
+        zeros = self.zeros
+        self.out_starts = [0]
+        for m in self.first:
+            self.out_starts.append(self.out_starts[-1] + m.outbox.size)
+        self.outbox = zeros(self.out_starts.pop(), np.uint8)
+        for m, at in zip(self.first, self.out_starts):
+            m.outbox = self.outbox[at:at + m.outbox.size]
+        own = self.first[self.rank].outbox.size
+        self.inbox = zeros(size * own if self.fixed else 0, np.uint8)
+        self.result = zeros(self.outbox.size if self.fixed else 0, np.uint8)
+        self.head_out, self.head_in = (zeros(size * packet.SIZE, np.uint8) for _ in range(2))
+        measured = [m.shared.size for m in self.first if m.shared is not None]
+        self.shared = zeros(sum(measured)) if measured else None
+        self.agreed = zeros(sum(measured)) if measured else None
+
+    def make_room(self, size):
+        """Let the inbox take this many bytes; it grows in the first steps."""
+        if size > self.inbox.size:
+            self.inbox = self.zeros(size * 5 // 4, np.uint8)
+
+    def make_room_for_result(self, size):
+        """The same for the packets of the owners."""
+        if size > self.result.size:
+            self.result = self.zeros(size * 5 // 4, np.uint8)
+
+    def shared_parts(self):
+        """(mail, its slice of `shared`) of each shard."""
+        at = 0
+        for m in self.first:
+            yield m, slice(at, at + m.shared.size)
+            at += m.shared.size
+
+    def gather(self):
+        """Bring the bucket into the order of the shards."""
+        for shard, m in zip(self.shards, self.first):
+            shard.gather(self.grad, m.grad)
+
+    def reduce(self, step) -> int:
+        """Sum what arrived for this rank's shard, in rank order; returns the flags to pass on."""
+        headers, starts = self.received
+        flags = packet.NONFINITE if any(h.flags & packet.NONFINITE for h in headers) else 0
+        if all(h.flags & packet.EMPTY for h in headers):
+            flags |= packet.EMPTY
+        if flags & packet.NONFINITE:
+            return flags
+        mine, total = self.first[self.rank], self.second.grad
+        total[...] = 0
+        for rank, (header, at) in enumerate(zip(headers, starts)):
+            if rank == self.rank and self.exchange.own == "raw":
+                total += mine.grad
+            else:
+                payload = self.inbox[at:at + header.length]
+                mine.compressor.decode_add(payload, total, mine.layout, mine.key(step, rank), 1.0)
+        if self.history is not None:
+            kernels.of(total).adagrad(total, self.history, self.history_ahead)
+        return flags
+
+    def flagged(self, flag) -> list[int]:
+        return [rank for rank, header in enumerate(self.headers) if header.flags & flag]
+
+    def commit(self):
+        for rank, m in enumerate(self.first):
+            if rank != self.rank or self.exchange.own != "raw":
+                m.commit()
+        self.second.commit()
+        if self.history is not None:
+            self.history, self.history_ahead = self.history_ahead, self.history
+
+    def persistent(self) -> dict:
+        """{"error": first residuals, "error2": the owner's, zero elsewhere, "adagrad": ...}."""
+        found = {}
+        for shard, m in zip(self.shards, self.first):
+            self._collect(found, shard, m.persistent())
+        own = self.shards[self.rank]
+        self._collect(found, own, {f"{k}2": v for k, v in self.second.persistent().items()})
+        if self.history is not None:
+            self._collect(found, own, {"adagrad": self.history})
+        return found
+
+    def _collect(self, found, shard, arrays):
+        for kind, array in arrays.items():
+            if kind not in found:
+                found[kind] = self.zeros(self.layout.size)
+            shard.scatter(array, found[kind])
+
+    def restore(self, arrays):
+        for shard, m in zip(self.shards, self.first):
+            for kind, array in m.persistent().items():
+                shard.gather(arrays[kind], array)
+        own = self.shards[self.rank]
+        for kind, array in self.second.persistent().items():
+            own.gather(arrays[f"{kind}2"], array)
+        if self.history is not None:
+            own.gather(arrays["adagrad"], self.history)
