@@ -106,6 +106,11 @@ class Compressor(ABC):
     def commit(self, state) -> None:
         """The step with the last encoded packet was applied on all ranks: it is now the past."""
 
+    @classmethod
+    def from_inner(cls, text):
+        """The value of the field `inner` from what stands in the bracket of a specification."""
+        return from_spec(text)
+
     def expect(self, packet, size) -> None:
         """Raise PacketError unless the payload has `size` bytes."""
         if len(packet) != size:
@@ -187,7 +192,10 @@ def parse_options(name, known, options: dict) -> dict:
                       for f in known.values()]
             raise SpecError(f"{name} has no option {option_name!r}; it has "
                             + (", ".join(listed) or "none"))
-    return {key: parse_value(name, known[key], text) for key, text in options.items()}
+    values = {key: parse_value(name, known[key], text) for key, text in options.items()}
+    for key, value in values.items():
+        _check(name, known[key], value)
+    return values
 
 
 # ---- specifications as text -------------------------------------------------------------------
@@ -281,10 +289,11 @@ def from_spec(spec) -> Compressor:
         return spec
     name, inner, options = split_spec(spec)
     cls = find(name)
-    takes_inner = any(f.name == "inner" for f in fields(cls))
-    if takes_inner != (inner is not None):
+    bracket = next((f for f in fields(cls) if f.name == "inner"), None)
+    needed = bracket is not None and bracket.default is None
+    if inner is not None and bracket is None or inner is None and needed:
         raise SpecError(f"{spec!r}: {name} is written "
-                        + (f"{name}(another compressor)" if takes_inner else f"{name}, no bracket"))
+                        + (f"{name}(another compressor)" if bracket else f"{name}, no bracket"))
     if inner is not None:
-        options["inner"] = from_spec(inner)
+        options["inner"] = cls.from_inner(inner)
     return cls(**parse_options(name, fields(cls), options))

@@ -1,20 +1,18 @@
 """The Reducer decides when: it watches backward, exchanges buckets, and leaves the mean in p.grad."""
 
-import zlib
 from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 import torch
 
-import mpicomp
 from mpicomp import mpi, packet, systems
-from mpicomp.agree import agree
-from mpicomp.bucket import DTYPES, make_buckets
+from mpicomp.bucket import make_buckets
 from mpicomp.errors import MismatchError, NonFiniteError, SpecError
 from mpicomp.exchange.pipeline import Pipeline
 from mpicomp.exchange.wire import Wire
 from mpicomp.meter import Meter
+from mpicomp.plan import agree_on_plan, bad_option, check_replicas, trainable
 
 
 class Reducer:
@@ -42,23 +40,21 @@ class Reducer:
         self.average, self.seed, self.nonfinite = average, seed, nonfinite
         self.stats = Meter()
         self.step = 0
-        named, problem = _trainable(named_parameters)
+        named, problem = trainable(named_parameters)
         try:
             self.method = systems.method(method)
-            problem = problem or _bad_option(bucket_bytes, seed, nonfinite)
+            problem = problem or bad_option(bucket_bytes, seed, nonfinite)
         except SpecError as error:
             self.method, problem = None, error
-        self._plan = self._agree(named, problem, bucket_bytes)
+        self._plan = agree_on_plan(
+            self.comm, self.method, named, problem, seed=seed, average=average,
+            nonfinite=nonfinite, bucket_bytes=bucket_bytes)
+        self._named = named
         self._wire = Wire(self.comm, self.stats)
-        self._exchange = self.method.open(self._wire)
-        refusal = self._exchange.check(self.method.compressor)
-        if refusal:
-            raise SpecError(refusal)
         self._pipeline = Pipeline(self.comm, stall_timeout)
         self._buckets = make_buckets(named, bucket_bytes)
-        self._mail = [self._exchange.open(self.method.compressor, bucket.layout, bucket.index,
-                                          bucket.grad, self._plan, seed)
-                      for bucket in self._buckets]
+        self._exchange, self._mail = self._open(self.method)
+        self._warm = self._open(systems.method("dense")) if self.method.warmup else None
         self._next = 0  # the bucket to launch next: plan order, on every rank
         self._finished = False
         self._synchronising, self._checked = True, False
@@ -69,16 +65,15 @@ class Reducer:
 
     # ---- setting up ----
 
-    def _agree(self, named, problem, bucket_bytes):
-        """The plan digest; raises on all ranks alike if they differ or any has a problem."""
-        facts = {
-            "mpicomp": mpicomp.__version__, "method": repr(self.method), "seed": self.seed,
-            "average": self.average, "nonfinite": self.nonfinite, "bucket_bytes": bucket_bytes,
-            "parameter": [f"{name} {list(p.shape)} {p.dtype}" for name, p in named],
-        }
-        if problem:
-            facts["problem"] = str(problem)
-        return agree(self.comm, facts, "every rank must build the same model and Reducer")
+    def _open(self, method):
+        """The exchange of a method and its mail for every bucket."""
+        exchange = method.open(self._wire)
+        refusal = exchange.check(method.compressor)
+        if refusal:
+            raise SpecError(refusal)
+        return exchange, [exchange.open(method.compressor, bucket.layout, bucket.index,
+                                        bucket.grad, self._plan, self.seed)
+                          for bucket in self._buckets]
 
     def attach(self, optimizer):
         """Call `finish` before every optimizer.step(). Returns self.
@@ -132,15 +127,24 @@ class Reducer:
         while self._next < len(self._buckets) and not self._buckets[self._next].missing:
             self._launch(self._buckets[self._next], touched=True)
 
+    @property
+    def _lane(self):
+        """(exchange, mail of every bucket) of this step: dense during the warm-up."""
+        if self.step < self.method.warmup:
+            return self._warm
+        return self._exchange, self._mail
+
     def _launch(self, bucket, touched):
         """Send a complete bucket on its way."""
         if not self._checked:
-            self._check_replicas()
+            check_replicas(self.comm, self._named)
+            self._checked = True
         bad = bucket.first_bad()
         flags = (packet.NONFINITE if bad else 0) | (0 if touched else packet.EMPTY)
         if bad:
             self._bad[bucket.index] = bad
-        generator = self._exchange.run(self._mail[bucket.index], self.step, flags)
+        exchange, mail = self._lane
+        generator = exchange.run(mail[bucket.index], self.step, flags)
         self._next += 1
         self._pipeline.launch(f"bucket {bucket.index} in step {self.step}", generator)
 
@@ -163,7 +167,7 @@ class Reducer:
         with self.stats.stage("wait"):
             self._pipeline.drain()
         self._finished = True
-        skipped = any(mail.flagged(packet.NONFINITE) for mail in self._mail)
+        skipped = any(mail.flagged(packet.NONFINITE) for mail in self._lane[1])
         if skipped:
             self._skip()
         else:
@@ -174,11 +178,12 @@ class Reducer:
     def _apply(self):
         """Decode every bucket and make its residual the past."""
         weight = 1.0 / self.comm.size if self.average else 1.0
+        exchange, mails = self._lane
         with self.stats.stage("decode"):
-            for bucket, mail in zip(self._buckets, self._mail):
+            for bucket, mail in zip(self._buckets, mails):
                 if len(mail.flagged(packet.EMPTY)) == len(mail.headers):
                     continue
-                self._exchange.decode(mail, self.step, weight)
+                exchange.decode(mail, self.step, weight)
                 mail.commit()
                 for slot in bucket.slots:
                     slot.give_back()
@@ -195,15 +200,28 @@ class Reducer:
             for slot in bucket.slots:
                 slot.parameter.grad = None
 
-    def _check_replicas(self):
-        """Before the first exchange: all ranks must start from the same parameters."""
-        self._checked = True
-        if self.comm.size == 1:
-            return
-        facts = [f"{slot.name} {zlib.crc32(_bytes(slot.parameter)):08x}"
-                 for bucket in self._buckets for slot in bucket.slots]
-        agree(self.comm, {"value of parameter": sorted(facts)},
-              "call mpicomp.broadcast_parameters(model) before the first step")
+    def flush(self):
+        """Make every p.grad the mean (or sum) of what all ranks still owe; residuals become zero.
+
+        Call it on all ranks between two steps, then optimizer.step(): afterwards all that was given
+        has been said (Dryden 2016 does so at the end of each epoch). float32, uncompressed.
+        """
+        if self.method.adagrad:
+            raise SpecError("flush: with adagrad=yes the second residual is no gradient, and cannot "
+                            "be added to the first")
+        from mpi4py import MPI
+
+        weight = 1.0 / self.comm.size if self.average else 1.0
+        for bucket, mail in zip(self._buckets, self._mail):
+            owed = mail.persistent()
+            mine = sum(owed.values(), np.zeros_like(bucket.grad))
+            self.stats.count("Allreduce", mine.nbytes, mine.nbytes)
+            self.comm.Allreduce(mine, bucket.grad, MPI.SUM)
+            bucket.grad *= np.float32(weight)
+            mail.restore({kind: np.zeros_like(array) for kind, array in owed.items()})
+            for slot in bucket.slots:
+                slot.give_back()
+        self._finished = True
 
     # ---- state ----
 
@@ -257,38 +275,3 @@ def DistributedOptimizer(optimizer, named_parameters, method="dense", comm=None,
     """
     optimizer.reducer = Reducer(named_parameters, method, comm, **keywords).attach(optimizer)
     return optimizer
-
-
-def _trainable(named_parameters):
-    """(the pairs that need gradients, what is wrong with them or None)."""
-    named = list(named_parameters)
-    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in named):
-        return [], SpecError("named_parameters must be (name, parameter) pairs: pass "
-                             "model.named_parameters(), not model.parameters()")
-    named = [(name, p) for name, p in named if p.requires_grad]
-    names = [name for name, _ in named]
-    if not named:
-        return [], SpecError("no parameter needs a gradient: pass model.named_parameters()")
-    if len(set(names)) < len(names):
-        twice = next(n for n in names if names.count(n) > 1)
-        return [], SpecError(f"two parameters are called {twice!r}")
-    for name, p in named:
-        if p.dtype not in DTYPES:
-            return [], SpecError(f"the gradient of {name!r} has dtype {p.dtype}, expected "
-                                 f"{', '.join(map(str, DTYPES))}: call model.float()")
-    return named, None
-
-
-def _bad_option(bucket_bytes, seed, nonfinite):
-    if nonfinite not in ("raise", "skip"):
-        return SpecError(f"nonfinite={nonfinite!r} found, expected 'raise' or 'skip'")
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
-        return SpecError(f"seed={seed!r} found, expected a whole number from 0 to 2**64 - 1")
-    if not bucket_bytes > 0:
-        return SpecError(f"bucket_bytes={bucket_bytes!r} found, expected more than 0")
-
-
-def _bytes(parameter):
-    """The parameter's memory as bytes, whatever its dtype."""
-    flat = parameter.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy() if flat.numel() else b""

@@ -19,6 +19,7 @@ class Method:
     exchange: str
     own: str = "quantised"
     adagrad: bool = False
+    warmup: int = 0
 
     def __post_init__(self):
         if self.exchange not in EXCHANGES:
@@ -47,6 +48,8 @@ class Method:
         options |= {"feedback": self.feedback, "exchange": self.exchange}
         if self.exchange == "sharded":
             options |= {"own": self.own, "adagrad": self.adagrad}
+        if self.warmup:
+            options["warmup"] = self.warmup
         return spec_text(self.name, options)
 
 
@@ -97,6 +100,7 @@ class _Common:
     feedback: bool = option("the method's own", "error feedback: what was not said is said later")
     own: str = option("quantised", "sharded: how a rank's gradient reaches its own shard",
                       choices=("quantised", "raw"))
+    warmup: int = option(0, "steps at the start that are exchanged dense", least=0)
     adagrad: bool = option(False, "sharded: AdaGrad on the sum, between the two quantisations")
 
 
@@ -124,9 +128,9 @@ def method(spec) -> Method:
                         + ", ".join(known))
     cls = find(name)
     options = parse_options(name, (*fields(cls), *fields(_Common)), options)
-    sharded = {key: options.pop(key) for key in ("own", "adagrad") if key in options}
+    own = {key: options.pop(key) for key in ("own", "adagrad", "warmup") if key in options}
     if name in METHODS:
-        return replace(METHODS[name](**options), **sharded)
+        return replace(METHODS[name](**options), **own)
     feedback = options.pop("feedback", cls.feedback)
     carried_by = options.pop("exchange", "allgather")
-    return Method(name, _owing(cls(**options), feedback), carried_by, **sharded)
+    return Method(name, _owing(cls(**options), feedback), carried_by, **own)

@@ -1,0 +1,476 @@
+// The compiled kernels for the CPU: the bytes and floats of kernels/reference, in one pass over memory.
+//
+// Plain C functions that cpu.py calls through ctypes, without the interpreter's lock. Buffers belong
+// to the caller. `data` is payload and may begin at any byte; float arrays are aligned as such. The
+// plain loops say what is meant, AVX2 beside them does the same faster: additions in the same order,
+// no fused multiply-add (-ffp-contract=off), so both give the same bits, with any number of threads.
+//
+// Streaming stores: where an array of more than STREAM elements is only written, its old content is
+// not fetched first. That is a third of the memory traffic of v = a + b.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAVE_AVX2 1
+#define AVX2 __attribute__((target("avx2,f16c")))
+#include <immintrin.h>
+#else
+#define HAVE_AVX2 0
+#endif
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "payloads are little endian; this machine uses the reference kernels"
+#endif
+
+#define API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using i64 = int64_t;
+using u8 = uint8_t;
+using u16 = uint16_t;
+using u32 = uint32_t;
+using u64 = uint64_t;
+
+constexpr i64 GRAIN = 1 << 17;   // a thread is not worth starting for fewer elements
+constexpr i64 STREAM = 1 << 20;  // arrays of so many elements are written past the caches
+constexpr i64 CHUNK = 4096;      // elements of output that several packets are summed into at once
+constexpr i64 INVALID = -1;      // returned for a packet that no encoder wrote
+
+template <class T> inline T get(const u8* from) {
+    T value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+template <class T> inline void put(u8* to, T value) { std::memcpy(to, &value, sizeof value); }
+
+inline u32 bits_of(float x) {
+    u32 bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+
+inline float float_of(u32 bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+// ---- where it runs ------------------------------------------------------------------------------
+
+bool cpu_has_avx2() {
+#if HAVE_AVX2
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+#else
+    return false;
+#endif
+}
+
+bool avx2 = cpu_has_avx2();
+int threads = 1;
+
+// f(part, begin, end) over all of 0 ... n - 1, in as many parts as there are threads; parts begin at
+// multiples of `multiple`. Threads live for one call: nothing is left running that a fork would lose.
+template <class F> void split(i64 n, i64 multiple, i64 grain, const F& f) {
+    const i64 parts = std::min<i64>(threads, n / grain);
+    if (parts <= 1) return f(0, i64(0), n);
+    const i64 each = (n / parts / multiple + 1) * multiple;
+    std::vector<std::thread> team;
+    for (i64 part = 1; part < parts && part * each < n; part++) {
+        const i64 begin = part * each, end = part == parts - 1 ? n : std::min(n, begin + each);
+        try {
+            team.emplace_back([&f, part, begin, end] { f(int(part), begin, end); });
+        } catch (const std::system_error&) {  // no thread to be had
+            f(int(part), begin, end);
+        }
+    }
+    f(0, i64(0), std::min(n, each));
+    for (auto& thread : team) thread.join();
+}
+
+// to[0 ... n - 1] = from, past the caches if `stream`.
+#if HAVE_AVX2
+AVX2 void copy_avx2(const float* from, float* to, i64 n, bool stream) {
+    i64 i = 0;
+    if (stream) {
+        for (; i < n && reinterpret_cast<uintptr_t>(to + i) % 32; i++) to[i] = from[i];
+        for (; i + 8 <= n; i += 8) _mm256_stream_ps(to + i, _mm256_loadu_ps(from + i));
+        _mm_sfence();
+    }
+    std::memcpy(to + i, from + i, 4 * (n - i));
+}
+#endif
+
+void copy(const float* from, float* to, i64 n, bool stream) {
+#if HAVE_AVX2
+    if (avx2) return copy_avx2(from, to, n, stream);
+#endif
+    std::memcpy(to, from, 4 * n);
+}
+
+// What `decode(packet, begin, count, out)` adds, summed over packets. If `fresh`, `out` starts from
+// zero and is written once; the sum of a chunk is made in cache, packet after packet.
+template <class D> void add_packets(i64 packets, float* out, i64 n, bool fresh, const D& decode) {
+    split(n, CHUNK, GRAIN, [&](int, i64 begin, i64 end) {
+        alignas(64) float chunk[CHUNK];
+        for (i64 at = begin; at < end; at += CHUNK) {
+            const i64 count = std::min(CHUNK, end - at);
+            if (fresh) std::memset(chunk, 0, 4 * count);
+            for (i64 p = 0; p < packets; p++) decode(p, at, count, fresh ? chunk : out + at);
+            if (fresh) copy(chunk, out + at, count, n >= STREAM);
+        }
+    });
+}
+
+// ---- sums and small things ----------------------------------------------------------------------
+
+bool finite(const float* x, i64 n) {
+    u32 seen = 0;  // the sum has the top bit where the exponent is all ones
+    for (i64 i = 0; i < n; i++) seen |= (bits_of(x[i]) & 0x7F800000u) + 0x00800000u;
+    return !(seen >> 31);
+}
+
+// `fold` of the reference for rows of `width` numbers, fed with the sums of its blocks of 32 rows.
+// Level k is the running sum of up to 32 finished sums of level k - 1. (0 + s = s for each sum s:
+// they begin with +0, so none is -0, and one level more than the reference has changes nothing.)
+template <class T> class Fold {
+  public:
+    static constexpr int LEVELS = 7;  // 32 * 32**7 rows
+
+    // `memory` holds LEVELS * width numbers.
+    Fold(T* memory, i64 width) : sums_(memory), width_(width) {
+        std::memset(sums_, 0, sizeof(T) * LEVELS * width);
+    }
+
+    void add(const T* block) {
+        add_at(0, block);
+        for (int level = 0; count_[level] == 32; level++) carry(level);
+    }
+
+    const T* result() {
+        for (int level = 0; level < LEVELS - 1; level++)
+            if (count_[level]) carry(level);
+        return sums_ + (LEVELS - 1) * width_;
+    }
+
+  private:
+    void add_at(int level, const T* block) {
+        T* sum = sums_ + level * width_;
+        for (i64 i = 0; i < width_; i++) sum[i] += block[i];
+        count_[level]++;
+    }
+
+    void carry(int level) {
+        T* sum = sums_ + level * width_;
+        add_at(level + 1, sum);
+        std::memset(sum, 0, sizeof(T) * width_);
+        count_[level] = 0;
+    }
+
+    T* sums_;
+    i64 width_;
+    int count_[LEVELS] = {};
+};
+
+}  // namespace
+
+API int mp_version() { return 1; }  // counts changes of these functions; cpu.py expects the same
+
+API int mp_avx2(int on) {  // on < 0 asks
+    if (on >= 0) avx2 = on && cpu_has_avx2();
+    return avx2;
+}
+
+API int mp_threads(int count) {  // count < 1 asks
+    if (count >= 1) threads = count;
+    return threads;
+}
+
+API int mp_finite(const float* x, i64 n) {
+    std::atomic<bool> fine{true};
+    split(n, 1, GRAIN, [&](int, i64 begin, i64 end) {
+        for (i64 at = begin; at < end && fine; at += 1 << 16)
+            if (!finite(x + at, std::min<i64>(1 << 16, end - at))) fine = false;
+    });
+    return fine;
+}
+
+// ---- dense and casts ----------------------------------------------------------------------------
+
+namespace {
+
+enum Kind { FLOAT32, FLOAT16, BFLOAT16 };
+
+u16 half_of(float x) {
+    const u32 sign = bits_of(x) >> 16 & 0x8000;
+    u32 a = std::min<u32>(bits_of(x) & 0x7FFFFFFF, 0x477FE000);       // 65504
+    if (a < 0x38800000)                                               // subnormal: steps of 2**-24
+        return u16(sign | (bits_of(float_of(a) + 0.5f) - 0x3F000000));  // as have floats from 0.5 on
+    a += 0xFFF + (a >> 13 & 1);
+    return u16(sign | (a - 0x38000000) >> 13);
+}
+
+float widen_half(u16 half) {
+    const u32 sign = u32(half & 0x8000) << 16, a = half & 0x7FFF;
+    if (a < 0x400) return float_of(bits_of(float(a) * 5.9604644775390625e-8f) | sign);  // 2**-24
+    return float_of(sign | ((a << 13) + (a < 0x7C00 ? 0x38000000 : 0x70000000)));
+}
+
+u16 bfloat_of(float x) {
+    const u32 bits = bits_of(x);
+    const u32 rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    const bool overflow = (bits & 0x7FFFFFFF) < 0x7F800000 && (rounded & 0x7FFF) >= 0x7F80;
+    const bool nan = (bits & 0x7FFFFFFF) > 0x7F800000;
+    return u16(nan ? bits >> 16 | 0x40 : rounded - overflow);
+}
+
+void half_encode_plain(const float* x, i64 n, u8* data) {
+    for (i64 i = 0; i < n; i++) put(data + 2 * i, half_of(x[i]));
+}
+
+void half_add_plain(const u8* data, i64 n, float weight, float* out) {
+    for (i64 i = 0; i < n; i++) out[i] += widen_half(get<u16>(data + 2 * i)) * weight;
+}
+
+#if HAVE_AVX2
+AVX2 void half_encode_avx2(const float* x, i64 n, u8* data) {
+    const __m256 most = _mm256_set1_ps(65504), least = _mm256_set1_ps(-65504);
+    i64 i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m256 v = _mm256_max_ps(least, _mm256_min_ps(most, _mm256_loadu_ps(x + i)));
+        const __m128i half = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(data + 2 * i), half);
+    }
+    half_encode_plain(x + i, n - i, data + 2 * i);
+}
+
+AVX2 void half_add_avx2(const u8* data, i64 n, float weight, float* out) {
+    const __m256 w = _mm256_set1_ps(weight);
+    i64 i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(data + 2 * i));
+        const __m256 v = _mm256_mul_ps(_mm256_cvtph_ps(half), w);
+        _mm256_storeu_ps(out + i, _mm256_add_ps(_mm256_loadu_ps(out + i), v));
+    }
+    half_add_plain(data + 2 * i, n - i, weight, out + i);
+}
+#endif
+
+// Is any exponent all ones? `top` is the exponent's mask, `step` its lowest bit.
+bool finite16(const u8* data, i64 n, u16 top, u16 step) {
+    u16 seen = 0;
+    for (i64 i = 0; i < n; i++) seen |= u16((get<u16>(data + 2 * i) & top) + step);
+    return !(seen >> 15);
+}
+
+}  // namespace
+
+API void mp_cast_encode(const float* x, i64 n, int kind, u8* data) {
+    split(n, 1, GRAIN, [&](int, i64 begin, i64 end) {
+        const i64 count = end - begin;
+        const float* from = x + begin;
+        u8* to = data + 2 * begin;
+        if (kind == BFLOAT16) {
+            for (i64 i = 0; i < count; i++) put(to + 2 * i, bfloat_of(from[i]));
+            return;
+        }
+#if HAVE_AVX2
+        if (avx2) return half_encode_avx2(from, count, to);
+#endif
+        half_encode_plain(from, count, to);
+    });
+}
+
+// out += or, if fresh, = the sum over packets of weight * the floats; INVALID if a 16-bit one is not
+// finite.
+API i64 mp_float_decode(const u8* const* data, i64 packets, int kind, float weight, float* out, i64 n,
+                        int fresh) {
+    const u16 top = kind == FLOAT16 ? 0x7C00 : 0x7F80, step = kind == FLOAT16 ? 0x0400 : 0x0080;
+    std::atomic<bool> bad{false};
+    add_packets(packets, out, n, fresh, [&](i64 p, i64 at, i64 count, float* to) {
+        if (kind == FLOAT32) {
+            const u8* from = data[p] + 4 * at;
+            for (i64 i = 0; i < count; i++) to[i] += get<float>(from + 4 * i) * weight;
+            return;
+        }
+        const u8* from = data[p] + 2 * at;
+        if (!finite16(from, count, top, step)) bad = true;
+        if (kind == BFLOAT16) {
+            for (i64 i = 0; i < count; i++)
+                to[i] += float_of(u32(get<u16>(from + 2 * i)) << 16) * weight;
+            return;
+        }
+#if HAVE_AVX2
+        if (avx2) return half_add_avx2(from, count, weight, to);
+#endif
+        half_add_plain(from, count, weight, to);
+    });
+    return bad ? INVALID : 0;
+}
+
+// ---- Strom: elements beyond a threshold, as words index << 1 | positive --------------------------
+
+namespace {
+
+struct Threshold {
+    float tau;
+    bool strict;
+    bool passes(float v) const { return strict ? std::fabs(v) > tau : std::fabs(v) >= tau; }
+};
+
+// The words of elements begin ... end - 1 of owed + grad (of grad, if `owed` is null) go to `words`,
+// what is still owed goes to `out`. Returns the end of the words.
+u8* strom_plain(const float* grad, const float* owed, float* out, i64 begin, i64 end, Threshold t,
+                u8* words) {
+    const float minus = -1.0f * t.tau;
+    for (i64 i = begin; i < end; i++) {
+        float v = owed ? owed[i] + grad[i] : grad[i];
+        if (t.passes(v)) {
+            put(words, u32(i) << 1 | (v > 0));
+            words += 4;
+            v += v > 0 ? minus : -minus;
+        }
+        if (owed) out[i] = v;
+    }
+    return words;
+}
+
+#if HAVE_AVX2
+// 32 elements at a time; those that pass are so few that one branch over all 32 pays.
+template <bool OWED, bool STRICT>
+AVX2 u8* strom_avx2(const float* grad, const float* owed, float* out, i64 begin, i64 end, Threshold t,
+                    bool stream, u8* words) {
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
+    const __m256 tau = _mm256_set1_ps(t.tau);
+    i64 i = begin;
+    while (stream && i < end && reinterpret_cast<uintptr_t>(out + i) % 32)
+        words = strom_plain(grad, owed, out, i, i + 1, t, words), i++;
+    for (; i + 32 <= end; i += 32) {
+        __m256 v[4], hit[4];
+        for (int k = 0; k < 4; k++) {
+            v[k] = _mm256_loadu_ps(grad + i + 8 * k);
+            if (OWED) v[k] = _mm256_add_ps(_mm256_loadu_ps(owed + i + 8 * k), v[k]);
+            hit[k] = _mm256_cmp_ps(_mm256_and_ps(v[k], magnitude), tau,
+                                   STRICT ? _CMP_GT_OQ : _CMP_GE_OQ);
+        }
+        const __m256 any = _mm256_or_ps(_mm256_or_ps(hit[0], hit[1]), _mm256_or_ps(hit[2], hit[3]));
+        if (_mm256_movemask_ps(any)) {
+            alignas(32) float group[32];
+            u32 mask = 0;
+            for (int k = 0; k < 4; k++) {
+                _mm256_store_ps(group + 8 * k, v[k]);
+                mask |= u32(_mm256_movemask_ps(hit[k])) << 8 * k;
+            }
+            const float minus = -1.0f * t.tau;
+            for (; mask; mask &= mask - 1) {
+                const int at = __builtin_ctz(mask);
+                const bool positive = group[at] > 0;
+                put(words, u32(i + at) << 1 | positive);
+                words += 4;
+                group[at] += positive ? minus : -minus;
+            }
+            for (int k = 0; k < 4; k++) v[k] = _mm256_load_ps(group + 8 * k);
+        }
+        if (!OWED) continue;
+        for (int k = 0; k < 4; k++)
+            if (stream) _mm256_stream_ps(out + i + 8 * k, v[k]);
+            else _mm256_storeu_ps(out + i + 8 * k, v[k]);
+    }
+    if (stream) _mm_sfence();
+    return strom_plain(grad, owed, out, i, end, t, words);
+}
+#endif
+
+u8* strom_scan(const float* grad, const float* owed, float* out, i64 begin, i64 end, Threshold t,
+               bool stream, u8* words) {
+#if HAVE_AVX2
+    if (avx2) {
+        const auto scan = owed ? t.strict ? strom_avx2<true, true> : strom_avx2<true, false>
+                               : t.strict ? strom_avx2<false, true> : strom_avx2<false, false>;
+        return scan(grad, owed, out, begin, end, t, stream, words);
+    }
+#endif
+    return strom_plain(grad, owed, out, begin, end, t, words);
+}
+
+// Where the words of one packet stand, and which of them is next.
+struct Words {
+    const u8* data;
+    i64 count, next = 0;
+    i64 index(i64 i) const { return get<u32>(data + 4 * i) >> 1; }
+
+    bool ascend_below(i64 n) const {
+        i64 descents = 0, last = -1;
+        for (i64 i = 0; i < count; i++) {
+            descents += index(i) <= last;
+            last = index(i);
+        }
+        return !descents && last < n;
+    }
+
+    void seek(i64 element) {  // the first word at or after this element
+        i64 low = 0, high = count;
+        while (low < high) {
+            const i64 middle = (low + high) / 2;
+            if (index(middle) < element) low = middle + 1;
+            else high = middle;
+        }
+        next = low;
+    }
+};
+
+}  // namespace
+
+// `owed` and `out` null: encodes `grad`. Room for 4 * n bytes in `data`. Returns the bytes used.
+API i64 mp_strom_encode(const float* grad, const float* owed, float* out, i64 n, float tau, int strict,
+                        u8* data) {
+    const bool stream = owed && out != owed && n >= STREAM;
+    std::vector<i64> begins(threads + 1, n), used(threads + 1, 0);
+    split(n, 32, GRAIN, [&](int part, i64 begin, i64 end) {  // each part where it would be, were all sent
+        begins[part] = begin;
+        u8* words = data + 4 * begin;
+        used[part] = strom_scan(grad, owed, out, begin, end, {tau, strict != 0}, stream, words) - words;
+    });
+    i64 total = 0;
+    for (int part = 0; part <= threads; part++) {
+        if (used[part] && total != 4 * begins[part])
+            std::memmove(data + total, data + 4 * begins[part], used[part]);
+        total += used[part];
+    }
+    return total;
+}
+
+// out += or, if fresh, = the sum over packets of +-(weight * tau) at the indices named. `sizes` in
+// bytes. INVALID unless indices ascend and stay below n; `out` is then as it was.
+API i64 mp_strom_decode(const u8* const* data, const i64* sizes, i64 packets, float tau, float weight,
+                        float* out, i64 n, int fresh) {
+    for (i64 p = 0; p < packets; p++)
+        if (!Words{data[p], sizes[p] / 4}.ascend_below(n)) return INVALID;
+    const float quantum = weight * tau, level[2] = {-quantum, quantum};
+    split(n, CHUNK, GRAIN, [&](int, i64 begin, i64 end) {
+        std::vector<Words> words;
+        for (i64 p = 0; p < packets; p++) {
+            words.push_back({data[p], sizes[p] / 4});
+            words.back().seek(begin);
+        }
+        for (i64 at = begin; at < end; at += CHUNK) {
+            const i64 stop = fresh ? std::min(end, at + CHUNK) : end;
+            if (fresh) std::memset(out + at, 0, 4 * (stop - at));
+            for (auto& w : words)
+                for (; w.next < w.count && w.index(w.next) < stop; w.next++)
+                    out[w.index(w.next)] += level[get<u32>(w.data + 4 * w.next) & 1];
+            if (!fresh) return;
+        }
+    });
+    return 0;
+}
