@@ -2,7 +2,7 @@
 
 from mpicomp.errors import SpecError
 
-EXCHANGES = ("allgather", "allreduce", "sharded", "silent")
+EXCHANGES = ("allgather", "allreduce", "hierarchical", "sharded", "silent")
 
 
 def exchange(name):

@@ -98,8 +98,8 @@ class Sharded(Exchange):
         lengths = self.lengths(mail.headers, [m.payload.size for m in mail.first])
         mail.payload_starts = [sum(lengths[:rank]) for rank in range(self.wire.size)]
         mail.make_room_for_result(sum(lengths))
-        if sum(lengths):
-            yield [self.wire.allgatherv(4, mail.second.payload[:used], mail.result, lengths)]
+        yield [self.wire.allgatherv(4, mail.second.payload[:used], mail.result, lengths)
+               ] if sum(lengths) else []
 
     def decode(self, mail, step, weight):
         mail.flat[...] = 0

@@ -35,6 +35,20 @@ class Wire:
         self.meter.count("Iallreduce", send.nbytes, receive.nbytes)
         return self._stages[stage].Iallreduce(send, receive, op)
 
+    def reduce(self, stage, send, receive):
+        """The sum of every rank's `send` in rank 0's `receive` (None elsewhere)."""
+        from mpi4py import MPI
+
+        self.meter.count("Ireduce", send.nbytes if self.rank else 0,
+                         0 if self.rank else receive.nbytes)
+        return self._stages[stage].Ireduce(send, receive, MPI.SUM, 0)
+
+    def bcast(self, stage, buffer):
+        """Rank 0's `buffer` in everybody's."""
+        self.meter.count("Ibcast", 0 if self.rank else buffer.nbytes,
+                         buffer.nbytes if self.rank else 0)
+        return self._stages[stage].Ibcast(buffer, 0)
+
     def alltoall(self, stage, send, receive):
         """Block r of `send` to rank r, block r of `receive` from rank r, blocks of equal size.
 

@@ -43,6 +43,7 @@ using u64 = uint64_t;
 constexpr i64 GRAIN = 1 << 17;   // a thread is not worth starting for fewer elements
 constexpr i64 STREAM = 1 << 20;  // arrays of so many elements are written past the caches
 constexpr i64 CHUNK = 4096;      // elements of output that several packets are summed into at once
+constexpr int MOST_THREADS = 64;
 constexpr i64 INVALID = -1;      // returned for a packet that no encoder wrote
 
 template <class T> inline T get(const u8* from) {
@@ -192,7 +193,7 @@ API int mp_avx2(int on) {  // on < 0 asks
 }
 
 API int mp_threads(int count) {  // count < 1 asks
-    if (count >= 1) threads = count;
+    if (count >= 1) threads = std::min(count, MOST_THREADS);
     return threads;
 }
 
@@ -435,14 +436,14 @@ struct Words {
 API i64 mp_strom_encode(const float* grad, const float* owed, float* out, i64 n, float tau, int strict,
                         u8* data) {
     const bool stream = owed && out != owed && n >= STREAM;
-    std::vector<i64> begins(threads + 1, n), used(threads + 1, 0);
+    i64 begins[MOST_THREADS] = {}, used[MOST_THREADS] = {};
     split(n, 32, GRAIN, [&](int part, i64 begin, i64 end) {  // each part where it would be, were all sent
         begins[part] = begin;
         u8* words = data + 4 * begin;
         used[part] = strom_scan(grad, owed, out, begin, end, {tau, strict != 0}, stream, words) - words;
     });
     i64 total = 0;
-    for (int part = 0; part <= threads; part++) {
+    for (int part = 0; part < MOST_THREADS; part++) {
         if (used[part] && total != 4 * begins[part])
             std::memmove(data + total, data + 4 * begins[part], used[part]);
         total += used[part];
@@ -474,3 +475,150 @@ API i64 mp_strom_decode(const u8* const* data, const i64* sizes, i64 packets, fl
     });
     return 0;
 }
+
+// ---- 1-bit SGD: two means a column and a bit an element -------------------------------------------
+
+namespace {
+
+constexpr i64 SCRATCH = 1 << 17;  // floats that a strip of columns may take in cache
+constexpr i64 MOST_SCRATCH = 1 << 21;
+constexpr i64 WIDEST = 1024;      // columns of a strip
+
+// A strip of columns on its way: v = owed + grad of all its rows is kept, in scratch or in `out`.
+struct Strip {
+    const float *grad, *owed;
+    float* v;
+    i64 pitch, v_pitch, width;  // elements from row to row of grad and owed, of v; columns
+};
+
+// Up to 32 rows from `row` on: bits to `word`, sums of the non-negative and the negative to `positive`
+// and `negative`, one row after the other; `from` is the first column. v is kept if there is `owed`.
+void onebit_rows_plain(const Strip& s, i64 row, int rows, i64 from, u32* word, float* positive,
+                       float* negative) {
+    for (int r = 0; r < rows; r++) {
+        const i64 at = (row + r) * s.pitch;
+        for (i64 c = from; c < s.width; c++) {
+            const float v = s.owed ? s.owed[at + c] + s.grad[at + c] : s.grad[at + c];
+            if (s.owed) s.v[(row + r) * s.v_pitch + c] = v;
+            const bool bit = v >= 0;
+            word[c] |= u32(bit) << r;
+            positive[c] += bit ? v : 0.0f;
+            negative[c] += bit ? 0.0f : v;
+        }
+    }
+}
+
+#if HAVE_AVX2
+// ROWS rows, of which the first has bit `first`; sums stay in registers while they are added.
+template <bool OWED, int ROWS>
+AVX2 inline void onebit_few_rows(const Strip& s, i64 row, int first, i64 width, u32* word,
+                                 float* positive, float* negative) {
+    const __m256 zero = _mm256_setzero_ps();
+    const float* grad = s.grad + row * s.pitch;
+    const float* owed = s.owed + (OWED ? row * s.pitch : 0);
+    float* keep = s.v + (OWED ? row * s.v_pitch : 0);
+    for (i64 c = 0; c < width; c += 8) {
+        __m256 up = _mm256_loadu_ps(positive + c), low = _mm256_loadu_ps(negative + c);
+        __m256i bits = _mm256_loadu_si256(reinterpret_cast<__m256i*>(word + c));
+        for (int r = 0; r < ROWS; r++) {
+            __m256 v = _mm256_loadu_ps(grad + r * s.pitch + c);
+            if (OWED) {
+                v = _mm256_add_ps(_mm256_loadu_ps(owed + r * s.pitch + c), v);
+                _mm256_storeu_ps(keep + r * s.v_pitch + c, v);
+            }
+            const __m256 bit = _mm256_cmp_ps(v, zero, _CMP_GE_OQ);
+            up = _mm256_add_ps(up, _mm256_and_ps(bit, v));
+            low = _mm256_add_ps(low, _mm256_andnot_ps(bit, v));
+            const __m256i place = _mm256_set1_epi32(int(1u << (first + r)));
+            bits = _mm256_or_si256(bits, _mm256_and_si256(_mm256_castps_si256(bit), place));
+        }
+        _mm256_storeu_ps(positive + c, up);
+        _mm256_storeu_ps(negative + c, low);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(word + c), bits);
+    }
+}
+
+template <bool OWED>
+AVX2 void onebit_rows_avx2(const Strip& s, i64 row, int rows, u32* word, float* positive,
+                           float* negative) {
+    const i64 width = s.width / 8 * 8;
+    int r = 0;
+    for (; r + 4 <= rows; r += 4)
+        onebit_few_rows<OWED, 4>(s, row + r, r, width, word, positive, negative);
+    for (; r < rows; r++)
+        onebit_few_rows<OWED, 1>(s, row + r, r, width, word, positive, negative);
+    if (width < s.width) onebit_rows_plain(s, row, rows, width, word, positive, negative);
+}
+#endif
+
+void onebit_rows(const Strip& s, i64 row, int rows, u32* word, float* positive, float* negative) {
+#if HAVE_AVX2
+    if (avx2)
+        return (s.owed ? onebit_rows_avx2<true> : onebit_rows_avx2<false>)(s, row, rows, word,
+                                                                          positive, negative);
+#endif
+    onebit_rows_plain(s, row, rows, 0, word, positive, negative);
+}
+
+// out = v + (v >= 0 ? upper : lower) for one row.
+void onebit_settle_plain(const float* v, const float* lower, const float* upper, i64 width,
+                         float* out) {
+    for (i64 c = 0; c < width; c++) out[c] = v[c] + (v[c] >= 0 ? upper[c] : lower[c]);
+}
+
+#if HAVE_AVX2
+AVX2 void onebit_settle_avx2(const float* v, const float* lower, const float* upper, i64 width,
+                             float* out, bool stream) {
+    i64 c = 0;
+    for (; c + 8 <= width; c += 8) {
+        const __m256 x = _mm256_loadu_ps(v + c);
+        const __m256 bit = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GE_OQ);
+        const __m256 mean = _mm256_blendv_ps(_mm256_loadu_ps(lower + c), _mm256_loadu_ps(upper + c), bit);
+        if (stream) _mm256_stream_ps(out + c, _mm256_add_ps(x, mean));
+        else _mm256_storeu_ps(out + c, _mm256_add_ps(x, mean));
+    }
+    onebit_settle_plain(v + c, lower + c, upper + c, width - c, out + c);
+}
+#endif
+
+bool onebit_strip(const Strip& s, i64 rows, i64 columns, i64 first, float* out, bool stream, u8* data) {
+    constexpr int LEVELS = Fold<float>::LEVELS;
+    alignas(64) float sums[2 * LEVELS * WIDEST], block[2 * WIDEST];
+    alignas(64) u32 word[WIDEST];
+    i64 count[WIDEST] = {};
+    const i64 width = s.width;
+    Fold<float> fold(sums, 2 * width);
+    for (i64 row = 0; row < rows; row += 32) {
+        std::fill(block, block + 2 * width, 0.0f);
+        std::fill(word, word + width, 0);
+        onebit_rows(s, row, int(std::min<i64>(32, rows - row)), word, block, block + width);
+        fold.add(block);
+        for (i64 c = 0; c < width; c++) count[c] += __builtin_popcount(word[c]);
+        std::memcpy(data + 4 * (columns * (2 + row / 32) + first), word, 4 * width);
+    }
+    const float* sum = fold.result();
+    float *upper = block, *lower = block + width;
+    for (i64 c = 0; c < width; c++) {
+        upper[c] = sum[c] / float(std::max<i64>(count[c], 1));
+        lower[c] = sum[width + c] / float(std::max<i64>(rows - count[c], 1));
+    }
+    std::memcpy(data + 4 * first, lower, 4 * width);
+    std::memcpy(data + 4 * (columns + first), upper, 4 * width);
+    if (!s.owed) return true;
+    if (!finite(block, 2 * width)) return false;
+    for (i64 c = 0; c < 2 * width; c++) block[c] *= -1.0f;
+    for (i64 row = 0; row < rows; row++) {
+        const float* v = s.v + row * s.v_pitch;
+        float* to = out + row * columns + first;
+#if HAVE_AVX2
+        if (avx2) {
+            onebit_settle_avx2(v, lower, upper, width, to, stream);
+            continue;
+        }
+#endif
+        onebit_settle_plain(v, lower, upper, width, to);
+    }
+    return true;
+}
+
+}  // namespace

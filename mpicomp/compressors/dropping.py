@@ -1,0 +1,103 @@
+"""Dropping: only the largest elements are sent, in full; the sparse exchange of Aji & Heafield."""
+
+from dataclasses import dataclass
+
+from mpicomp import kernels
+from mpicomp.compressor import Compressor, check_options, option
+from mpicomp.errors import PacketError, SpecError
+
+MOST_ELEMENTS = 2**31
+
+
+@dataclass(frozen=True, repr=False)
+class Dropping(Compressor):
+    """(index, value) of every |v| > cut, where a fraction `rate` of the magnitudes is <= cut.
+
+    One cut for both signs, and one for the whole bucket: with one bucket (bucket_bytes larger than
+    the model) that is the paper's global threshold. scope=layer gives each tensor its own. The
+    cut comes from `sample` elements at equal distances, or from all of them.
+
+    The test is strict, so of equal magnitudes at the cut none is sent; where all magnitudes are
+    equal nothing is sent at all, and error feedback brings them up later. A value that was sent
+    leaves a residual of exactly 0. survivors=onebit sends signs, with the means of the negative
+    and of the positive survivors of each scope.
+
+    Made to be wrapped by Residual. Source: Aji, Heafield, EMNLP 2017 (arXiv 1704.05021), sections
+    3 and 4; the index of the cut and the sample are those of the first author's code (Marian).
+    """
+
+    name = "dropping"
+    source = "Aji & Heafield, EMNLP 2017"
+    fixed = False
+    feedback = True
+
+    rate: float = option(0.99, "the fraction that is dropped", least=0)
+    scope: str = option("bucket", "what has one threshold", choices=("bucket", "layer"))
+    sample: str = option("100000", "how many magnitudes the threshold is taken from, or exact")
+    survivors: str = option("value", "how survivors are sent: float32, or a sign and two means",
+                            choices=("value", "onebit"))
+
+    def __post_init__(self):
+        check_options(self)
+        if not self.rate < 1:
+            raise SpecError(f"dropping: rate={self.rate} found, rate must be less than 1 (at 1 "
+                            "nothing is ever sent)")
+        if self.sample != "exact" and not (self.sample.isdecimal() and int(self.sample) > 0):
+            raise SpecError(f"dropping: sample={self.sample} found, sample must be exact or a "
+                            "whole number above 0")
+
+    def _scopes(self, layout):
+        """(start, stop) of everything that has a threshold of its own."""
+        if self.scope == "bucket":
+            return [(0, layout.size)]
+        return [(s.start, s.stop) for s in layout.segments]
+
+    def capacity(self, layout):
+        """At most 8 * n bytes: int32 index[count], then float32 value[count]; index in the bucket.
+
+        survivors=onebit: float32 mean[scopes][2], of the negative and of the positive survivors,
+        then uint32 words index << 1 | positive: at most 8 * scopes + 4 * n bytes. Indices ascend.
+        """
+        if layout.size > MOST_ELEMENTS:
+            raise ValueError(f"dropping: {layout.size} elements found in one bucket, an index has "
+                             f"31 bits: make bucket_bytes less than {4 * MOST_ELEMENTS}")
+        if self.survivors == "value":
+            return 8 * layout.size
+        return 8 * len(self._scopes(layout)) + 4 * layout.size
+
+    def _cut(self, x):
+        sample = 0 if self.sample == "exact" else int(self.sample)
+        return kernels.of(x).drop_cut(x, self.rate, sample)
+
+    def encode(self, x, packet, layout, key, state):
+        k, scopes = kernels.of(x), self._scopes(layout)
+        room = self.capacity(layout)
+        if self.survivors == "onebit":
+            means = packet[:8 * len(scopes)].view("float32")
+            used = 8 * len(scopes)
+            for i, (start, stop) in enumerate(scopes):
+                part = x[start:stop]
+                used += 4 * k.drop_signs(part, self._cut(part), start, means[2 * i:2 * i + 2],
+                                         packet[used:room])
+            return used
+        count = 0
+        for start, stop in scopes:
+            part = x[start:stop]
+            count += k.drop_select(part, self._cut(part), start, packet[4 * count:room])
+        k.drop_values(x, count, packet)
+        return 8 * count
+
+    def decode_add(self, packet, out, layout, key, weight=1.0):
+        k = kernels.of(out)
+        if self.survivors == "value":
+            if len(packet) % 8:
+                raise PacketError("dropping: a payload of whole (index, value) pairs of 8 bytes "
+                                  f"expected, found {len(packet)} bytes")
+            k.drop_decode_add(packet, weight, out)
+            return
+        starts = [start for start, stop in self._scopes(layout)]
+        head = 8 * len(starts)
+        if len(packet) < head or len(packet) % 4:
+            raise PacketError(f"dropping: {head} bytes of means and whole 32-bit words expected, "
+                              f"found {len(packet)} bytes")
+        k.drop_signs_decode_add(packet[head:], packet[:head].view("float32"), starts, weight, out)

@@ -1,0 +1,98 @@
+"""Hierarchical: the ranks of a node sum in full precision, one of them speaks to the other nodes.
+
+Between nodes leaders exchange compressed packets by allgather; a node counts as one rank there, so
+there are fewer packets to decode, and memory inside of a node is faster than any codec. Only
+leaders have residuals. Replicas are identical because members take the sum from their leader.
+"""
+
+import numpy as np
+
+from mpicomp import kernels, packet
+from mpicomp.exchange.allgather import Allgather
+from mpicomp.exchange.mail import Exchange, Mail
+from mpicomp.exchange.wire import Wire
+from mpicomp.packet import Header
+
+
+def node_of(comm):
+    """The ranks of `comm` that share memory with this one, as a communicator."""
+    from mpi4py import MPI
+
+    return comm.Split_type(MPI.COMM_TYPE_SHARED)
+
+
+class Hierarchical(Exchange):
+    """See the module. Rank 0 of each node, in the order of the ranks, is its leader."""
+
+    stages = 0
+
+    def __init__(self, wire):
+        super().__init__(wire)
+        node = node_of(wire.comm)
+        self.node = Wire(node, wire.meter)
+        self.node.open(4)
+        leaders = wire.comm.Split(0 if node.rank == 0 else 1)
+        self.inner = Allgather(Wire(leaders, wire.meter)) if node.rank == 0 else None
+        self.nodes = node.bcast(leaders.size)
+
+    def open(self, compressor, layout, index, grad, plan, seed):
+        return _Bucket(self, compressor, layout, index, grad, plan, seed)
+
+    def run(self, mail, step, flags):
+        Header(step, mail.index, mail.plan, 0, flags).write(mail.header)
+        yield [self.node.allgather(0, mail.header, mail.node_headers),
+               self.node.reduce(1, mail.grad, mail.sum)]
+        headers = self.read_headers(mail.node_headers,
+                                    range(0, mail.node_headers.size, packet.SIZE))
+        if mail.inner is not None:
+            yield from self._between_nodes(mail, step, headers)
+        yield [self.node.bcast(2, mail.leader_headers), self.node.bcast(3, mail.grad)]
+        mail.headers = self.read_headers(mail.leader_headers,
+                                         range(0, mail.leader_headers.size, packet.SIZE))
+
+    def _between_nodes(self, mail, step, headers):
+        """The leader's part: exchange the node's sum, decode the sum over nodes into mail.grad."""
+        bad = any(h.flags & packet.NONFINITE for h in headers)
+        empty = all(h.flags & packet.EMPTY for h in headers)
+        if not bad and not kernels.of(mail.sum).finite(mail.sum):
+            bad = True  # finite gradients whose sum is not
+        flags = (packet.NONFINITE if bad else 0) | (packet.EMPTY if empty else 0)
+        mail.grad[...] = mail.sum
+        yield from self.inner.run(mail.inner, step, flags)
+        for rank, header in enumerate(mail.inner.headers):
+            header.write(mail.leader_headers[rank * packet.SIZE:])
+        if not mail.inner.flagged(packet.NONFINITE):
+            with self.wire.meter.stage("decode"):
+                self.inner.decode(mail.inner, step, 1.0)
+
+    def decode(self, mail, step, weight):
+        mail.grad *= np.float32(weight)
+
+
+class _Bucket:
+    """One bucket: what members need, and the leader's mail to the other leaders."""
+
+    def __init__(self, exchange, compressor, layout, index, grad, plan, seed):
+        zeros = kernels.of(grad).zeros
+        self.index, self.grad, self.plan = index, grad, plan
+        self.header = zeros(packet.SIZE, np.uint8)
+        self.node_headers = zeros(packet.SIZE * exchange.node.size, np.uint8)
+        self.leader_headers = zeros(packet.SIZE * exchange.nodes, np.uint8)
+        self.headers, self.inner, self.sum = [], None, None
+        if exchange.inner is not None:
+            self.sum = zeros(layout.size)
+            self.inner = Mail(compressor, layout, index, grad, plan, seed, exchange.inner.wire)
+            exchange.inner.prepare(self.inner)
+
+    flagged = Mail.flagged
+
+    def commit(self):
+        if self.inner is not None:
+            self.inner.commit()
+
+    def persistent(self) -> dict:
+        return {} if self.inner is None else self.inner.persistent()
+
+    def restore(self, arrays):
+        if self.inner is not None:
+            self.inner.restore(arrays)

@@ -1,0 +1,76 @@
+"""Gradient dropping: the cut from a sample, and indices with values or signs, in NumPy."""
+
+import numpy as np
+
+from mpicomp.errors import PacketError
+from mpicomp.kernels.reference.sums import finite, total
+
+
+def drop_cut(x, rate, sample):
+    """The magnitude that a fraction `rate` of a sample of |x| does not exceed.
+
+    The sample is S = min(sample, n) elements at stride n // S from the first on, or all n where
+    sample = 0; the cut is number max(0, int(S * rate) - 1) of the S magnitudes in ascending
+    order, in float64 arithmetic (Marian's rule). A single element has the cut 0: it would
+    never exceed itself.
+    """
+    n = x.size
+    if n < 2:
+        return np.float32(0)
+    size = min(sample, n) if sample else n
+    stride = n // size
+    magnitudes = np.abs(x[:size * stride:stride])
+    number = max(0, int(size * rate) - 1)
+    return np.partition(magnitudes, number)[number]
+
+
+def drop_select(x, cut, start, data) -> int:
+    """int32 start + i for each |x[i]| > cut, ascending, at the front of `data`; returns how many."""
+    sent = np.flatnonzero(np.abs(x) > cut)
+    data[:4 * sent.size].view(np.int32)[:] = sent + start
+    return sent.size
+
+
+def drop_values(x, count, data):
+    """float32 x[index] behind the `count` indices at the front of `data`."""
+    index = data[:4 * count].view(np.int32)
+    data[4 * count:8 * count].view(np.float32)[:] = x[index]
+
+
+def drop_decode_add(data, weight, out):
+    """out += weight * value at the indices named, which must ascend."""
+    count = data.size // 8
+    index = data[:4 * count].view(np.int32)
+    values = data[4 * count:].view(np.float32)
+    if count and (index[0] < 0 or index[-1] >= out.size or (np.diff(index) <= 0).any()):
+        raise PacketError(f"dropping: indices must ascend and stay below {out.size}")
+    if not finite(values):
+        raise PacketError("dropping: a value in the payload is not finite")
+    out[index] += np.float32(weight) * values
+
+
+def drop_signs(x, cut, start, means, data) -> int:
+    """uint32 (start + i) << 1 | (x[i] > 0) for each |x[i]| > cut; returns how many.
+
+    means = the mean of the negative and of the positive ones of these, 0 where there are none;
+    sums follow `sums.total` over the elements sent, in ascending order.
+    """
+    sent = np.flatnonzero(np.abs(x) > cut)
+    values = x[sent]
+    for side, kept in enumerate((values[values < 0], values[values > 0])):
+        means[side] = total(kept) / np.float32(max(kept.size, 1))
+    words = (sent + start).astype(np.uint32) << 1 | (values > 0)
+    data[:4 * sent.size].view(np.uint32)[:] = words
+    return sent.size
+
+
+def drop_signs_decode_add(data, means, starts, weight, out):
+    """out += weight * the mean of the word's sign in its scope; scope i begins at starts[i]."""
+    words = data.view(np.uint32)
+    index = (words >> 1).astype(np.int64)
+    if index.size and (index[-1] >= out.size or (np.diff(index) <= 0).any()):
+        raise PacketError(f"dropping: indices must ascend and stay below {out.size}")
+    if not finite(means):
+        raise PacketError("dropping: a mean in the payload is not finite")
+    scope = np.searchsorted(starts, index, side="right") - 1
+    out[index] += (means * np.float32(weight)).reshape(-1, 2)[scope, words & 1]
