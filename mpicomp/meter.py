@@ -12,6 +12,7 @@ class Meter:
     received    bytes that those calls delivered here from other ranks, or as a reduced result
     dense       bytes that float32 gradients would have been: 4 a parameter and step
     ratio       dense / sent
+    within      bytes handed to calls among the ranks of one node (hierarchical), in no other figure
     calls       bytes sent by MPI call, {"Iallgather": ..., "Iallreduce": ...}
     steps       steps that were exchanged; `skipped` of them had a gradient that was not finite
     seconds     by stage: encode, post (MPI calls and polling), wait, decode
@@ -19,7 +20,7 @@ class Meter:
     """
 
     def __init__(self):
-        self.sent = self.received = self.dense = self.steps = self.skipped = 0
+        self.sent = self.received = self.dense = self.within = self.steps = self.skipped = 0
         self.calls, self.seconds = Counter(), Counter()
         self.last = {"sent": 0, "received": 0, "dense": 0}
         self._before, self._inner = (0, 0, 0), 0.0
@@ -28,8 +29,11 @@ class Meter:
     def ratio(self) -> float:
         return self.dense / self.sent if self.sent else float("nan")
 
-    def count(self, call, sent, received):
+    def count(self, call, sent, received, within=False):
         """Book one MPI call."""
+        if within:
+            self.within += sent
+            return
         self.calls[call] += sent
         self.sent += sent
         self.received += received

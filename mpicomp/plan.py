@@ -1,6 +1,7 @@
 """What the ranks must agree on before the first step, and what a Reducer refuses to start with."""
 
 import zlib
+from numbers import Integral, Real
 
 import torch
 
@@ -29,7 +30,10 @@ def check_replicas(comm, named) -> None:
 
 def trainable(named_parameters):
     """(the pairs that need gradients, what is wrong with them or None)."""
-    named = list(named_parameters)
+    try:
+        named = list(named_parameters)
+    except TypeError:  # a module
+        named = [None]
     if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in named):
         return [], SpecError("named_parameters must be (name, parameter) pairs: pass "
                              "model.named_parameters(), not model.parameters()")
@@ -40,6 +44,9 @@ def trainable(named_parameters):
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
         return [], SpecError(f"two parameters are called {twice!r}")
+    if len({id(p) for _, p in named}) < len(named):
+        return [], SpecError("one parameter is given under two names: pass "
+                             "model.named_parameters(), which names each once")
     for name, p in named:
         if p.dtype not in DTYPES:
             return [], SpecError(f"the gradient of {name!r} has dtype {p.dtype}, expected "
@@ -47,13 +54,15 @@ def trainable(named_parameters):
     return named, None
 
 
-def bad_option(bucket_bytes, seed, nonfinite):
-    if nonfinite not in ("raise", "skip"):
-        return SpecError(f"nonfinite={nonfinite!r} found, expected 'raise' or 'skip'")
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
-        return SpecError(f"seed={seed!r} found, expected a whole number from 0 to 2**64 - 1")
-    if not bucket_bytes > 0:
-        return SpecError(f"bucket_bytes={bucket_bytes!r} found, expected more than 0")
+def bad_option(bucket_bytes, seed, nonfinite, stall_timeout):
+    """What is wrong with these arguments of Reducer, or None."""
+    for name, value, kind, fits, expected in (
+            ("nonfinite", nonfinite, str, lambda v: v in ("raise", "skip"), "'raise' or 'skip'"),
+            ("seed", seed, Integral, lambda v: 0 <= v < 2**64, "a whole number below 2**64"),
+            ("bucket_bytes", bucket_bytes, Integral, lambda v: v > 0, "a whole number above 0"),
+            ("stall_timeout", stall_timeout, Real, lambda v: v > 0, "seconds, more than 0")):
+        if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
+            return SpecError(f"{name}={value!r} found, expected {expected}")
 
 
 def _bytes(parameter):

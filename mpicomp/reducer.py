@@ -37,13 +37,13 @@ class Reducer:
                  bucket_bytes=25 << 20, seed=0, nonfinite="raise", stall_timeout=600.0):
         self.comm = mpi.communicator(comm)
         mpi.end_all_on_exception(self.comm)
-        self.average, self.seed, self.nonfinite = average, seed, nonfinite
+        self.average, self.seed, self.nonfinite = bool(average), seed, nonfinite
         self.stats = Meter()
         self.step = 0
         named, problem = trainable(named_parameters)
         try:
             self.method = systems.method(method)
-            problem = problem or bad_option(bucket_bytes, seed, nonfinite)
+            problem = problem or bad_option(bucket_bytes, seed, nonfinite, stall_timeout)
         except SpecError as error:
             self.method, problem = None, error
         self._plan = agree_on_plan(

@@ -21,7 +21,7 @@ class DoReFa(Compressor):
     The paper quantises what flows back through the layers of one network, a scale for each
     sample, and exchanges nothing. A parameter's gradient has no samples, so the scale is that of
     the tensor; to send it between ranks is this package's use of f_gamma.
-    Source: Zhou, Wu, Ni, Zhou, Wen, Zou, arXiv 1606.06160, equation 12.
+    Source: Zhou, Wu, Ni, Zhou, Wen, Zou, arXiv 1606.06160, the quantiser f_gamma of gradients.
     """
 
     name = "dorefa"

@@ -22,8 +22,8 @@ class Dropping(Compressor):
     leaves a residual of exactly 0. survivors=onebit sends signs, with the means of the negative
     and of the positive survivors of each scope.
 
-    Made to be wrapped by Residual. Source: Aji, Heafield, EMNLP 2017 (arXiv 1704.05021), sections
-    3 and 4; the index of the cut and the sample are those of the first author's code (Marian).
+    Made to be wrapped by Residual. Source: Aji, Heafield, EMNLP 2017 (arXiv 1704.05021); the
+    index of the cut and the sample are those of the first author's code (Marian).
     """
 
     name = "dropping"

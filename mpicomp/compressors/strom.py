@@ -25,7 +25,8 @@ class Strom(Compressor):
     fixed = False
     feedback = True
 
-    tau: float = option(0.01, "the threshold and the quantum, in units of the gradient", above=0)
+    tau: float = option(0.01, "the threshold and the quantum, in units of the gradient",
+                        least=1e-30, most=1e30)
     strict: bool = option(True, "send beyond tau only, not at tau itself")
 
     def __post_init__(self):

@@ -29,7 +29,7 @@ class Hierarchical(Exchange):
     def __init__(self, wire):
         super().__init__(wire)
         node = node_of(wire.comm)
-        self.node = Wire(node, wire.meter)
+        self.node = Wire(node, wire.meter, within=True)
         self.node.open(4)
         leaders = wire.comm.Split(0 if node.rank == 0 else 1)
         self.inner = Allgather(Wire(leaders, wire.meter)) if node.rank == 0 else None

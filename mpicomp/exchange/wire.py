@@ -10,8 +10,8 @@ class Wire:
     each of them buckets go in plan order (see pipeline.py).
     """
 
-    def __init__(self, comm, meter):
-        self.comm, self.meter = comm, meter
+    def __init__(self, comm, meter, within=False):
+        self.comm, self.meter, self.within = comm, meter, within
         self.size, self.rank = comm.size, comm.rank
         self._stages = []
 
@@ -20,32 +20,35 @@ class Wire:
         while len(self._stages) < stages:
             self._stages.append(self.comm.Dup())
 
+    def _count(self, call, sent, received):
+        self.meter.count(call, sent, received, self.within)
+
     def allgather(self, stage, send, receive):
         """Every rank's `send` (equal lengths) side by side in `receive`; both uint8."""
-        self.meter.count("Iallgather", send.nbytes, receive.nbytes - send.nbytes)
+        self._count("Iallgather", send.nbytes, receive.nbytes - send.nbytes)
         return self._stages[stage].Iallgather(send, receive)
 
     def allgatherv(self, stage, send, receive, lengths):
         """Every rank's `send`, of the given lengths in bytes, side by side in `receive`."""
-        self.meter.count("Iallgatherv", send.nbytes, sum(lengths) - send.nbytes)
+        self._count("Iallgatherv", send.nbytes, sum(lengths) - send.nbytes)
         return self._stages[stage].Iallgatherv(send, [receive, lengths])
 
     def allreduce(self, stage, send, receive, op):
         """The sum or maximum of every rank's `send` in `receive`."""
-        self.meter.count("Iallreduce", send.nbytes, receive.nbytes)
+        self._count("Iallreduce", send.nbytes, receive.nbytes)
         return self._stages[stage].Iallreduce(send, receive, op)
 
     def reduce(self, stage, send, receive):
         """The sum of every rank's `send` in rank 0's `receive` (None elsewhere)."""
         from mpi4py import MPI
 
-        self.meter.count("Ireduce", send.nbytes if self.rank else 0,
+        self._count("Ireduce", send.nbytes if self.rank else 0,
                          0 if self.rank else receive.nbytes)
         return self._stages[stage].Ireduce(send, receive, MPI.SUM, 0)
 
     def bcast(self, stage, buffer):
         """Rank 0's `buffer` in everybody's."""
-        self.meter.count("Ibcast", 0 if self.rank else buffer.nbytes,
+        self._count("Ibcast", 0 if self.rank else buffer.nbytes,
                          buffer.nbytes if self.rank else 0)
         return self._stages[stage].Ibcast(buffer, 0)
 
@@ -55,10 +58,10 @@ class Wire:
         The block for this rank itself does not travel and is not counted.
         """
         share = send.nbytes // self.size
-        self.meter.count("Ialltoall", send.nbytes - share, receive.nbytes - share)
+        self._count("Ialltoall", send.nbytes - share, receive.nbytes - share)
         return self._stages[stage].Ialltoall(send, receive)
 
     def alltoallv(self, stage, send, receive):
         """`send` and `receive` are (uint8 array, lengths, starts), one length and start a rank."""
-        self.meter.count("Ialltoallv", sum(send[1]), sum(receive[1]))
+        self._count("Ialltoallv", sum(send[1]), sum(receive[1]))
         return self._stages[stage].Ialltoallv([send[0], send[1:]], [receive[0], receive[1:]])

@@ -570,6 +570,8 @@ void onebit_settle_plain(const float* v, const float* lower, const float* upper,
 AVX2 void onebit_settle_avx2(const float* v, const float* lower, const float* upper, i64 width,
                              float* out, bool stream) {
     i64 c = 0;
+    while (stream && c < width && reinterpret_cast<uintptr_t>(out + c) % 32) c++;
+    onebit_settle_plain(v, lower, upper, c, out);
     for (; c + 8 <= width; c += 8) {
         const __m256 x = _mm256_loadu_ps(v + c);
         const __m256 bit = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GE_OQ);
@@ -581,44 +583,287 @@ AVX2 void onebit_settle_avx2(const float* v, const float* lower, const float* up
 }
 #endif
 
-bool onebit_strip(const Strip& s, i64 rows, i64 columns, i64 first, float* out, bool stream, u8* data) {
-    constexpr int LEVELS = Fold<float>::LEVELS;
-    alignas(64) float sums[2 * LEVELS * WIDEST], block[2 * WIDEST];
+void onebit_settle(const float* v, const float* lower, const float* upper, i64 width, float* out,
+                   bool stream) {
+#if HAVE_AVX2
+    if (avx2) return onebit_settle_avx2(v, lower, upper, width, out, stream);
+#endif
+    onebit_settle_plain(v, lower, upper, width, out);
+}
+
+// The means from the sums of the non-negative and the negative values, where `count` are the former.
+void onebit_means(const float* positive, const float* negative, const i64* count, i64 rows, i64 width,
+                  float* lower, float* upper) {
+    for (i64 c = 0; c < width; c++) {
+        upper[c] = positive[c] / float(std::max<i64>(count[c], 1));
+        lower[c] = negative[c] / float(std::max<i64>(rows - count[c], 1));
+    }
+}
+
+void count_bits(const u32* word, i64 width, i64* count) {
+    for (i64 c = 0; c < width; c++) {
+        u32 w = word[c] - (word[c] >> 1 & 0x55555555);
+        w = (w & 0x33333333) + (w >> 2 & 0x33333333);
+        w = (w + (w >> 4)) & 0x0F0F0F0F;
+        w += w >> 8;
+        count[c] += (w + (w >> 16)) & 63;
+    }
+}
+
+// One strip of columns from `first` on; INVALID if a mean is not finite and there is `owed`.
+i64 onebit_strip(const Strip& s, i64 rows, i64 columns, i64 first, float* out, bool stream, u8* data) {
+    alignas(64) float memory[2 * Fold<float>::LEVELS * WIDEST], block[2 * WIDEST];
     alignas(64) u32 word[WIDEST];
     i64 count[WIDEST] = {};
     const i64 width = s.width;
-    Fold<float> fold(sums, 2 * width);
+    Fold<float> fold(memory, 2 * width);
     for (i64 row = 0; row < rows; row += 32) {
         std::fill(block, block + 2 * width, 0.0f);
         std::fill(word, word + width, 0);
         onebit_rows(s, row, int(std::min<i64>(32, rows - row)), word, block, block + width);
         fold.add(block);
-        for (i64 c = 0; c < width; c++) count[c] += __builtin_popcount(word[c]);
+        count_bits(word, width, count);
         std::memcpy(data + 4 * (columns * (2 + row / 32) + first), word, 4 * width);
     }
     const float* sum = fold.result();
-    float *upper = block, *lower = block + width;
-    for (i64 c = 0; c < width; c++) {
-        upper[c] = sum[c] / float(std::max<i64>(count[c], 1));
-        lower[c] = sum[width + c] / float(std::max<i64>(rows - count[c], 1));
-    }
+    float *lower = block, *upper = block + width;
+    onebit_means(sum, sum + width, count, rows, width, lower, upper);
     std::memcpy(data + 4 * first, lower, 4 * width);
     std::memcpy(data + 4 * (columns + first), upper, 4 * width);
-    if (!s.owed) return true;
-    if (!finite(block, 2 * width)) return false;
+    if (!s.owed) return 0;
+    if (!finite(block, 2 * width)) return INVALID;
     for (i64 c = 0; c < 2 * width; c++) block[c] *= -1.0f;
-    for (i64 row = 0; row < rows; row++) {
-        const float* v = s.v + row * s.v_pitch;
-        float* to = out + row * columns + first;
+    for (i64 row = 0; row < rows; row++)
+        onebit_settle(s.v + row * s.v_pitch, lower, upper, width, out + row * columns + first, stream);
+    return 0;
+}
+
 #if HAVE_AVX2
-        if (avx2) {
-            onebit_settle_avx2(v, lower, upper, width, to, stream);
-            continue;
+// Eight blocks of 32 consecutive elements: lane b of the sums belongs to block b.
+template <bool OWED>
+AVX2 void onebit_blocks_avx2(const float* grad, const float* owed, float* v, u32* word,
+                             float* positive, float* negative) {
+    __m256 up = _mm256_setzero_ps(), low = up;
+    std::fill(word, word + 8, 0);
+    for (int k = 0; k < 4; k++) {
+        __m256 a[8], b[8];
+        for (int i = 0; i < 8; i++) {
+            const i64 at = 32 * i + 8 * k;
+            a[i] = _mm256_loadu_ps(grad + at);
+            if (OWED) {
+                a[i] = _mm256_add_ps(_mm256_loadu_ps(owed + at), a[i]);
+                _mm256_storeu_ps(v + at, a[i]);
+            }
+            const __m256 bit = _mm256_cmp_ps(a[i], _mm256_setzero_ps(), _CMP_GE_OQ);
+            word[i] |= u32(_mm256_movemask_ps(bit)) << 8 * k;
+        }
+        for (int i = 0; i < 8; i += 4)  // turn rows into columns: pairs, quads, halves
+            for (int j = 0; j < 2; j++) {
+                const __m256 p = a[i + j], q = a[i + j + 2];  // rows j and j + 2 of four
+                b[i + 2 * j] = _mm256_unpacklo_ps(p, q);
+                b[i + 2 * j + 1] = _mm256_unpackhi_ps(p, q);
+            }
+        for (int i = 0; i < 8; i += 4)
+            for (int j = 0; j < 2; j++) {
+                a[i + 2 * j] = _mm256_unpacklo_ps(b[i + j], b[i + j + 2]);
+                a[i + 2 * j + 1] = _mm256_unpackhi_ps(b[i + j], b[i + j + 2]);
+            }
+        for (int j = 0; j < 4; j++) {
+            b[j] = _mm256_permute2f128_ps(a[j], a[j + 4], 0x20);
+            b[j + 4] = _mm256_permute2f128_ps(a[j], a[j + 4], 0x31);
+        }
+        for (int j = 0; j < 8; j++) {
+            const __m256 bit = _mm256_cmp_ps(b[j], _mm256_setzero_ps(), _CMP_GE_OQ);
+            up = _mm256_add_ps(up, _mm256_and_ps(bit, b[j]));
+            low = _mm256_add_ps(low, _mm256_andnot_ps(bit, b[j]));
+        }
+    }
+    _mm256_storeu_ps(positive, up);
+    _mm256_storeu_ps(negative, low);
+}
+#endif
+
+// A matrix of one column: a vector. v = owed + grad is kept in `out`.
+i64 onebit_column(const float* grad, const float* owed, float* out, i64 rows, u8* data) {
+    float memory[2 * Fold<float>::LEVELS], positive[8], negative[8];
+    u32 word[8];
+    i64 count = 0;
+    Fold<float> fold(memory, 2);
+    for (i64 row = 0; row < rows;) {
+        const float* more = owed ? owed + row : nullptr;
+        int blocks = 1;
+#if HAVE_AVX2
+        if (avx2 && rows - row >= 256) {
+            blocks = 8;
+            (owed ? onebit_blocks_avx2<true> : onebit_blocks_avx2<false>)(
+                grad + row, more, out + (owed ? row : 0), word, positive, negative);
         }
 #endif
-        onebit_settle_plain(v, lower, upper, width, to);
+        if (blocks == 1) {
+            word[0] = 0, positive[0] = negative[0] = 0;
+            onebit_rows_plain({grad + row, more, out + (owed ? row : 0), 1, 1, 1}, 0,
+                              int(std::min<i64>(32, rows - row)), 0, word, positive, negative);
+        }
+        for (int b = 0; b < blocks; b++, row += 32) {
+            const float block[2] = {positive[b], negative[b]};
+            fold.add(block);
+            count_bits(word + b, 1, &count);
+            put(data + 8 + row / 8, word[b]);
+        }
     }
-    return true;
+    float lower[WIDEST], upper[WIDEST];
+    onebit_means(fold.result(), fold.result() + 1, &count, rows, 1, lower, upper);
+    put(data, lower[0]);
+    put(data + 4, upper[0]);
+    if (!owed) return 0;
+    if (!finite(lower, 1) || !finite(upper, 1)) return INVALID;
+    std::fill(lower, lower + WIDEST, -1.0f * lower[0]);
+    std::fill(upper, upper + WIDEST, -1.0f * upper[0]);
+    for (i64 at = 0; at < rows; at += WIDEST)
+        onebit_settle(out + at, lower, upper, std::min(WIDEST, rows - at), out + at, false);
+    return 0;
 }
 
 }  // namespace
+
+// `owed` and `out` null: encodes `grad`. INVALID if there is `owed` and a mean is not finite.
+API i64 mp_onebit_encode(const float* grad, const float* owed, float* out, i64 rows, i64 columns,
+                         u8* data) {
+    if (columns == 1) return onebit_column(grad, owed, out, rows, data);
+    i64 width = WIDEST;  // of a strip: as wide as keeps v in cache, between whole cache lines of `out`
+    if (owed && rows) width = std::min(WIDEST, std::max<i64>(64, SCRATCH / rows / 16 * 16));
+    const bool roomy = owed && rows * width <= MOST_SCRATCH;
+    const i64 offset = reinterpret_cast<uintptr_t>(out) / 4 % 16;
+    const bool stream = owed && roomy && columns % 16 == 0 && rows * columns >= STREAM;
+    thread_local std::vector<float> scratch;
+    if (roomy) scratch.resize(std::max<size_t>(scratch.size(), threads * rows * width));
+    float* const memory = scratch.data();
+    std::atomic<bool> bad{false};
+    split(columns, 16, std::max<i64>(16, GRAIN / std::max<i64>(rows, 1)), [&](int part, i64 begin, i64 end) {
+        for (i64 first = begin, stop; first < end; first = stop) {
+            stop = std::min(end, (first + offset + width) / 16 * 16 - offset);
+            Strip s{grad + first, owed ? owed + first : nullptr, memory + part * rows * width,
+                    columns, width, stop - first};
+            if (!roomy && owed) s.v = out + first, s.v_pitch = columns;
+            if (onebit_strip(s, rows, columns, first, out, stream, data)) bad = true;
+        }
+    });
+    return bad ? INVALID : 0;
+}
+
+namespace {
+
+// out (from zero if `fresh`) += level[bit] for the `width` columns of one row, packet after packet.
+// Packet p has its words at words[p] and its two rows of levels at levels + 2 * p * WIDEST.
+void onebit_row_plain(const u8* const* words, const float* levels, i64 packets, int bit, i64 from,
+                      i64 width, float* out, bool fresh) {
+    for (i64 c = from; c < width; c++) {
+        float sum = fresh ? 0.0f : out[c];
+        for (i64 p = 0; p < packets; p++) {
+            const u32 one = get<u32>(words[p] + 4 * c) >> bit & 1;
+            sum += levels[(2 * p + one) * WIDEST + c];
+        }
+        out[c] = sum;
+    }
+}
+
+#if HAVE_AVX2
+AVX2 void onebit_row_avx2(const u8* const* words, const float* levels, i64 packets, int bit, i64 width,
+                          float* out, bool fresh, bool stream) {
+    const __m128i shift = _mm_cvtsi32_si128(31 - bit);  // the bit becomes the sign that blendv reads
+    i64 c = 0;
+    while (stream && c < width && reinterpret_cast<uintptr_t>(out + c) % 32) c++;
+    onebit_row_plain(words, levels, packets, bit, 0, c, out, fresh);
+    for (; c + 8 <= width; c += 8) {
+        __m256 sum = fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(out + c);
+        for (i64 p = 0; p < packets; p++) {
+            const float* level = levels + 2 * p * WIDEST + c;
+            const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words[p] + 4 * c));
+            const __m256 mask = _mm256_castsi256_ps(_mm256_sll_epi32(word, shift));
+            sum = _mm256_add_ps(sum, _mm256_blendv_ps(_mm256_loadu_ps(level),
+                                                      _mm256_loadu_ps(level + WIDEST), mask));
+        }
+        if (stream) _mm256_stream_ps(out + c, sum);
+        else _mm256_storeu_ps(out + c, sum);
+    }
+    onebit_row_plain(words, levels, packets, bit, c, width, out, fresh);
+}
+
+// Whole words of a single column: 32 elements each.
+AVX2 void onebit_column_avx2(const u8* words, i64 count, float lower, float upper, float* out) {
+    const __m256 low = _mm256_set1_ps(lower), up = _mm256_set1_ps(upper);
+    const __m256i shift = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    for (i64 w = 0; w < count; w++, out += 32) {
+        const u32 word = get<u32>(words + 4 * w);
+        for (int k = 0; k < 4; k++) {
+            const __m256i bits = _mm256_sllv_epi32(_mm256_set1_epi32(int(word >> 8 * k)), shift);
+            const __m256 level = _mm256_blendv_ps(low, up, _mm256_castsi256_ps(bits));
+            _mm256_storeu_ps(out + 8 * k, _mm256_add_ps(_mm256_loadu_ps(out + 8 * k), level));
+        }
+    }
+}
+#endif
+
+// Elements `at` ... at + count - 1 of a single column; `at` is a multiple of 32.
+void onebit_column_add(const u8* data, i64 at, i64 count, float weight, float* out) {
+    const float level[2] = {get<float>(data) * weight, get<float>(data + 4) * weight};
+    const u8* words = data + 8 + at / 8;
+    i64 i = 0;
+#if HAVE_AVX2
+    if (avx2) onebit_column_avx2(words, count / 32, level[0], level[1], out), i = count / 32 * 32;
+#endif
+    for (; i < count; i++) out[i] += level[get<u32>(words + i / 32 * 4) >> i % 32 & 1];
+}
+
+bool onebit_finite(const u8* data, i64 columns) {
+    u32 seen = 0;
+    for (i64 c = 0; c < 2 * columns; c++) seen |= (get<u32>(data + 4 * c) & 0x7F800000) + 0x00800000;
+    return !(seen >> 31);
+}
+
+}  // namespace
+
+// out += or, if fresh, = the sum over packets of weight * the mean that each bit stands for. INVALID
+// if a mean is not finite; `out` is then as it was.
+API i64 mp_onebit_decode(const u8* const* data, i64 packets, i64 rows, i64 columns, float weight,
+                         float* out, int fresh) {
+    for (i64 p = 0; p < packets; p++)
+        if (!onebit_finite(data[p], columns)) return INVALID;
+    if (columns == 1) {
+        add_packets(packets, out, rows, fresh, [&](i64 p, i64 at, i64 count, float* to) {
+            onebit_column_add(data[p], at, count, weight, to);
+        });
+        return 0;
+    }
+    const bool stream = fresh && columns % 16 == 0 && rows * columns >= STREAM;
+    const i64 offset = reinterpret_cast<uintptr_t>(out) / 4 % 16;
+    thread_local std::vector<float> memory;
+    memory.resize(std::max<size_t>(memory.size(), threads * packets * 2 * WIDEST));
+    float* const tables = memory.data();
+    split(columns, 16, std::max<i64>(16, GRAIN / std::max<i64>(rows, 1)), [&](int part, i64 begin, i64 end) {
+        float* levels = tables + part * packets * 2 * WIDEST;
+        std::vector<const u8*> words(packets);
+        for (i64 first = begin, stop; first < end; first = stop) {
+            stop = std::min(end, (first + offset + WIDEST) / 16 * 16 - offset);
+            const i64 width = stop - first;
+            for (i64 p = 0; p < packets; p++)
+                for (i64 c = 0; c < width; c++)
+                    for (i64 k = 0; k < 2; k++)
+                        levels[(2 * p + k) * WIDEST + c] =
+                            get<float>(data[p] + 4 * (k * columns + first + c)) * weight;
+            for (i64 row = 0; row < rows; row++) {
+                for (i64 p = 0; p < packets; p++)
+                    words[p] = data[p] + 4 * (columns * (2 + row / 32) + first);
+                float* to = out + row * columns + first;
+#if HAVE_AVX2
+                if (avx2) {
+                    onebit_row_avx2(words.data(), levels, packets, row % 32, width, to, fresh, stream);
+                    continue;
+                }
+#endif
+                onebit_row_plain(words.data(), levels, packets, row % 32, 0, width, to, fresh);
+            }
+        }
+    });
+    return 0;
+}
