@@ -2,6 +2,9 @@
 
 from hashlib import blake2b
 
+import numpy as np
+
+from mpicomp import mpi
 from mpicomp.errors import MismatchError, SpecError
 
 
@@ -10,15 +13,20 @@ def digest(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def agree(comm, facts: dict, hint="every rank must be started with the same arguments") -> int:
+def agree(comm, facts: dict, hint="every rank must be started with the same arguments",
+          timeout=600.0) -> int:
     """Compare `facts` (name -> value or list of lines) over all ranks; returns their digest.
 
     Raises MismatchError on every rank, naming the first rank and fact that differ from rank 0's.
     A rank that found a problem of its own puts it under "problem", so that nobody waits for it; a
-    problem that all share is a SpecError. Collective, blocking; 8 bytes a rank where all is well.
+    problem that all share is a SpecError. StallError after `timeout` seconds without the others.
+    Collective; 16 bytes a rank where all is well.
     """
     mine = digest("\n".join(f"{name}: {value}" for name, value in facts.items()))
-    if len(set(comm.allgather((mine, "problem" in facts)))) == 1 and "problem" not in facts:
+    told = np.array([mine, "problem" in facts], np.uint64)
+    heard = np.zeros((comm.size, 2), np.uint64)
+    mpi.wait(comm, comm.Iallgather(told, heard), timeout, "comparing configurations")
+    if (heard == told).all() and "problem" not in facts:
         return mine
     everyone = comm.allgather(facts)
     problems = [theirs.get("problem") for theirs in everyone]

@@ -16,6 +16,7 @@ Three decisions carry the rest of the package:
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -143,8 +144,15 @@ def option(default, doc, *, choices=None, above=None, least=None, most=None):
 
 
 def check_options(compressor) -> None:
-    """Raise SpecError for a field whose value is outside of what `option` declared."""
+    """Raise SpecError for a field whose value is outside of what `option` declared.
+
+    A whole number for a float, and NumPy's numbers, are turned into Python's own.
+    """
     for f in fields(compressor):
+        value = getattr(compressor, f.name)
+        number = {float: Real, int: Integral}.get(f.type)
+        if number and isinstance(value, number) and not isinstance(value, bool):
+            object.__setattr__(compressor, f.name, f.type(value))
         _check(compressor.name, f, getattr(compressor, f.name))
 
 

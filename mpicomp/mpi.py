@@ -3,8 +3,9 @@
 import os
 import sys
 import traceback
+from time import perf_counter, sleep
 
-from mpicomp.errors import LaunchError
+from mpicomp.errors import LaunchError, StallError
 
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
@@ -45,6 +46,17 @@ def communicator(comm=None):
     return (MPI.COMM_WORLD if comm is None else comm).Dup()
 
 
+def wait(comm, request, timeout, what):
+    """Wait for a request without spinning. Raises StallError after `timeout` seconds."""
+    start, pause = perf_counter(), 0.0
+    while not request.Test():
+        if perf_counter() - start > timeout:
+            raise StallError(f"rank {comm.rank} waited {timeout:g} s while {what}: another rank has "
+                             "ended or never came here, or is slower than stall_timeout allows")
+        sleep(pause)
+        pause = min(pause + 1e-5, 1e-3)
+
+
 def end_all_on_exception(comm):
     """From now on an exception that nobody catches ends every rank, instead of leaving them hanging.
 
@@ -63,8 +75,6 @@ def end_all_on_exception(comm):
             previous(kind, value, trace)
         sys.stderr.flush()
         if issubclass(kind, (Exception, KeyboardInterrupt)):
-            from time import sleep
-
             sleep(0.5)  # let the others say theirs
             comm.Abort(1)
 

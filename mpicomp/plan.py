@@ -17,15 +17,16 @@ def agree_on_plan(comm, method, named, problem, **options) -> int:
              "parameter": [f"{name} {list(p.shape)} {p.dtype}" for name, p in named]}
     if problem:
         facts["problem"] = str(problem)
-    return agree(comm, facts, "every rank must build the same model and Reducer")
+    return agree(comm, facts, "every rank must build the same model and Reducer",
+                 options["stall_timeout"] if not problem else 600.0)
 
 
-def check_replicas(comm, named) -> None:
+def check_replicas(comm, named, timeout) -> None:
     """Raise MismatchError on all ranks unless all hold the same parameter values."""
     if comm.size > 1:
         facts = [f"{name} {zlib.crc32(_bytes(p)):08x}" for name, p in named]
         agree(comm, {"value of parameter": facts},
-              "call mpicomp.broadcast_parameters(model) before the first step")
+              "call mpicomp.broadcast_parameters(model) before the first step", timeout)
 
 
 def trainable(named_parameters):

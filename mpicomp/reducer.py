@@ -48,7 +48,7 @@ class Reducer:
             self.method, problem = None, error
         self._plan = agree_on_plan(
             self.comm, self.method, named, problem, seed=seed, average=average,
-            nonfinite=nonfinite, bucket_bytes=bucket_bytes)
+            nonfinite=nonfinite, bucket_bytes=bucket_bytes, stall_timeout=stall_timeout)
         self._named = named
         self._wire = Wire(self.comm, self.stats)
         self._pipeline = Pipeline(self.comm, stall_timeout)
@@ -57,6 +57,7 @@ class Reducer:
         self._warm = self._open(systems.method("dense")) if self.method.warmup else None
         self._next = 0  # the bucket to launch next: plan order, on every rank
         self._finished = False
+        self._optimizers, self._stepped = [], set()
         self._synchronising, self._checked = True, False
         self._bad = {}
         self._hooks = [slot.parameter.register_post_accumulate_grad_hook(
@@ -76,14 +77,37 @@ class Reducer:
                           for bucket in self._buckets]
 
     def attach(self, optimizer):
-        """Call `finish` before every optimizer.step(). Returns self.
+        """Call `finish` before every optimizer.step(), or at the end of its closure. Returns self.
 
         The optimizer stays the user's own object. From now on every rank must call step()
         equally often, also where a rank had no examples.
         """
-        optimizer.register_step_pre_hook(lambda *_: self.finish())
-        optimizer.register_step_post_hook(lambda *_: self._reopen())
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+        self._optimizers.append(optimizer)
         return self
+
+    def _before_step(self, optimizer, args, kwargs):
+        """Finish; or, where step is given a closure that runs backward itself, finish after that."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self.finish()
+            return None
+
+        def averaged():
+            loss = closure()
+            self.finish()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": averaged}
+        return (args[0], averaged, *args[2:]), kwargs
+
+    def _after_step(self, optimizer, args, kwargs):
+        """When every attached optimizer has stepped, the next step begins."""
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) == len(self._optimizers):
+            self._reopen()
 
     @contextmanager
     def no_sync(self):
@@ -112,6 +136,7 @@ class Reducer:
 
     def _reopen(self):
         """A new step begins."""
+        self._stepped.clear()
         if self._finished:
             self._finished = False
             self._next = 0
@@ -137,7 +162,7 @@ class Reducer:
     def _launch(self, bucket, touched):
         """Send a complete bucket on its way."""
         if not self._checked:
-            check_replicas(self.comm, self._named)
+            check_replicas(self.comm, self._named, self._pipeline.timeout)
             self._checked = True
         bad = bucket.first_bad()
         flags = (packet.NONFINITE if bad else 0) | (0 if touched else packet.EMPTY)

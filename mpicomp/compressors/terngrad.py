@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from mpicomp import kernels
 from mpicomp.compressor import Compressor, State, check_options, option
+from mpicomp.errors import PacketError
 
+LARGEST = 3.4e38
 PACKINGS = ("2bit", "planar", "int8", "int16")
 
 
@@ -85,6 +87,9 @@ class TernGrad(Compressor):
         self.expect(packet, self.capacity(layout))
         decode_add = kernels.of(out).ternary_decode_add
         scale = packet[:self.shared_bytes(layout)].view("float32")
-        self.expect_finite(scale)
+        most = LARGEST / (self.most_ranks or 1)  # a sum of codes must stay finite
+        if scale.size and not (0 <= scale.min() and scale.max() <= most):
+            raise PacketError(f"{self.name}: scales from 0 to {most:.3g} expected, "
+                              f"found {scale.min()} to {scale.max()}")
         for i, segment, part in self._parts(layout):
             decode_add(packet[part], scale[i], self.packing, weight, out[segment.slice])

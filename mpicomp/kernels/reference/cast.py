@@ -8,7 +8,10 @@ from mpicomp.kernels.reference.sums import finite
 
 def dense_decode_add(data, weight, out):
     """out += weight * float32[n]."""
-    out += data.view(np.float32) * np.float32(weight)
+    values = data.view(np.float32)
+    if not finite(values):
+        raise PacketError("dense: a value in the payload is not finite")
+    out += values * np.float32(weight)
 
 
 def cast_encode(x, kind, data):

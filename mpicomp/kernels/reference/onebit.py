@@ -80,10 +80,13 @@ def onebit_decode_add_cntk(data, rows, columns, weight, out):
     lower, upper = (np.ascontiguousarray(words[:, k]).view(np.float32) for k in (0, 1))
     if not (finite(lower) and finite(upper)):
         raise PacketError("onebit: a bound in the payload is not finite")
-    half = (upper - lower) * np.float32(0.5)
-    same = upper - lower < np.float32(1e-36)
-    level = [np.where(same, lower, np.float32(bit + 0.5) * half + lower) * np.float32(weight)
-             for bit in (0, 1)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        half = (upper - lower) * np.float32(0.5)
+        same = upper - lower < np.float32(1e-36)
+        level = [np.where(same, lower, np.float32(bit + 0.5) * half + lower) * np.float32(weight)
+                 for bit in (0, 1)]
+    if not (finite(level[0]) and finite(level[1])):
+        raise PacketError("onebit: the bounds of a column are too far apart")
     row = np.arange(rows, dtype=np.uint32)
     bits = words[:, 2 + row % count].T >> (row // count)[:, None] & 1
     out += np.where(bits == 1, level[1], level[0]).reshape(-1)
