@@ -14,10 +14,54 @@ def main(arguments=None) -> int:
     parser.add_argument("--version", action="version", version=f"mpicomp {mpicomp.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("methods", help="list the methods and their options").set_defaults(
-        run=show_methods)
+        run=lambda _: show_methods())
     commands.add_parser("doctor", help="say what is installed, and what to type if it is not"
-                        ).set_defaults(run=doctor)
-    return parser.parse_args(arguments).run()
+                        ).set_defaults(run=lambda _: doctor())
+    _bench_commands(commands.add_parser("bench", help="measure, in turn with MPI and torch"))
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except mpicomp.MpicompError as error:
+        print(f"mpicomp {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _bench_commands(parser):
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    allreduce = kinds.add_parser("allreduce", help="the mean of N floats over the ranks present")
+    allreduce.add_argument("--sizes", nargs="+", type=lambda text: int(float(text)),
+                           default=[10_000, 1_000_000, 25_000_000], metavar="N")
+    step = kinds.add_parser("step", help="seconds per training step, against torch's DDP on gloo")
+    step.add_argument("--model", default="cnn", choices=("cnn", "transformer", "mlp"))
+    step.add_argument("--steps", type=int, default=4, help="timed steps in each round")
+    step.add_argument("--no-peers", dest="peers", action="store_false", help="leave out DDP")
+    for kind, rounds in ((allreduce, 10), (step, 5)):
+        kind.add_argument("--methods", nargs="+", metavar="SPEC",
+                          default=["dense", "terngrad", "onebit", "strom:tau=3"])
+        kind.add_argument("--rounds", type=int, default=rounds, help="turns of each contender")
+        kind.add_argument("--json", metavar="FILE", help="write the figures there")
+        kind.set_defaults(run=bench)
+
+
+def bench(options) -> int:
+    """Run one benchmark on the ranks present; rank 0 prints and writes."""
+    for spec in options.methods:
+        mpicomp.method(spec)
+    from mpicomp import mpi
+    from mpicomp.bench import timing
+
+    if options.kind == "allreduce":
+        from mpicomp.bench import allreduce
+
+        result = allreduce.run(options.methods, options.sizes, options.rounds)
+    else:
+        from mpicomp.bench import step
+
+        result = step.run(options.model, options.methods, options.rounds, options.steps,
+                          options.peers)
+    if options.json and mpi.load().COMM_WORLD.rank == 0:
+        timing.write_json(options.json, {**timing.surroundings(), **result})
+    return 0
 
 
 def show_methods() -> int:
