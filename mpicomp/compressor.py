@@ -96,6 +96,10 @@ class Compressor(ABC):
         """The largest number of ranks over which the sum of payloads is exact, or None."""
         return None
 
+    def alias(self, x):
+        """The payload for `x` where it is the memory of `x` itself, as uint8, or None."""
+        return None
+
     def shared_bytes(self, layout) -> int:
         """Bytes at the front of a payload that all ranks agreed on; MPI adds what follows them."""
         return 0

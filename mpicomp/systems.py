@@ -3,9 +3,10 @@ over which exchange."""
 
 from dataclasses import dataclass, fields, replace
 
-from mpicomp.compressor import (Compressor, find, option, parse_options, registry, spec_text,
-                                split_spec)
-from mpicomp.compressors import BFloat16, Dense, Float16, OneBit, Residual, Strom, TernGrad
+from mpicomp.compressor import (Compressor, find, from_spec, option, parse_options, registry,
+                                spec_text, split_spec)
+from mpicomp.compressors import (AdaComp, BFloat16, Cases, Dense, DoReFa, Dropping, Dryden,
+                                 Float16, OneBit, Residual, Rule, Strom, TernGrad)
 from mpicomp.errors import SpecError
 from mpicomp.exchange import EXCHANGES, exchange
 
@@ -43,14 +44,23 @@ class Method:
         return isinstance(self.compressor, Residual)
 
     def __repr__(self):
-        core = self.compressor.inner if self.feedback else self.compressor
-        options = {f.name: getattr(core, f.name) for f in fields(core)}
-        options |= {"feedback": self.feedback, "exchange": self.exchange}
+        if isinstance(self.compressor, Rule):
+            head, options = f"{self.name}({self.compressor.inner.text(_show_case)})", {}
+        else:
+            head, options = self.name, _options(self.compressor)
+        options["exchange"] = self.exchange
         if self.exchange == "sharded":
             options |= {"own": self.own, "adagrad": self.adagrad}
         if self.warmup:
             options["warmup"] = self.warmup
-        return spec_text(self.name, options)
+        return spec_text(head, options)
+
+
+def _options(compressor) -> dict:
+    """The options that name this compressor as part of a method."""
+    feedback = isinstance(compressor, Residual)
+    core = compressor.inner if feedback else compressor
+    return {f.name: getattr(core, f.name) for f in fields(core)} | {"feedback": feedback}
 
 
 def _owing(compressor, feedback):
@@ -84,12 +94,61 @@ def onebit(exchange="allgather", feedback=True, **options):
     return Method("onebit", _owing(OneBit(**options), feedback), exchange)
 
 
+def dorefa(exchange="allgather", feedback=False, **options):
+    """DoReFa (Zhou et al. 2016): random k-bit codes between -m and m, one shared m a tensor"""
+    if exchange == "allreduce":
+        # sums of int8 codes are exact up to 127 // (2**bits - 1) ranks: 8 with 4 bits, 1 with 7
+        options.setdefault("packing", "int8" if options.get("bits", 4) <= 4 else "int16")
+    return Method("dorefa", _owing(DoReFa(**options), feedback), exchange)
+
+
 def strom(exchange="allgather", feedback=True, **options):
     """Strom 2015: +-tau for what passed the threshold, 32 bits each, with error feedback"""
     return Method("strom", _owing(Strom(**options), feedback), exchange)
 
 
-METHODS = {f.__name__: f for f in (dense, fp16, bf16, terngrad, onebit, strom)}
+def dryden(exchange="allgather", feedback=True, **options):
+    """Dryden et al. 2016: signs and a mean for one in p elements of each column, error feedback"""
+    return Method("dryden", _owing(Dryden(**options), feedback), exchange)
+
+
+def dropping(exchange="allgather", feedback=True, **options):
+    """Gradient dropping (Aji & Heafield 2017): the largest 1 % in full, with error feedback"""
+    return Method("dropping", _owing(Dropping(**options), feedback), exchange)
+
+
+def adacomp(exchange="allgather", feedback=True, **options):
+    """AdaComp (Chen et al. 2018): what grew to the maximum of its bin, with error feedback"""
+    return Method("adacomp", _owing(AdaComp(**options), feedback), exchange)
+
+
+def rule(exchange="allgather", **options):
+    """another method for each parameter: rule(*.bias:dense; ndim>2:terngrad; onebit)"""
+    if "feedback" in options:
+        raise SpecError("rule: feedback belongs to the cases, as in "
+                        "rule(*.bias:fp16:feedback=no; onebit:feedback=yes)")
+    return Method("rule", Rule(**options), exchange)
+
+
+def _read_case(text):
+    """The compressor of one case of a rule: a method's, with that method's own error feedback."""
+    name, _, options = split_spec(text)
+    if name == "residual":
+        return from_spec(text)
+    for key in ("exchange", "own", "adagrad", "warmup"):
+        if key in options:
+            raise SpecError(f"rule: {key}={options[key]} found in the case {text!r}, it belongs "
+                            f"behind the bracket: rule(...):{key}={options[key]}")
+    return method(text).compressor
+
+
+def _show_case(compressor):
+    core = compressor.inner if isinstance(compressor, Residual) else compressor
+    return spec_text(core.name, _options(compressor))
+
+
+METHODS = {f.__name__: f for f in (dense, fp16, bf16, terngrad, onebit, dorefa, strom, dryden,
+                                   dropping, adacomp, rule)}
 
 
 @dataclass
@@ -123,10 +182,12 @@ def method(spec) -> Method:
         return spec
     name, inner, options = split_spec(spec)
     known = methods()
-    if inner is not None or name not in known:
+    if name not in known or inner is not None and name != "rule":
         raise SpecError(f"no method is called {spec if inner else name!r}; there are: "
                         + ", ".join(known))
     cls = find(name)
+    if inner is not None:
+        options["inner"] = Cases.read(inner, _read_case)
     options = parse_options(name, (*fields(cls), *fields(_Common)), options)
     own = {key: options.pop(key) for key in ("own", "adagrad", "warmup") if key in options}
     if name in METHODS:

@@ -9,8 +9,10 @@ from mpicomp.compressors.dropping import Dropping
 from mpicomp.compressors.dryden import Dryden
 from mpicomp.compressors.onebit import OneBit
 from mpicomp.compressors.residual import Residual
+from mpicomp.compressors.rule import Cases, Rule
 from mpicomp.compressors.strom import Strom
 from mpicomp.compressors.terngrad import TernGrad
 
-for _class in (AdaComp, BFloat16, Dense, DoReFa, Dropping, Dryden, Float16, OneBit, Residual, Strom, TernGrad):
+for _class in (AdaComp, BFloat16, Dense, DoReFa, Dropping, Dryden, Float16, OneBit, Residual,
+               Rule, Strom, TernGrad):
     register(_class)

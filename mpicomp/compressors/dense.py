@@ -19,6 +19,9 @@ class Dense(Compressor):
         """4 * n bytes: float32[n], little endian."""
         return 4 * layout.size
 
+    def alias(self, x):
+        return x.view("uint8")
+
     def encode(self, x, packet, layout, key, state):
         used = self.capacity(layout)
         packet[:used] = x.view(packet.dtype)

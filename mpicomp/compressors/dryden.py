@@ -1,4 +1,4 @@
-"""Dryden: of each column one in p elements is sent, as the mean of its kind; adaptive thresholds."""
+"""Dryden: one in p elements of each column is sent, as the mean of its sign; thresholds adapt."""
 
 from dataclasses import dataclass
 

@@ -62,6 +62,17 @@ class OneBit(Compressor):
             used = part.stop
         return used
 
+    def encode_owed(self, grad, owed, packet, layout, key, state, out=None):
+        fused = getattr(kernels.of(grad), "onebit_encode_owed", None)
+        if fused is None or self.wire == "cntk":
+            return super().encode_owed(grad, owed, packet, layout, key, state, out)
+        out, used = owed if out is None else out, 0
+        for segment, rows, columns, part in self._parts(layout):
+            fused(grad[segment.slice], owed[segment.slice], out[segment.slice], rows, columns,
+                  packet[part])
+            used = part.stop
+        return used
+
     def decode_add(self, packet, out, layout, key, weight=1.0):
         self.expect(packet, self.capacity(layout))
         k = kernels.of(out)

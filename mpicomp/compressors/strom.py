@@ -45,6 +45,12 @@ class Strom(Compressor):
     def encode(self, x, packet, layout, key, state):
         return kernels.of(x).strom_encode(x, self.tau, self.strict, packet)
 
+    def encode_owed(self, grad, owed, packet, layout, key, state, out=None):
+        fused = getattr(kernels.of(grad), "strom_encode_owed", None)
+        if fused is None:
+            return super().encode_owed(grad, owed, packet, layout, key, state, out)
+        return fused(grad, owed, owed if out is None else out, self.tau, self.strict, packet)
+
     def decode_add(self, packet, out, layout, key, weight=1.0):
         if len(packet) % 4:
             raise PacketError(f"strom: a payload of whole 32-bit words expected, "

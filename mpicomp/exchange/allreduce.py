@@ -30,19 +30,26 @@ class Allreduce(Exchange):
 
     def run(self, mail, step, flags):
         yield from self.agree(mail, flags)
-        used = self.encode(mail, step, flags)
-        shared = mail.compressor.shared_bytes(mail.layout)
-        mail.inbox[:shared] = mail.payload[:shared]
+        payload = mail.compressor.alias(mail.grad)
+        if payload is None:
+            payload = mail.payload[:self.encode(mail, step, flags)]
+        else:
+            packet.Header(step, mail.index, mail.plan, payload.size, flags).write(mail.outbox)
+        used, shared = payload.size, mail.compressor.shared_bytes(mail.layout)
+        mail.inbox[:shared] = payload[:shared]
         dtype, op = self._op(mail.compressor.summable)
         requests = [self.wire.allgather(1, mail.outbox[:packet.SIZE], mail.header_box)]
         if used > shared:
-            requests.append(self.wire.allreduce(2, mail.payload[shared:used].view(dtype),
+            requests.append(self.wire.allreduce(2, payload[shared:].view(dtype),
                                                 mail.inbox[shared:used].view(dtype), op))
         yield requests
         mail.headers = self.read_headers(mail.header_box,
                                          range(0, mail.header_box.size, packet.SIZE))
 
     def decode(self, mail, step, weight):
+        if mail.compressor.alias(mail.grad) is not None:
+            kernels.of(mail.grad).dense_scale(mail.inbox, weight, mail.grad)
+            return
         mail.grad[...] = 0
         mail.compressor.decode_add(mail.inbox, mail.grad, mail.layout,
                                    mail.key(step, self.wire.rank), weight)

@@ -867,3 +867,344 @@ API i64 mp_onebit_decode(const u8* const* data, i64 packets, i64 rows, i64 colum
     });
     return 0;
 }
+
+// ---- Philox4x32-10 -------------------------------------------------------------------------------
+
+namespace {
+
+constexpr u32 M0 = 0xD2511F53, M1 = 0xCD9E8D57, W0 = 0x9E3779B9, W1 = 0xBB67AE85;
+
+struct Philox {
+    u32 bucket, step, rank, key0, key1;
+};
+
+// The words of `blocks` blocks from block `first` on, four each.
+void philox_plain(const Philox& key, u64 first, i64 blocks, u32* words) {
+    for (i64 b = 0; b < blocks; b++) {
+        u32 c0 = u32(first + b), c1 = key.bucket, c2 = key.step, c3 = key.rank;
+        u32 k0 = key.key0, k1 = key.key1;
+        for (int round = 0; round < 10; round++, k0 += W0, k1 += W1) {
+            const u64 p0 = u64(M0) * c0, p1 = u64(M1) * c2;
+            c0 = u32(p1 >> 32) ^ c1 ^ k0, c1 = u32(p1);
+            c2 = u32(p0 >> 32) ^ c3 ^ k1, c3 = u32(p0);
+        }
+        words[4 * b] = c0, words[4 * b + 1] = c1, words[4 * b + 2] = c2, words[4 * b + 3] = c3;
+    }
+}
+
+#if HAVE_AVX2
+// Four blocks a vector, a word in the lower half of each 64-bit lane; what stands in the upper halves
+// is never read, for mul_epu32 takes the lower ones. Lanes hold blocks 0, 2, 1, 3, as unpack wants.
+AVX2 void philox_avx2(const Philox& key, u64 first, i64 blocks, u32* words) {
+    constexpr int VECTORS = 4;
+    const __m256i m0 = _mm256_set1_epi64x(M0), m1 = _mm256_set1_epi64x(M1);
+    const __m256i order = _mm256_setr_epi64x(0, 2, 1, 3);
+    i64 b = 0;
+    for (; b + 4 * VECTORS <= blocks; b += 4 * VECTORS) {
+        __m256i c0[VECTORS], c1[VECTORS], c2[VECTORS], c3[VECTORS];
+        for (int v = 0; v < VECTORS; v++) {
+            c0[v] = _mm256_add_epi64(_mm256_set1_epi64x(i64(first + b + 4 * v)), order);
+            c1[v] = _mm256_set1_epi64x(key.bucket);
+            c2[v] = _mm256_set1_epi64x(key.step);
+            c3[v] = _mm256_set1_epi64x(key.rank);
+        }
+        u32 k0 = key.key0, k1 = key.key1;
+        for (int round = 0; round < 10; round++, k0 += W0, k1 += W1) {
+            const __m256i key0 = _mm256_set1_epi64x(k0), key1 = _mm256_set1_epi64x(k1);
+            for (int v = 0; v < VECTORS; v++) {
+                const __m256i p0 = _mm256_mul_epu32(c0[v], m0), p1 = _mm256_mul_epu32(c2[v], m1);
+                c0[v] = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(c1[v], key0));
+                c2[v] = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(c3[v], key1));
+                c1[v] = p1, c3[v] = p0;
+            }
+        }
+        for (int v = 0; v < VECTORS; v++) {
+            const __m256i low = _mm256_blend_epi32(c0[v], _mm256_slli_epi64(c1[v], 32), 0xAA);
+            const __m256i high = _mm256_blend_epi32(c2[v], _mm256_slli_epi64(c3[v], 32), 0xAA);
+            __m256i* to = reinterpret_cast<__m256i*>(words + 4 * (b + 4 * v));
+            _mm256_storeu_si256(to, _mm256_unpacklo_epi64(low, high));
+            _mm256_storeu_si256(to + 1, _mm256_unpackhi_epi64(low, high));
+        }
+    }
+    philox_plain(key, first + b, blocks - b, words + 4 * b);
+}
+#endif
+
+// The words of elements start ... start + count - 1, at the place returned; `room` for count + 6.
+const u32* philox_words(const Philox& key, i64 start, i64 count, u32* room) {
+    const i64 first = start / 4, blocks = (start + count + 3) / 4 - first;
+#if HAVE_AVX2
+    if (avx2) philox_avx2(key, u64(first), blocks, room);
+    else
+#endif
+        philox_plain(key, u64(first), blocks, room);
+    return room + start % 4;
+}
+
+// ---- TernGrad: random ternary codes ---------------------------------------------------------------
+
+// max |x|, and sums over up to 32 rows of 32 numbers of x and x * x, lane by lane, in float64.
+float ternary_sums_plain(const float* x, i64 n, float largest, double* sum, double* square) {
+    for (i64 i = 0; i < n; i++) {
+        const double wide = x[i];
+        sum[i % 32] += wide;
+        square[i % 32] += wide * wide;
+        largest = std::max(largest, std::fabs(x[i]));
+    }
+    return largest;
+}
+
+#if HAVE_AVX2
+AVX2 float ternary_sums_avx2(const float* x, float largest, double* sum, double* square) {
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
+    __m256 most = _mm256_set1_ps(largest);
+    for (int lane = 0; lane < 32; lane += 16) {
+        __m256d s[4], q[4];
+        for (int k = 0; k < 4; k++) s[k] = q[k] = _mm256_setzero_pd();
+        for (int row = 0; row < 32; row++)
+            for (int k = 0; k < 4; k += 2) {
+                const __m256 v = _mm256_loadu_ps(x + 32 * row + lane + 4 * k);
+                const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+                const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+                most = _mm256_max_ps(most, _mm256_and_ps(v, magnitude));
+                s[k] = _mm256_add_pd(s[k], low);
+                s[k + 1] = _mm256_add_pd(s[k + 1], high);
+                q[k] = _mm256_add_pd(q[k], _mm256_mul_pd(low, low));
+                q[k + 1] = _mm256_add_pd(q[k + 1], _mm256_mul_pd(high, high));
+            }
+        for (int k = 0; k < 4; k++) {
+            _mm256_storeu_pd(sum + lane + 4 * k, s[k]);
+            _mm256_storeu_pd(square + lane + 4 * k, q[k]);
+        }
+    }
+    alignas(32) float lanes[8];
+    _mm256_store_ps(lanes, most);
+    return *std::max_element(lanes, lanes + 8);
+}
+#endif
+
+// The folded lanes of up to 32**4 elements to `sums` (32 of x, 32 of x * x); returns max |x|.
+float ternary_branch(const float* x, i64 n, double* sums) {
+    double memory[64 * Fold<double>::LEVELS], block[64];
+    Fold<double> fold(memory, 64);
+    float largest = 0;
+    for (i64 at = 0; at < n; at += 1024) {
+        std::fill(block, block + 64, 0.0);
+#if HAVE_AVX2
+        if (avx2 && n - at >= 1024)
+            largest = ternary_sums_avx2(x + at, largest, block, block + 32);
+        else
+#endif
+            largest = ternary_sums_plain(x + at, std::min<i64>(1024, n - at), largest, block, block + 32);
+        fold.add(block);
+    }
+    std::memcpy(sums, fold.result(), 64 * sizeof(double));
+    return largest;
+}
+
+struct Ternary {
+    float level, scale;
+    u8 digit(float x, u32 word) const {  // code + 1
+        const float draw = float(word >> 8) * 5.9604644775390625e-8f;
+        const bool hit = draw * scale < std::min(std::fabs(x), level);
+        return u8(1 + hit * ((x > 0) - (x < 0)));
+    }
+};
+
+#if HAVE_AVX2
+AVX2 i64 ternary_digits_avx2(const float* x, i64 n, Ternary t, const u32* words, u8* digits) {
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
+    const __m256 level = _mm256_set1_ps(t.level), scale = _mm256_set1_ps(t.scale);
+    const __m256 unit = _mm256_set1_ps(5.9604644775390625e-8f), zero = _mm256_setzero_ps();
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    i64 i = 0;
+    for (; i + 32 <= n; i += 32) {
+        __m256i code[4];
+        for (int k = 0; k < 4; k++) {
+            const __m256 v = _mm256_loadu_ps(x + i + 8 * k);
+            const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + i + 8 * k));
+            const __m256 draw = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(word, 8)), unit);
+            const __m256 size = _mm256_min_ps(_mm256_and_ps(v, magnitude), level);
+            const __m256 hit = _mm256_cmp_ps(_mm256_mul_ps(draw, scale), size, _CMP_LT_OQ);
+            const __m256i positive = _mm256_castps_si256(_mm256_cmp_ps(v, zero, _CMP_GT_OQ));
+            const __m256i negative = _mm256_castps_si256(_mm256_cmp_ps(v, zero, _CMP_LT_OQ));
+            code[k] = _mm256_and_si256(_mm256_castps_si256(hit), _mm256_sub_epi32(negative, positive));
+        }
+        const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(code[0], code[1]),
+                                                 _mm256_packs_epi32(code[2], code[3]));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(digits + i),
+                            _mm256_add_epi8(_mm256_permutevar8x32_epi32(bytes, order),
+                                            _mm256_set1_epi8(1)));
+    }
+    return i;
+}
+
+AVX2 i64 ternary_pack_avx2(const u8* digits, i64 n, u8* data) {
+    const __m256i pair = _mm256_set1_epi16(0x0401), quad = _mm256_set1_epi32(0x00100001);
+    const __m256i first = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                           0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    i64 i = 0;
+    for (; i + 32 <= n; i += 32) {
+        const __m256i d = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(digits + i));
+        const __m256i bytes = _mm256_madd_epi16(_mm256_maddubs_epi16(d, pair), quad);
+        const __m256i packed = _mm256_shuffle_epi8(bytes, first);
+        put(data + i / 4, _mm256_extract_epi32(packed, 0));
+        put(data + i / 4 + 4, _mm256_extract_epi32(packed, 4));
+    }
+    return i;
+}
+
+// out += table[digit] for whole groups of 32 digits; `bad` collects digits that are 3.
+AVX2 i64 ternary_add_avx2(const u8* data, i64 n, const float* level, float* out, u32* bad) {
+    const __m256 table = _mm256_setr_ps(level[0], level[1], level[2], 0, level[0], level[1], level[2], 0);
+    const __m256i shift = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+    i64 i = 0;
+    for (; i + 32 <= n; i += 32) {
+        const u64 word = get<u64>(data + i / 4), threes = word & word >> 1 & 0x5555555555555555;
+        *bad |= u32(threes | threes >> 32);
+        for (int k = 0; k < 4; k++) {  // permutevar reads two bits of each lane
+            const __m256i digit = _mm256_srlv_epi32(_mm256_set1_epi32(int(word >> 16 * k)), shift);
+            const __m256 v = _mm256_permutevar_ps(table, digit);
+            _mm256_storeu_ps(out + i + 8 * k, _mm256_add_ps(_mm256_loadu_ps(out + i + 8 * k), v));
+        }
+    }
+    return i;
+}
+#endif
+
+enum Packing { TWOBIT, PLANAR, INT8, INT16 };
+
+// The digits of elements at ... at + count - 1 of n, packed. TWOBIT: `at` is a multiple of 4.
+void ternary_pack(const u8* digits, i64 at, i64 count, i64 n, int packing, u8* data) {
+    i64 i = 0;
+    if (packing == TWOBIT) {
+        u8* to = data + at / 4;
+#if HAVE_AVX2
+        if (avx2) i = ternary_pack_avx2(digits, count, to);
+#endif
+        for (; i < count; i += 4) {
+            u8 byte = 0;
+            for (i64 k = i; k < std::min(i + 4, count); k++) byte |= u8(digits[k] << 2 * (k - i));
+            to[i / 4] = byte;
+        }
+    } else if (packing == PLANAR) {
+        const i64 quarter = n / 4 + 1;
+        while (i < count) {
+            const i64 q = (at + i) / quarter, from = (at + i) % quarter;
+            const i64 run = std::min(count - i, quarter - from);
+            for (i64 k = 0; k < run; k++) data[from + k] |= u8(digits[i + k] << 2 * q);
+            i += run;
+        }
+    } else if (packing == INT8) {
+        for (; i < count; i++) data[at + i] = u8(digits[i] - 1);
+    } else {
+        for (; i < count; i++) put(data + 2 * (at + i), int16_t(digits[i] - 1));
+    }
+}
+
+// out += code * scale for elements at ... at + count - 1 of n; false if a digit is 3.
+bool ternary_add(const u8* data, i64 at, i64 count, i64 n, int packing, float scale, float* out) {
+    const float level[4] = {-1.0f * scale, 0.0f * scale, 1.0f * scale, 0.0f};
+    i64 i = 0;
+    u32 bad = 0;
+    if (packing == TWOBIT) {
+        const u8* from = data + at / 4;
+#if HAVE_AVX2
+        if (avx2) i = ternary_add_avx2(from, count, level, out, &bad);
+#endif
+        for (; i < count; i++) {
+            const int digit = from[i / 4] >> 2 * (i % 4) & 3;
+            bad |= digit == 3;
+            out[i] += level[digit];
+        }
+    } else if (packing == PLANAR) {
+        const i64 quarter = n / 4 + 1;
+        while (i < count) {
+            const i64 q = (at + i) / quarter, from = (at + i) % quarter;
+            const i64 run = std::min(count - i, quarter - from);
+            for (i64 k = 0; k < run; k++) {
+                const int digit = data[from + k] >> 2 * q & 3;
+                bad |= digit == 3;
+                out[i + k] += level[digit];
+            }
+            i += run;
+        }
+    } else if (packing == INT8) {
+        for (; i < count; i++) out[i] += float(int8_t(data[at + i])) * scale;
+    } else {
+        for (; i < count; i++) out[i] += float(get<int16_t>(data + 2 * (at + i))) * scale;
+    }
+    return !bad;
+}
+
+}  // namespace
+
+// levels[0] = where x is clipped, levels[1] = the largest magnitude after that.
+API void mp_ternary_scale(const float* x, i64 n, double clip, float* levels) {
+    constexpr i64 BRANCH = 1 << 20;  // elements whose folded lanes are one row of the next fold
+    const i64 branches = (n + BRANCH - 1) / BRANCH;
+    thread_local std::vector<double> sums;
+    thread_local std::vector<float> largest;
+    if (i64(largest.size()) < branches) sums.resize(64 * branches), largest.resize(branches);
+    double* const rows = sums.data();
+    float* const most = largest.data();
+    split(branches, 1, 1, [&](int, i64 begin, i64 end) {
+        for (i64 b = begin; b < end; b++)
+            most[b] = ternary_branch(x + b * BRANCH, std::min(BRANCH, n - b * BRANCH), rows + 64 * b);
+    });
+    levels[0] = INFINITY;
+    levels[1] = branches ? *std::max_element(most, most + branches) : 0.0f;
+    if (clip == 0 || n < 8) return;
+    double memory[64 * Fold<double>::LEVELS], block[64], total[2] = {0, 0};
+    Fold<double> fold(memory, 64);
+    for (i64 b = 0; b < branches; b += 32) {
+        std::fill(block, block + 64, 0.0);
+        for (i64 k = b; k < std::min(b + 32, branches); k++)
+            for (int lane = 0; lane < 64; lane++) block[lane] += rows[64 * k + lane];
+        fold.add(block);
+    }
+    const double* lanes = fold.result();
+    for (int lane = 0; lane < 32; lane++) total[0] += lanes[lane], total[1] += lanes[32 + lane];
+    const double mean = total[0] / double(n), variance = total[1] / double(n) - mean * mean;
+    const float level = float(clip * std::sqrt(std::max(variance, 0.0)));
+    if (!(level > 0) || levels[1] * 1e-6f > level) return;
+    levels[0] = level;
+    levels[1] = std::min(levels[1], level);
+}
+
+API void mp_ternary_encode(const float* x, i64 n, float level, float scale, u64 seed, u32 rank,
+                           u32 step, u32 bucket, i64 start, int packing, u8* data) {
+    const Philox key{bucket, step, rank, u32(seed), u32(seed >> 32)};
+    const Ternary t{level, scale};
+    const i64 size = packing == PLANAR && n ? n / 4 + 1 : 0;
+    if (packing == PLANAR) std::memset(data, 0, size);
+    const auto encode = [&](int, i64 begin, i64 end) {
+        constexpr i64 STEP = 1024;
+        alignas(32) u32 room[STEP + 8];
+        alignas(32) u8 digits[STEP];
+        for (i64 at = begin; at < end; at += STEP) {
+            const i64 count = std::min(STEP, end - at);
+            const u32* words = philox_words(key, start + at, count, room);
+            i64 i = 0;
+#if HAVE_AVX2
+            if (avx2) i = ternary_digits_avx2(x + at, count, t, words, digits);
+#endif
+            for (; i < count; i++) digits[i] = t.digit(x[at + i], words[i]);
+            ternary_pack(digits, at, count, n, packing, data);
+        }
+    };
+    if (packing == PLANAR) encode(0, 0, n);  // bytes are shared by far away elements
+    else split(n, 1024, GRAIN / 4, encode);
+    const u8 padding[4] = {0, 1, 2, 3};
+    if (size) ternary_pack(padding, n, 4 - n % 4, n, PLANAR, data);
+}
+
+// out += or, if fresh, = the sum over packets of code * (weight * scale); INVALID for a digit of 3.
+API i64 mp_ternary_decode(const u8* const* data, const float* scales, i64 packets, int packing,
+                          float weight, float* out, i64 n, int fresh) {
+    std::atomic<bool> bad{false};
+    add_packets(packets, out, n, fresh, [&](i64 p, i64 at, i64 count, float* to) {
+        if (!ternary_add(data[p], at, count, n, packing, weight * scales[p], to)) bad = true;
+    });
+    return bad ? INVALID : 0;
+}

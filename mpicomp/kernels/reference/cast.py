@@ -14,6 +14,13 @@ def dense_decode_add(data, weight, out):
     out += values * np.float32(weight)
 
 
+def dense_scale(data, weight, out):
+    """out = weight * float32[n]."""
+    np.multiply(data.view(np.float32), np.float32(weight), out=out)
+    if not finite(out):
+        raise PacketError("dense: a value in the sum is not finite")
+
+
 def cast_encode(x, kind, data):
     """x rounded to nearest even to "float16" or "bfloat16"; finite values saturate."""
     if kind == "float16":

@@ -71,10 +71,10 @@ def dorefa_encode(x, scale, bits, packing, key, start, data):
 
 
 def dorefa_decode_add(data, scale, bits, packing, weight, out):
-    """out += (2 q - n) * (weight * (scale / n)), which is 2 m (q / n - 1/2); linear in the codes."""
-    codes = dorefa_unpack(data, bits, packing, out.size)
-    values = codes.astype(np.float32) * (np.float32(weight) *
-                                         (np.float32(scale) / np.float32(2**bits - 1)))
+    """out += weight * (((2 q - n) / n) * scale), that is 2 m (q / n - 1/2): linear in the codes."""
+    codes = dorefa_unpack(data, bits, packing, out.size).astype(np.float32)
+    with np.errstate(over="ignore"):
+        values = codes / np.float32(2**bits - 1) * np.float32(scale) * np.float32(weight)
     if not finite(values):
         raise PacketError("dorefa: a value in the payload is not finite")
     out += values

@@ -25,7 +25,7 @@ def drop_cut(x, rate, sample):
 
 
 def drop_select(x, cut, start, data) -> int:
-    """int32 start + i for each |x[i]| > cut, ascending, at the front of `data`; returns how many."""
+    """int32 start + i for each |x[i]| > cut at the front of `data`; returns how many."""
     sent = np.flatnonzero(np.abs(x) > cut)
     data[:4 * sent.size].view(np.int32)[:] = sent + start
     return sent.size
@@ -40,7 +40,7 @@ def drop_values(x, count, data):
 def drop_decode_add(data, weight, out):
     """out += weight * value at the indices named, which must ascend."""
     count = data.size // 8
-    index = data[:4 * count].view(np.int32)
+    index = data[:4 * count].view(np.int32).astype(np.int64)
     values = data[4 * count:].view(np.float32)
     if count and (index[0] < 0 or index[-1] >= out.size or (np.diff(index) <= 0).any()):
         raise PacketError(f"dropping: indices must ascend and stay below {out.size}")
