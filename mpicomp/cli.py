@@ -17,6 +17,15 @@ def main(arguments=None) -> int:
         run=lambda _: show_methods())
     commands.add_parser("doctor", help="say what is installed, and what to type if it is not"
                         ).set_defaults(run=lambda _: doctor())
+    plan = commands.add_parser("plan", help="predict every method's time here, and say what to use")
+    plan.add_argument("--gradient", type=lambda text: int(float(text)), default=25_000_000,
+                      metavar="N", help="elements of the model's gradient (default: %(default)s)")
+    plan.add_argument("--hidden", type=float, default=0.0, metavar="S",
+                      help="seconds of exchange that backward can hide (default: none)")
+    plan.add_argument("--ranks", nargs="*", type=int, default=[2, 4, 8, 16, 64], metavar="P")
+    plan.add_argument("--methods", nargs="+", metavar="SPEC", default=None)
+    plan.add_argument("--json", metavar="FILE", help="write the figures there")
+    plan.set_defaults(run=advise)
     _bench_commands(commands.add_parser("bench", help="measure, in turn with MPI and torch"))
     options = parser.parse_args(arguments)
     try:
@@ -59,6 +68,18 @@ def bench(options) -> int:
 
         result = step.run(options.model, options.methods, options.rounds, options.steps,
                           options.peers)
+    if options.json and mpi.load().COMM_WORLD.rank == 0:
+        timing.write_json(options.json, {**timing.surroundings(), **result})
+    return 0
+
+
+def advise(options) -> int:
+    """Measure links and codecs on the ranks present and predict."""
+    from mpicomp import advice, mpi
+    from mpicomp.bench import plan, timing
+
+    result = plan.run(options.gradient, options.hidden, options.methods or advice.CANDIDATES,
+                      options.ranks)
     if options.json and mpi.load().COMM_WORLD.rank == 0:
         timing.write_json(options.json, {**timing.surroundings(), **result})
     return 0

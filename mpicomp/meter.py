@@ -17,11 +17,14 @@ class Meter:
     steps       steps that were exchanged; `skipped` of them had a gradient that was not finite
     seconds     by stage: encode, post (MPI calls and polling), wait, decode
     last        sent, received and dense of the last step
+    reasons     bytes sent by reason: the method's name, "warm-up", "flush"
+    notes       what is slower or larger than asked for, and why: no fallback is silent
     """
 
     def __init__(self):
         self.sent = self.received = self.dense = self.within = self.steps = self.skipped = 0
         self.calls, self.seconds = Counter(), Counter()
+        self.reasons, self.reason, self.notes = Counter(), "", []
         self.last = {"sent": 0, "received": 0, "dense": 0}
         self._before, self._inner = (0, 0, 0), 0.0
 
@@ -35,6 +38,7 @@ class Meter:
             self.within += sent
             return
         self.calls[call] += sent
+        self.reasons[self.reason] += sent
         self.sent += sent
         self.received += received
 

@@ -1,18 +1,21 @@
 """The Reducer decides when: it watches backward, exchanges buckets, and leaves the mean in p.grad."""
 
+import sys
 from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 import torch
 
-from mpicomp import mpi, packet, systems
+from mpicomp import kernels, mpi, packet, systems
 from mpicomp.bucket import make_buckets
 from mpicomp.errors import MismatchError, NonFiniteError, SpecError
 from mpicomp.exchange.pipeline import Pipeline
 from mpicomp.exchange.wire import Wire
 from mpicomp.meter import Meter
 from mpicomp.plan import agree_on_plan, bad_option, check_replicas, trainable
+
+_said = set()  # notes that this process has printed
 
 
 class Reducer:
@@ -55,6 +58,7 @@ class Reducer:
         self._buckets = make_buckets(named, bucket_bytes)
         self._exchange, self._mail = self._open(self.method)
         self._warm = self._open(systems.method("dense")) if self.method.warmup else None
+        self._say_notes()
         self._next = 0  # the bucket to launch next: plan order, on every rank
         self._finished = False
         self._optimizers, self._stepped = [], set()
@@ -75,6 +79,18 @@ class Reducer:
         return exchange, [exchange.open(method.compressor, bucket.layout, bucket.index,
                                         bucket.grad, self._plan, self.seed)
                           for bucket in self._buckets]
+
+    def _say_notes(self):
+        """Name what is slower or larger than asked for, once in a program."""
+        if kernels.note():
+            self.stats.notes.append(kernels.note())
+        if self.method.warmup:
+            self.stats.notes.append(f"{self.method.name}: the first {self.method.warmup} steps are "
+                                    "exchanged dense (warmup)")
+        for note in self.stats.notes:
+            if self.comm.rank == 0 and note not in _said:
+                _said.add(note)
+                print(f"mpicomp: {note}", file=sys.stderr)
 
     def attach(self, optimizer):
         """Call `finish` before every optimizer.step(), or at the end of its closure. Returns self.
@@ -169,6 +185,7 @@ class Reducer:
         if bad:
             self._bad[bucket.index] = bad
         exchange, mail = self._lane
+        self.stats.reason = self.method.name if exchange is self._exchange else "warm-up"
         generator = exchange.run(mail[bucket.index], self.step, flags)
         self._next += 1
         self._pipeline.launch(f"bucket {bucket.index} in step {self.step}", generator)
@@ -240,6 +257,7 @@ class Reducer:
         for bucket, mail in zip(self._buckets, self._mail):
             owed = mail.persistent()
             mine = sum(owed.values(), np.zeros_like(bucket.grad))
+            self.stats.reason = "flush"
             self.stats.count("Allreduce", mine.nbytes, mine.nbytes)
             self.comm.Allreduce(mine, bucket.grad, MPI.SUM)
             bucket.grad *= np.float32(weight)

@@ -53,9 +53,10 @@ def dorefa_unpack(data, bits, packing, n):
     digits = np.unpackbits(data, bitorder="little")
     if digits[n * bits:].any():
         raise PacketError("dorefa: the bits after the last code are not 0")
-    place = np.int32(1) << np.arange(bits, dtype=np.int32)
-    codes = (digits[:n * bits].reshape(n, bits) * place).sum(axis=1, dtype=np.int32)
-    return 2 * codes - np.int32(2**bits - 1)
+    codes = np.zeros(n, np.int16)
+    for place in range(bits):
+        codes |= digits[place:n * bits:bits].astype(np.int16) << place
+    return 2 * codes - np.int16(2**bits - 1)
 
 
 def dorefa_encode(x, scale, bits, packing, key, start, data):

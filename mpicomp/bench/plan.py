@@ -1,0 +1,42 @@
+"""`mpicomp plan`: what each method would take here, for how many ranks, and what to use."""
+
+from mpicomp import mpi, systems
+from mpicomp.advice import advise, predict
+from mpicomp.bench.timing import table
+
+
+def run(n, hidden, candidates, ranks) -> dict:
+    """Print links, codecs and predictions on rank 0; returns the figures."""
+    comm = mpi.communicator()
+    advice = advise(comm, n, candidates, hidden)
+    counts = sorted({*ranks, comm.size} - {1})
+    rows = []
+    for p in advice.predictions:
+        method, codec = systems.method(p.method), advice.codecs[p.method]
+        others = [predict(method, codec, advice.links, n, c, hidden).total for c in counts]
+        rows.append((_short(p.method), f"{1e3 * p.encode:.1f}", f"{1e3 * p.wire:.1f}",
+                     f"{1e3 * p.decode:.1f}", f"{32 / (8 * codec.bytes):.1f}",
+                     *(f"{1e3 * t:.1f}" for t in others)))
+    if comm.rank == 0:
+        for kind, link in advice.links.items():
+            rate = 8e-9 / link.per_byte if link.per_byte else float("inf")
+            print(f"{kind}: {1e6 * link.latency:.0f} us a call, {rate:.2f} Gbit/s received a rank")
+        print(f"\n{n:,} elements, {comm.size} ranks here, {1e3 * hidden:.0f} ms hidden by backward")
+        print(table(("", "encode ms", "wire ms", "decode ms", "ratio",
+                     *(f"P={c} ms" for c in counts)), rows))
+        print(f"\nuse {_short(advice.choice)}: {advice.reason}", flush=True)
+    return {"elements": n, "ranks": comm.size, "hidden": hidden, "choice": advice.choice,
+            "reason": advice.reason,
+            "links": {k: vars(v) for k, v in advice.links.items()},
+            "codecs": {k: vars(v) for k, v in advice.codecs.items()},
+            "predictions": [{**vars(p), "total": p.total} for p in advice.predictions]}
+
+
+def _short(spec):
+    """A specification without the options that have their defaults."""
+    method = systems.method(spec)
+    if repr(systems.method(method.name)) == spec:
+        return method.name
+    if repr(systems.method(f"{method.name}:exchange={method.exchange}")) == spec:
+        return f"{method.name}:exchange={method.exchange}"
+    return spec
