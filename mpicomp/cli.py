@@ -95,7 +95,7 @@ def show_methods() -> int:
     for name, summary in mpicomp.methods().items():
         print(f"{name:10} {summary}")
         print(f"{'':10}   {mpicomp.method(name)!r}")
-        for f in fields(find(name)):
+        for f in fields(find(name)) if name != "auto" else ():
             choices = f.metadata["choices"]
             print(f"{'':10}   {f.name}: {f.metadata['doc']}"
                   + (f" ({', '.join(choices)})" if choices else ""))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from mpicomp import kernels, mpi, packet, systems
+from mpicomp.agree import digest
 from mpicomp.bucket import make_buckets
 from mpicomp.errors import MismatchError, NonFiniteError, SpecError
 from mpicomp.exchange.pipeline import Pipeline
@@ -52,7 +53,9 @@ class Reducer:
         self._plan = agree_on_plan(
             self.comm, self.method, named, problem, seed=seed, average=average,
             nonfinite=nonfinite, bucket_bytes=bucket_bytes, stall_timeout=stall_timeout)
-        self._named = named
+        self._named, self.advice = named, None
+        if self.method.name == "auto":
+            self._choose(stall_timeout)
         self._wire = Wire(self.comm, self.stats)
         self._pipeline = Pipeline(self.comm, stall_timeout)
         self._buckets = make_buckets(named, bucket_bytes)
@@ -79,6 +82,28 @@ class Reducer:
         return exchange, [exchange.open(method.compressor, bucket.layout, bucket.index,
                                         bucket.grad, self._plan, self.seed)
                           for bucket in self._buckets]
+
+    def _choose(self, stall_timeout):
+        """method="auto": measure links and codecs, and take what is predicted to be fastest."""
+        from mpicomp.advice import advise
+
+        self.advice = advise(self.comm, sum(p.numel() for _, p in self._named))
+        self.method = systems.method(self.advice.choice)
+        self._plan ^= digest(self.advice.choice)
+        self.stats.notes.append(f"auto took {self.method!r}: {self.advice.reason}")
+
+    def report(self) -> str:
+        """What the exchange took a step, by stage; with method="auto" beside what was predicted."""
+        steps = max(1, self.stats.steps)
+        now = {stage: 1e3 * seconds / steps for stage, seconds in self.stats.seconds.items()}
+        text = f"{self.method.name}: {self.stats.ratio:.1f} times less than dense, ms a step: " \
+            + ", ".join(f"{stage} {value:.1f}" for stage, value in now.items())
+        if self.advice:
+            told = next(p for p in self.advice.predictions if p.method == self.advice.choice)
+            text += (f"; predicted encode {1e3 * told.encode:.1f}, wire {1e3 * told.wire:.1f}, decode "
+                     f"{1e3 * told.decode:.1f}, together {1e3 * told.total:.1f}, found "
+                     f"{sum(now.values()):.1f}")
+        return text
 
     def _say_notes(self):
         """Name what is slower or larger than asked for, once in a program."""

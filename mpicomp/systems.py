@@ -44,6 +44,8 @@ class Method:
         return isinstance(self.compressor, Residual)
 
     def __repr__(self):
+        if self.name == "auto":
+            return "auto"
         if isinstance(self.compressor, Rule):
             head, options = f"{self.name}({self.compressor.inner.text(_show_case)})", {}
         else:
@@ -147,8 +149,13 @@ def _show_case(compressor):
     return spec_text(core.name, _options(compressor))
 
 
+def auto():
+    """whichever of dense, bf16, terngrad and onebit is predicted to be the fastest here"""
+    return Method("auto", Dense(), "allreduce")
+
+
 METHODS = {f.__name__: f for f in (dense, fp16, bf16, terngrad, onebit, dorefa, strom, dryden,
-                                   dropping, adacomp, rule)}
+                                   dropping, adacomp, rule, auto)}
 
 
 @dataclass
@@ -185,7 +192,7 @@ def method(spec) -> Method:
     if name not in known or inner is not None and name != "rule":
         raise SpecError(f"no method is called {spec if inner else name!r}; there are: "
                         + ", ".join(known))
-    cls = find(name)
+    cls = Dense if name == "auto" else find(name)
     if inner is not None:
         options["inner"] = Cases.read(inner, _read_case)
     options = parse_options(name, (*fields(cls), *fields(_Common)), options)
