@@ -93,7 +93,7 @@ def _time_call(comm, kind, size, repeats=5):
 
 
 def measure_codec(method, comm, rows=1024) -> Codec:
-    """Encode and decode a sample of normal numbers on all ranks at once; the slowest rank's time."""
+    """Encode and decode a sample of normal numbers on all ranks at once; the slowest counts."""
     c = method.compressor
     layout = Layout.of([("sample", (rows, SAMPLE // rows))])
     x = np.random.default_rng(comm.rank).standard_normal(layout.size, np.float32)

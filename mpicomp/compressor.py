@@ -25,7 +25,7 @@ from mpicomp.errors import PacketError, SpecError
 
 
 class State(SimpleNamespace):
-    """The arrays that a compressor keeps for one bucket; its attributes are the compressor's own."""
+    """The arrays that a compressor keeps for one bucket; which ones is its own business."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,11 +150,11 @@ def option(default, doc, *, choices=None, above=None, least=None, most=None):
 def check_options(compressor) -> None:
     """Raise SpecError for a field whose value is outside of what `option` declared.
 
-    A whole number for a float, and NumPy's numbers, are turned into Python's own.
+    A whole number for a float or a text, and NumPy's numbers, are turned into what it is.
     """
     for f in fields(compressor):
         value = getattr(compressor, f.name)
-        number = {float: Real, int: Integral}.get(f.type)
+        number = {float: Real, int: Integral, str: Integral}.get(f.type)
         if number and isinstance(value, number) and not isinstance(value, bool):
             object.__setattr__(compressor, f.name, f.type(value))
         _check(compressor.name, f, getattr(compressor, f.name))

@@ -1,4 +1,4 @@
-"""The one door to mpi4py: a duplicate of COMM_WORLD, and clear words where MPI is not as it seems."""
+"""The one door to mpi4py: a duplicate of COMM_WORLD, and clear words where MPI is not right."""
 
 import os
 import sys
@@ -7,7 +7,8 @@ from time import perf_counter, sleep
 
 from mpicomp.errors import LaunchError, StallError
 
-_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE",
+                   "SLURM_STEP_NUM_TASKS")
 
 
 def load():
@@ -51,14 +52,14 @@ def wait(comm, request, timeout, what):
     start, pause = perf_counter(), 0.0
     while not request.Test():
         if perf_counter() - start > timeout:
-            raise StallError(f"rank {comm.rank} waited {timeout:g} s while {what}: another rank has "
-                             "ended or never came here, or is slower than stall_timeout allows")
+            raise StallError(f"rank {comm.rank} waited {timeout:g} s while {what}: another rank "
+                             "has ended or never came here, or is slower than stall_timeout allows")
         sleep(pause)
         pause = min(pause + 1e-5, 1e-3)
 
 
 def end_all_on_exception(comm):
-    """From now on an exception that nobody catches ends every rank, instead of leaving them hanging.
+    """From now on an exception that nobody catches ends every rank, and none is left hanging.
 
     `python -m mpi4py` and launch/run do the same; this is for a plain `mpirun python script.py`.
     """

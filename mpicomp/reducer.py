@@ -1,4 +1,4 @@
-"""The Reducer decides when: it watches backward, exchanges buckets, and leaves the mean in p.grad."""
+"""The Reducer decides when: it watches backward, exchanges, and leaves the mean in p.grad."""
 
 import sys
 from contextlib import contextmanager
@@ -100,8 +100,8 @@ class Reducer:
             + ", ".join(f"{stage} {value:.1f}" for stage, value in now.items())
         if self.advice:
             told = next(p for p in self.advice.predictions if p.method == self.advice.choice)
-            text += (f"; predicted encode {1e3 * told.encode:.1f}, wire {1e3 * told.wire:.1f}, decode "
-                     f"{1e3 * told.decode:.1f}, together {1e3 * told.total:.1f}, found "
+            text += (f"; predicted encode {1e3 * told.encode:.1f}, wire {1e3 * told.wire:.1f}, "
+                     f"decode {1e3 * told.decode:.1f}, together {1e3 * told.total:.1f}, found "
                      f"{sum(now.values()):.1f}")
         return text
 
@@ -129,7 +129,7 @@ class Reducer:
         return self
 
     def _before_step(self, optimizer, args, kwargs):
-        """Finish; or, where step is given a closure that runs backward itself, finish after that."""
+        """Finish; where step is given a closure that runs backward itself, finish after that."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self.finish()
@@ -152,7 +152,7 @@ class Reducer:
 
     @contextmanager
     def no_sync(self):
-        """Within this context backward only accumulates; the next backward outside exchanges all."""
+        """In this context backward only accumulates; the next backward outside exchanges all."""
         before, self._synchronising = self._synchronising, False
         try:
             yield
@@ -274,8 +274,8 @@ class Reducer:
         has been said (Dryden 2016 does so at the end of each epoch). float32, uncompressed.
         """
         if self.method.adagrad:
-            raise SpecError("flush: with adagrad=yes the second residual is no gradient, and cannot "
-                            "be added to the first")
+            raise SpecError("flush: with adagrad=yes the second residual is no gradient, and "
+                            "cannot be added to the first")
         from mpi4py import MPI
 
         weight = 1.0 / self.comm.size if self.average else 1.0

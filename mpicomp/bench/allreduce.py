@@ -38,7 +38,7 @@ class Mean:
 
 
 class MpiAllreduce:
-    """What MPI itself takes: `Allreduce` in one blocking call, or Iallreduce with Test and sleep."""
+    """What MPI itself takes: `Allreduce` in one call, or Iallreduce with Test and sleep."""
 
     def __init__(self, n, comm, blocking):
         self.comm, self.blocking = comm, blocking

@@ -1,4 +1,4 @@
-"""Contenders in turn: medians, quartiles, ratios by round, and a warning when the machine is noisy."""
+"""Contenders in turn: medians, quartiles, ratios by round, and a warning about a noisy machine."""
 
 import json
 import os
@@ -59,8 +59,8 @@ def noise_warning(seconds):
     worst = max(seconds, key=lambda name: summary(seconds[name])["spread"])
     spread = summary(seconds[worst])["spread"]
     if spread > NOISY:
-        return (f"the machine is noisy: the rounds of {worst!r} spread over {100 * spread:.0f} % of "
-                "their median. Close other work, or take more --rounds, before quoting a figure")
+        return (f"the machine is noisy: the rounds of {worst!r} spread over {100 * spread:.0f} % "
+                "of their median. Close other work, or take more --rounds, before quoting a figure")
 
 
 def surroundings():

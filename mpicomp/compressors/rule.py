@@ -39,13 +39,14 @@ class Cases(tuple):
             if not test or not spec:
                 raise SpecError(f"rule: pattern:compressor expected, found {entry.strip()!r}")
             if set(test) & set("<=>") and not _TEST.fullmatch(test):
-                raise SpecError(f"rule: a test such as size<1000 or ndim=2 expected, found {test!r}")
+                raise SpecError("rule: a test such as size<1000 or ndim=2 expected, "
+                                f"found {test!r}")
             pairs.append((test, make(spec)))
         try:
             return cls((*pairs, ("", make(rest.strip()))))
         except SpecError as error:
-            raise SpecError("rule: the last entry has no pattern, it is the compressor of everything "
-                            f"else, as in rule(*.bias:dense; onebit). {error}") from None
+            raise SpecError("rule: the last entry has no pattern, it is the compressor of all the "
+                            f"rest, as in rule(*.bias:dense; onebit). {error}") from None
 
     def text(self, show=repr):
         """The inverse of `read`, each compressor as `show` writes it."""

@@ -23,7 +23,7 @@ class Allreduce(Exchange):
         most = compressor.most_ranks
         if most is not None and self.wire.size > most:
             return (f"sums of {compressor.summable} codes are exact up to {most} ranks, this job "
-                    f"has {self.wire.size}: use packing=int16 or exchange=allgather")
+                    f"has {self.wire.size}: use wider codes (packing=) or exchange=allgather")
 
     def prepare(self, mail):
         mail.inbox = kernels.of(mail.grad).zeros(mail.payload.size, np.uint8)

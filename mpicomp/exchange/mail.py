@@ -1,4 +1,4 @@
-"""What every exchange has in common: one compressor at work, its header, the check of all headers."""
+"""What every exchange has in common: a compressor at work, its header, the check of headers."""
 
 from abc import ABC, abstractmethod
 

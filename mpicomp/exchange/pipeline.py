@@ -1,4 +1,4 @@
-"""Drives the exchanges of many buckets at once, every MPI call in the order that all ranks share."""
+"""Drives the exchanges of many buckets at once, MPI calls in the order that all ranks share."""
 
 import os
 from time import perf_counter, sleep
@@ -37,7 +37,7 @@ class Pipeline:
         return moved
 
     def drain(self):
-        """Return when all buckets are through. Raises StallError after `timeout` seconds of nothing."""
+        """Return when all buckets are through; StallError after `timeout` seconds of nothing."""
         quiet, pause = perf_counter(), 0.0
         while not all(flight.done for flight in self._flights):
             if self.poll():

@@ -1,4 +1,4 @@
-"""Sharded: each rank owns a part, receives it compressed from all, sums it, says it compressed to all.
+"""Sharded: each rank owns a part, gets it compressed from all, and sends the sum compressed.
 
 The exchange of 1-bit SGD (Seide 2014, section 3.1) and of Dryden 2016: traffic does not depend on
 the number of ranks. Every element is quantised twice, and each time what was not said is kept:

@@ -11,10 +11,12 @@ Arguments throughout: `x` float32[n], the input, never written; `out` float32[n]
 
 from mpicomp.kernels.reference.adacomp import *  # noqa: F403
 from mpicomp.kernels.reference.cast import *  # noqa: F403
+from mpicomp.kernels.reference.columns import *  # noqa: F403
 from mpicomp.kernels.reference.dorefa import *  # noqa: F403
 from mpicomp.kernels.reference.dropping import *  # noqa: F403
 from mpicomp.kernels.reference.dryden import *  # noqa: F403
 from mpicomp.kernels.reference.onebit import *  # noqa: F403
+from mpicomp.kernels.reference.rice import *  # noqa: F403
 from mpicomp.kernels.reference.strom import *  # noqa: F403
 from mpicomp.kernels.reference.sums import *  # noqa: F403
 from mpicomp.kernels.reference.ternary import *  # noqa: F403

@@ -40,8 +40,10 @@ def dorefa_pack(codes, bits, packing, data):
     that a sum of such integers needs no offset, whatever the number of its terms.
     """
     if packing == "bits":
-        digits = np.unpackbits(codes[:, None], axis=1, count=bits, bitorder="little")
-        data[:] = np.packbits(digits.reshape(-1), bitorder="little")
+        digits = np.empty(codes.size * bits, np.uint8)
+        for place in range(bits):
+            digits[place::bits] = codes >> place & 1
+        data[:] = np.packbits(digits, bitorder="little")
     else:
         data.view(packing)[:] = 2 * codes.astype(np.int32) - (2**bits - 1)
 

@@ -74,7 +74,7 @@ def onebit_encode_cntk(x, rows, columns, data):
 
 
 def onebit_decode_add_cntk(data, rows, columns, weight, out):
-    """out += weight * ((bit + 0.5) * (upper - lower) / 2 + lower); lower if they are 1e-36 close."""
+    """out += weight * ((bit + 0.5) * (upper - lower) / 2 + lower); lower if 1e-36 close."""
     count = onebit_words(rows)
     words = data.view(np.uint32).reshape(columns, 2 + count)
     lower, upper = (np.ascontiguousarray(words[:, k]).view(np.float32) for k in (0, 1))

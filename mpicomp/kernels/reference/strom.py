@@ -5,11 +5,16 @@ import numpy as np
 from mpicomp.errors import PacketError
 
 
-def strom_encode(x, tau, strict, data) -> int:
-    """One word index << 1 | (x > 0) for each |x| > tau (>= tau if not strict); returns the bytes."""
+def strom_sent(x, tau, strict):
+    """The indices of all |x| > tau, or >= tau if not strict."""
     tau = np.float32(tau)
     size = np.abs(x)
-    sent = np.flatnonzero(size > tau if strict else size >= tau)
+    return np.flatnonzero(size > tau if strict else size >= tau)
+
+
+def strom_encode(x, tau, strict, data) -> int:
+    """One word index << 1 | (x > 0) for each element that `strom_sent` names; returns the bytes."""
+    sent = strom_sent(x, tau, strict)
     words = sent.astype(np.uint32) << 1 | (x[sent] > 0)
     data[:4 * words.size].view(np.uint32)[:] = words
     return 4 * words.size

@@ -21,14 +21,32 @@ def ternary_scale(x, clip):
     largest = np.float32(np.abs(x).max())
     if clip == 0 or n < 8:
         return np.float32(np.inf), largest
+    level = _level(x, clip, largest)
+    return level, min(largest, level)
+
+
+def _level(x, clip, largest):
+    """clip * sigma, or inf where that is next to nothing beside the largest magnitude."""
     wide = x.astype(np.float64)
-    mean = total(wide) / n
-    variance = total(wide * wide) / n - mean * mean
+    mean = total(wide) / x.size
+    variance = total(wide * wide) / x.size - mean * mean
     sigma = np.sqrt(max(variance, 0.0))
     level = np.float32(clip * sigma)
     if not level > 0 or largest * np.float32(1e-6) > level:
-        return np.float32(np.inf), largest
-    return level, min(largest, level)
+        return np.float32(np.inf)
+    return level
+
+
+def ternary_scale_code(x, clip):
+    """(inf, clip * sigma): the scaler of the authors' code, which does not look at the maximum.
+
+    Nothing is clipped here: what exceeds the scaler that the ranks agree on is sent as that. The
+    largest magnitude where clip or sigma is 0.
+    """
+    level, largest = np.float32(np.inf), np.float32(np.abs(x).max() if x.size else 0)
+    if clip and x.size:
+        level = _level(x, clip, largest)
+    return np.float32(np.inf), level if level < np.inf else largest
 
 
 def ternary_codes(x, level, scale, draws):
@@ -42,7 +60,8 @@ def ternary_codes(x, level, scale, draws):
 
 def ternary_size(n, packing):
     """The bytes of n packed codes."""
-    return {"2bit": -(-n // 4), "planar": n // 4 + 1 if n else 0, "int8": n, "int16": 2 * n}[packing]
+    return {"2bit": -(-n // 4), "planar": n // 4 + 1 if n else 0, "int8": n, "int16": 2 * n,
+            "5trit": -(-n // 5)}[packing]
 
 
 def ternary_pack(codes, packing, data):
@@ -89,3 +108,23 @@ def ternary_decode_add(data, scale, packing, weight, out):
     """out += code * (weight * scale)."""
     codes = ternary_unpack(data, packing, out.size)
     out += codes.astype(np.float32) * (np.float32(weight) * np.float32(scale))
+
+
+_TRITS = np.array([1, 3, 9, 27, 81], np.uint8)
+
+
+def ternary_encode_5trit(x, level, scale, key, start, data):
+    """Five codes a byte: the sum of (code + 1) * 3**i, the first at i = 0; missing ones are 0."""
+    digits = np.zeros(5 * data.size, np.uint8)
+    digits[:x.size] = ternary_codes(x, level, scale, philox.uniform(key, start, x.size)) + 1
+    data[:] = (digits.reshape(-1, 5) * _TRITS).sum(axis=1, dtype=np.uint8)
+
+
+def ternary_decode_add_5trit(data, scale, weight, out):
+    """out += code * (weight * scale)."""
+    digits = (data[:, None] // _TRITS % 3).reshape(-1)
+    if (data > 242).any() or digits[out.size:].any():
+        raise PacketError("terngrad: a byte of five trits is at most 242, and 0 where codes are "
+                          "missing")
+    codes = digits[:out.size].astype(np.float32) - np.float32(1)
+    out += codes * (np.float32(weight) * np.float32(scale))
