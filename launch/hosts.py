@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 
 NAMESPACES = "/run/netns"
 NEW_NET, NEW_UTS, NEW_MOUNTS = 0x40000000, 0x04000000, 0x00020000  # from <sched.h>
@@ -79,7 +80,7 @@ class Cluster:
 
     def _make(self, hosts):
         numbers = range(1, hosts + 1)
-        self.subnet = free_subnet(int.from_bytes(self.prefix.encode(), "big"))
+        self.subnet = free_subnet(zlib.crc32(self.prefix.encode()))
         batch("ip", "", [f"netns add {self.switch}"]
               + [f"netns add {self.namespace(i)}" for i in numbers])
         batch("ip", self.switch, ["link add br0 type bridge", "link set br0 up"] + [

@@ -1,4 +1,4 @@
-"""Emulated hosts: who is where, how fast the links are, how jobs end, and that nothing stays behind."""
+"""Emulated hosts: who is where, how fast links are, how jobs end, and that nothing stays behind."""
 
 import importlib.util
 import json
@@ -110,7 +110,7 @@ def travel(*words):
 
 def test_each_host_has_a_name_an_address_and_a_shaped_link(before):
     result = travel()
-    names, addresses, local = zip(*result["where"])
+    names, addresses, local = zip(*result["where"], strict=True)
     assert names == ("node1", "node2", "node3", "node4")
     assert len(set(addresses)) == 4
     assert set(local) == {1}
@@ -151,7 +151,7 @@ def test_down_ends_what_runs_and_leaves_nothing(before):
     with subprocess.Popen([LAUNCH / "cluster", "--name", "test", "enter", "2", "echo in; sleep 60"],
                           stdout=subprocess.PIPE, text=True) as inside:
         assert inside.stdout.readline() == "in\n"
-        assert re.fullmatch("down; ended [12] processes\n", launch("down").stdout)
+        assert re.fullmatch("down; processes ended: [12]\n", launch("down").stdout)
     assert inside.returncode != 0
     assert network() == before
 
