@@ -75,9 +75,9 @@ def agreed(work):
 
 # What works for each data set with every method, on any number of ranks: the batch is the global
 # one, so more ranks mean smaller slices, not another optimisation problem. Plain SGD with a large
-# step, because momentum and error feedback do not go well together: momentum repeats ten times
-# what a residual says too late. (Measured on mnist5k with strom at ratio 100: 97 % without, 93 %
-# with momentum 0.9 and a tenth of the step; dense does not care.)
+# step, because momentum repeats ten times what error feedback says late: on mnist5k strom:tau=0.05
+# gets 97.4 % at ratio 167 this way, 95.3 % at ratio 93 with momentum 0.9 and a tenth of the step;
+# for dense it makes no difference (97.1 % and 97.0 %).
 RECIPES = {
     "mnist5k":     dict(model="cnn",  optimizer="sgd",  lr=0.2,   batch=64,  steps=6 * 62),
     "fsdd":        dict(model="dnn",  optimizer="sgd",  lr=1.0,   batch=256, steps=8 * 168),
@@ -258,8 +258,12 @@ except ImportError:
     tqdm = None
 # Under mpirun isatty() says nothing about the user's terminal; launch/run tells us instead.
 on_terminal = os.environ.get("MPICOMP_TTY", str(int(ranks == 1 and sys.stdout.isatty()))) == "1"
-bar = (tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, file=sys.stdout)
-       if rank == 0 and tqdm and on_terminal else None)
+bar = None
+if rank == 0 and tqdm and on_terminal:
+    # mpirun's own terminal has no size, and tqdm would draw nothing on it
+    bar = tqdm(total=steps, initial=start, file=sys.stdout, nrows=24,
+               ncols=shutil.get_terminal_size((100, 24)).columns - 1,
+               bar_format="{n}/{total} {bar} {remaining}{postfix}")
 
 
 def bytes_so_far():
@@ -321,7 +325,7 @@ def evaluate():
 def learning_rate(step):
     """Up over the first twentieth, then half a cosine down to zero: one schedule for everything.
 
-    The descent also pays what is owed: late residuals are worth little, so little is lost of them.
+    It suits error feedback: what is still owed when training ends would have moved little.
     """
     rise = min(1.0, (step + 1) / (steps / 20 + 1))
     return config["lr"] * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -361,7 +365,7 @@ for step in range(start, steps):
     if (step + 1) % epoch_steps == 0 or step + 1 == steps:
         scores = evaluate()
         if rank == 0:
-            record("test", loss=scores[0], accuracy=scores[1])
+            record("eval", loss=scores[0], accuracy=scores[1])
             (bar.write if bar else say)(f"step {step + 1:5}/{steps}  test accuracy "
                                         f"{scores[1]:.2%}  test loss {scores[0]:.4f}")
     if (step + 1) % save_every == 0 or step + 1 == steps:
@@ -389,11 +393,11 @@ if rank == 0:
     counted = bytes_so_far()
     result = dict(accuracy=accuracy, loss=loss, bytes_per_step=counted["sent"] / steps,
                   ratio=counted["dense"] / max(1, counted["sent"]), steps=steps, ranks=ranks,
-                  seconds_per_step=statistics.median(times) if times else None, seconds=seconds,
+                  seconds_per_step=statistics.median(times or [seconds / steps]), seconds=seconds,
                   parameters_sha256=replicas[0], skipped=reducer.stats.skipped, digest=digest,
                   config=config, torch=torch.__version__)
     checkpoint.write(out / "result.json.part", json.dumps(result, indent=1).encode())
     (out / "result.json.part").replace(out / "result.json")
     say(f"test accuracy {accuracy:.2%}  test loss {loss:.4f}  "
         f"{result['bytes_per_step']:,.0f} bytes/step  ratio {result['ratio']:.1f}  "
-        f"{1000 * statistics.median(times or [0]):.1f} ms/step\nparameters {replicas[0]}")
+        f"{1000 * result['seconds_per_step']:.1f} ms/step\nparameters {replicas[0]}")

@@ -55,7 +55,7 @@ class Reducer:
             nonfinite=nonfinite, bucket_bytes=bucket_bytes, stall_timeout=stall_timeout)
         self._named, self.advice = named, None
         if self.method.name == "auto":
-            self._choose(stall_timeout)
+            self._choose()
         self._wire = Wire(self.comm, self.stats)
         self._pipeline = Pipeline(self.comm, stall_timeout)
         self._buckets = make_buckets(named, bucket_bytes)
@@ -83,7 +83,7 @@ class Reducer:
                                         bucket.grad, self._plan, self.seed)
                           for bucket in self._buckets]
 
-    def _choose(self, stall_timeout):
+    def _choose(self):
         """method="auto": measure links and codecs, and take what is predicted to be fastest."""
         from mpicomp.advice import advise
 

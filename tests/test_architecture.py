@@ -110,18 +110,23 @@ def test_a_module_opens_with_one_sentence(path):
     assert said or path.name == "__main__.py"
 
 
+KINDS = ("", ".py", ".md", ".cpp", ".h", ".txt", ".sh", ".cu")
+
+
 def text_files():
     """Everything in the tree that people read, as far as it is there."""
     for folder in ("mpicomp", "tests", "launch", "docs", ".ci", "jobs"):
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.is_file() and path.suffix in ("", ".py", ".md", ".cpp", ".txt", ".sh", ".cu"):
+            inner = path.parent.relative_to(ROOT / folder).parts  # __pycache__, .pytest_cache ...
+            hidden = any(part.startswith((".", "_")) for part in inner)
+            if path.is_file() and path.suffix in KINDS and not hidden:
                 yield path
     yield from (p for p in ROOT.glob("*") if p.suffix in (".md", ".cfg", ".toml", ".py"))
 
 
 def test_lines_have_at_most_100_columns():
     long = [f"{path.relative_to(ROOT)}:{number}" for path in text_files()
-            if path.suffix in (".py", ".cpp", ".md", "") and "_build" not in path.parts
+            if path.suffix in (".py", ".cpp", ".h", ".md", "")
             for number, line in enumerate(path.read_text().splitlines(), 1)
             if len(line) > 100 and not line.startswith("|")]  # a row of a table in Markdown
     assert not long

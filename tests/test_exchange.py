@@ -1,5 +1,7 @@
 """What every exchange owes: the exact sum, identical replicas, nothing lost, and honest bytes."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,9 @@ from training import (examples, give, network, parameters, replicas_are_identica
                       whole_numbers)
 
 import mpicomp
-from mpicomp import SpecError, method
-from mpicomp.exchange import EXCHANGES
-from mpicomp.exchange import hierarchical
+from mpicomp import Compressor, SpecError, method
+from mpicomp.exchange import EXCHANGES, hierarchical
+from mpicomp.philox import words
 
 pytestmark = pytest.mark.mpi
 SUMMING = [name for name in EXCHANGES if name != "silent"]  # silent ranks hear nothing
@@ -78,6 +80,71 @@ def test_mean_is_the_sum_times_one_over_the_ranks(comm):
         give(named, [gradients[comm.rank]])
         reducer.finish()
         assert named[0][1].grad.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("name", SUMMING)
+def test_mean_in_every_exchange(name, any_comm, nodes_of_two):
+    named = parameters(a=(3, 5), b=17)
+    reducer = mpicomp.Reducer(named, f"dense:exchange={name}", any_comm, bucket_bytes=64)
+    give(named, [whole_numbers(any_comm.rank, 0, p.numel()) for _, p in named])
+    reducer.finish()
+    for _, p in named:
+        total = sum(whole_numbers(rank, 0, p.numel()) for rank in range(any_comm.size))
+        np.testing.assert_allclose(p.grad.reshape(-1), total / any_comm.size, rtol=1e-6, atol=1e-6)
+
+
+@dataclass(frozen=True, repr=False)
+class Masked(Compressor):
+    """float32 under a mask of random words, which decode draws again with the sender's key."""
+
+    name = "masked"
+
+    def capacity(self, layout):
+        return 4 * layout.size
+
+    def encode(self, x, packet, layout, key, state):
+        packet[:4 * x.size].view(np.uint32)[:] = x.view(np.uint32) ^ words(key, 0, x.size)
+        return 4 * x.size
+
+    def decode_add(self, packet, out, layout, key, weight=1.0):
+        plain = packet.view(np.uint32) ^ words(key, 0, layout.size)
+        out += np.float32(weight) * plain.view(np.float32)
+
+
+@pytest.mark.parametrize("name", [name for name in SUMMING if name != "allreduce"])
+def test_decoding_has_the_key_of_the_sender(name, comm, nodes_of_two):
+    """With another rank's, step's or bucket's key this payload decodes to noise."""
+    named = parameters(a=40, b=(8, 5))
+    method = mpicomp.Method("masked", Masked(), name)
+    reducer = mpicomp.Reducer(named, method, comm, average=False, bucket_bytes=160, seed=5)
+    for step in range(3):
+        give(named, [whole_numbers(comm.rank, step, 40)] * 2)
+        reducer.finish()
+        total = sum(whole_numbers(rank, step, 40) for rank in range(comm.size))
+        for _, p in named:
+            assert p.grad.reshape(-1).tolist() == total.tolist()
+            p.grad = None
+
+
+@pytest.mark.parametrize("name", SUMMING)
+def test_ranks_steps_and_buckets_draw_their_own_numbers(name, comm, nodes_of_two):
+    """The same gradient of 1/2 everywhere, beside a 1: the codes of any two draws differ."""
+    named = parameters(a=1024, b=1024)
+    spec = f"terngrad:clip=0,exchange={name}"
+    reducer = mpicomp.Reducer(named, spec, comm, average=False, bucket_bytes=4096)
+    gradient = np.full(1024, 0.5)
+    gradient[0] = 1
+    seen = []
+    for _ in range(2):
+        give(named, [gradient] * 2)
+        reducer.finish()
+        seen += [p.grad.numpy().copy() for _, p in named]
+        for _, p in named:
+            p.grad = None
+    assert len({grad.tobytes() for grad in seen}) == len(seen)
+    if comm.size > 1 and name in ("allgather", "allreduce"):
+        # independent ranks: P/2 on average, variance P/4; in step they would say 0 or P only
+        assert all(set(np.unique(grad)) == set(range(comm.size + 1)) for grad in seen)
 
 
 def test_silent_hears_only_itself(comm):

@@ -6,7 +6,7 @@ import laws
 import numpy as np
 import pytest
 from laws import decode, pack
-from material import LAYOUTS, cases, compressors, vectors
+from material import LAYOUTS, cases, compressors, gradient, vectors
 
 from mpicomp.compressor import from_spec
 from mpicomp.layout import Layout
@@ -207,6 +207,21 @@ def test_terngrad_has_the_variance_of_the_paper(compressor):
     assert np.abs(said.mean(axis=0) - np.sign(values) * g).max() < 6 * s / (2 * np.sqrt(draws))
     assert set(np.unique(np.abs(said))) <= {0.0, float(np.float32(s)), np.abs(said).max()}
     assert len(np.unique(np.abs(said))) == 2
+
+
+def test_terngrad_clips_at_its_own_level_before_the_scaler_is_shared():
+    """Another rank's scaler is larger: the spike then hits with P = level / scale, not surely."""
+    c, layout = from_spec("terngrad"), vectors(4096)
+    x = gradient("normal", layout)
+    x[::64] = 100
+    state = c.init(layout, x)
+    c.measure(x, layout, state)
+    level = float(state.scale[0])
+    assert 3 < level < 100
+    state.scale[:] = 2 * level
+    said = decode(c, laws.encode(c, x, layout, laws.KEY, state), layout)
+    assert set(np.unique(said[::64])) == {0.0, np.float32(2 * level)}
+    assert abs((said[::64] > 0).mean() - 0.5) < 5 * 0.5 / np.sqrt(64)
 
 
 def test_terngrad_draws_by_element_not_by_tensor():

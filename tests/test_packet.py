@@ -1,9 +1,12 @@
 """The header in front of every payload, and the layout that it stands for: to the byte."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from mpicomp import PacketError
+from mpicomp import MismatchError, PacketError
+from mpicomp.exchange.allgather import Allgather
 from mpicomp.layout import Layout, Segment
 from mpicomp.packet import EMPTY, MAGIC, NONFINITE, SIZE, VERSION, Header
 
@@ -89,3 +92,30 @@ def test_digest_tells_names_shapes_and_order_apart():
     assert len(set(digests)) == len(layouts) and all(0 <= d < 2**64 for d in digests)
     assert Layout.of(layouts[0]).digest == digests[0]
     assert Layout.of(layouts[0]) == Layout.of(layouts[0])
+
+
+# ---- the headers of all ranks ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("odd, words", [
+    (dict(step=8), "rank 2 is at step 8, rank 0 at 7"),
+    (dict(bucket=1), "rank 2 is at bucket 1, rank 0 at 3"),
+    (dict(plan=5), "rank 2 is at plan digest 5"), (dict(), None), (dict(length=1, flags=3), None)])
+def test_headers_that_differ_are_a_mismatch(odd, words):
+    buffer = bytearray(4 * SIZE)
+    for rank in range(4):
+        replace(HEADER, **(odd if rank == 2 else {})).write(memoryview(buffer)[rank * SIZE:])
+    exchange = object.__new__(Allgather)
+    if words is None:
+        assert len(exchange.read_headers(buffer, range(0, 4 * SIZE, SIZE))) == 4
+        return
+    with pytest.raises(MismatchError, match=words):
+        exchange.read_headers(buffer, range(0, 4 * SIZE, SIZE))
+
+
+def test_a_length_beyond_capacity_is_refused():
+    exchange = object.__new__(Allgather)
+    headers = [replace(HEADER, length=n) for n in (8, 0, 9)]
+    assert exchange.lengths(headers, [8, 8, 9]) == [8, 0, 9]
+    with pytest.raises(PacketError, match="rank 2 announces 9 bytes for bucket 3.*at most 8"):
+        exchange.lengths(headers, [8, 8, 8])

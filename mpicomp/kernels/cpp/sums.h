@@ -1,0 +1,95 @@
+// Sums in the one order that all backends follow, and small things.
+#pragma once
+
+#include "common.h"
+
+namespace {
+
+// Are all of these finite? The sum has the top bit where the exponent is all ones.
+bool finite(const float* x, i64 n) {
+    u32 seen = 0;
+    for (i64 i = 0; i < n; i++) seen |= (bits_of(x[i]) & 0x7F800000u) + 0x00800000u;
+    return !(seen >> 31);
+}
+
+bool finite_bytes(const u8* data, i64 n) {
+    u32 seen = 0;
+    for (i64 i = 0; i < n; i++) seen |= (get<u32>(data + 4 * i) & 0x7F800000u) + 0x00800000u;
+    return !(seen >> 31);
+}
+
+// `fold` of the reference for rows of `width` numbers, fed with the sums of its blocks of 32 rows.
+// Level k is the running sum of up to 32 finished sums of level k - 1. (0 + s = s for every sum s:
+// they begin with +0, so none is -0, and one level more than the reference has changes nothing.)
+template <class T> class Fold {
+  public:
+    static constexpr int LEVELS = 7;  // 32 * 32**7 rows
+
+    Fold(T* memory, i64 width) : sums_(memory), width_(width) {  // LEVELS * width numbers
+        std::fill(sums_, sums_ + LEVELS * width, T(0));
+    }
+
+    void add(const T* block) {
+        add_at(0, block);
+        for (int level = 0; count_[level] == 32; level++) carry(level);
+    }
+
+    const T* result() {
+        for (int level = 0; level < LEVELS - 1; level++)
+            if (count_[level]) carry(level);
+        return sums_ + (LEVELS - 1) * width_;
+    }
+
+  private:
+    void add_at(int level, const T* block) {
+        T* sum = sums_ + level * width_;
+        for (i64 i = 0; i < width_; i++) sum[i] += block[i];
+        count_[level]++;
+    }
+
+    void carry(int level) {
+        T* sum = sums_ + level * width_;
+        add_at(level + 1, sum);
+        std::fill(sum, sum + width_, T(0));
+        count_[level] = 0;
+    }
+
+    T* sums_;
+    i64 width_;
+    int count_[LEVELS] = {};
+};
+
+// `total` of the reference: 32 lanes (element i is in lane i % 32), each folded, then folded.
+float total(const float* v, i64 n) {
+    float memory[32 * Fold<float>::LEVELS], block[32], sum = 0;
+    Fold<float> fold(memory, 32);
+    for (i64 at = 0; at < n; at += 1024) {
+        std::fill(block, block + 32, 0.0f);
+        for (i64 i = at; i < std::min(n, at + 1024); i++) block[i % 32] += v[i];
+        fold.add(block);
+    }
+    const float* lanes = fold.result();
+    for (int lane = 0; lane < 32; lane++) sum += lanes[lane];
+    return sum;
+}
+
+}  // namespace
+
+API int mp_finite(const float* x, i64 n) {
+    std::atomic<bool> fine{true};
+    split(n, 1, GRAIN, [&](int, i64 begin, i64 end) {
+        for (i64 at = begin; at < end && fine; at += 1 << 16)
+            if (!finite(x + at, std::min<i64>(1 << 16, end - at))) fine = false;
+    });
+    return fine;
+}
+
+// ahead = history + x * x; x /= sqrt(ahead) + 1e-8.
+API void mp_adagrad(float* x, i64 n, const float* history, float* ahead) {
+    split(n, 16, GRAIN, [&](int, i64 begin, i64 end) {
+        for (i64 i = begin; i < end; i++) {
+            ahead[i] = history[i] + x[i] * x[i];
+            x[i] = x[i] / (std::sqrt(ahead[i]) + 1e-8f);
+        }
+    });
+}
