@@ -61,8 +61,9 @@ class Compressor(ABC):
     def encode(self, x, packet, layout, key, state) -> int:
         """Write the payload for `x` (float32, layout.size elements) to `packet` (uint8).
 
-        Returns the bytes used. A pure function of (self, x, layout, key, state): `x` and
-        `state` stay as they are, and random numbers come from `key` and the element alone.
+        Returns the bytes used; what lies behind them, up to the capacity, may serve as scratch.
+        A pure function of (self, x, layout, key, state): `x` and `state` stay as they are, and
+        random numbers come from `key` and the element alone.
         """
 
     @abstractmethod

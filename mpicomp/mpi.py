@@ -11,6 +11,9 @@ _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE",
                    "SLURM_STEP_NUM_TASKS")
 
 
+_abandoned = []
+
+
 def load():
     """The module mpi4py.MPI, initialised. Raises LaunchError that says what to type."""
     try:
@@ -52,6 +55,7 @@ def wait(comm, request, timeout, what):
     start, pause = perf_counter(), 0.0
     while not request.Test():
         if perf_counter() - start > timeout:
+            _abandoned.append(request)  # MPI may yet write to its buffers: they must not be freed
             raise StallError(f"rank {comm.rank} waited {timeout:g} s while {what}: another rank "
                              "has ended or never came here, or is slower than stall_timeout allows")
         sleep(pause)

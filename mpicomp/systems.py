@@ -29,6 +29,9 @@ class Method:
         if self.exchange == "allreduce" and self.compressor.summable is None:
             raise SpecError(f"{self.name}: MPI cannot add the payloads of {self.compressor!r}: "
                             "use exchange=allgather")
+        if self.exchange == "allreduce" and self.feedback and "float16" in self.compressor.summable:
+            raise SpecError(f"{self.name}: MPI's sum of 16-bit floats rounds, and with "
+                            "feedback=yes nobody would owe that: use exchange=allgather")
         if self.exchange != "sharded" and (self.own != "quantised" or self.adagrad):
             raise SpecError(f"{self.name}: own and adagrad belong to exchange=sharded, found "
                             f"exchange={self.exchange}")

@@ -15,6 +15,7 @@ that prints, shows every rank's traceback. No rank ever waits for ever: see rank
 import contextlib
 import os
 import socket
+import tempfile
 from importlib.metadata import version
 
 import hypothesis

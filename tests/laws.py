@@ -36,11 +36,11 @@ def pack(compressor, x, layout, key=KEY, state=None, fill=0xA5):
 
 
 def encode(compressor, x, layout, key, state, fill=0xA5):
-    """The payload for `x`; what lies behind it must stay as it was."""
+    """The payload for `x`; what lies behind the capacity must stay as it was."""
     buffer = np.full(compressor.capacity(layout) + SPARE, fill, np.uint8)
     used = compressor.encode(x, buffer, layout, key, state)
     assert isinstance(used, int) and 0 <= used <= compressor.capacity(layout)
-    assert (buffer[used:] == fill).all(), "encode wrote behind the bytes that it used"
+    assert (buffer[-SPARE:] == fill).all(), "encode wrote behind its capacity"
     return buffer[:used]
 
 
@@ -129,7 +129,7 @@ def owed_is_three_lines(compressor, layout, x):
         start, given = owed.copy(), x.copy()
         buffer = np.full(compressor.capacity(layout) + SPARE, 0x77, np.uint8)
         used = compressor.encode_owed(given, start, buffer, layout, KEY, state, out=place)
-        assert (buffer[used:] == 0x77).all()
+        assert (buffer[-SPARE:] == 0x77).all()
         if compressor.name not in SEES_THE_NEWEST:
             assert same(buffer[:used], encode(compressor, total, layout, KEY, state))
         expected = total.copy()

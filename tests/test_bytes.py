@@ -5,6 +5,7 @@ import pytest
 from training import give, parameters
 
 import mpicomp
+from mpicomp.exchange import hierarchical
 from mpicomp.exchange.shards import cut
 from mpicomp.layout import Layout
 
@@ -140,6 +141,20 @@ def test_sharded_of_a_length_that_the_data_tell(any_comm):
         assert stats.calls["Ialltoallv"] == 0
     assert stats.calls["Iallgatherv"] % 4 == 0
     assert sum(stats.calls.values()) == stats.sent
+
+
+def test_hierarchical_counts_what_stays_on_a_node_apart(comm, monkeypatch):
+    """Nodes of two: leaders send a packet, members nothing; headers and float32 sums go within."""
+    monkeypatch.setattr(hierarchical, "node_of", lambda comm: comm.Split(comm.rank // 2))
+    reducer, _ = one_step("onebit:exchange=hierarchical", comm)
+    stats, nodes = reducer.stats, (comm.size + 1) // 2
+    packet = HEADER + PAYLOAD["onebit"]
+    if comm.rank % 2 == 0:
+        assert (stats.sent, stats.received) == (packet, (nodes - 1) * packet)
+        assert stats.within == HEADER + HEADER * nodes + 4 * N  # headers in and out, the mean out
+    else:
+        assert stats.sent == stats.received == 0
+        assert stats.within == HEADER + 4 * N  # this rank's header and gradient
 
 
 @pytest.mark.mpi(min_size=2)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.mpi
 SUMMING = [name for name in EXCHANGES if name != "silent"]  # silent ranks hear nothing
 OWN = ["dense", "fp16", "bf16", "terngrad", "onebit", "strom:tau=0.02"]
 SPECS = [f"{spec}{',' if ':' in spec else ':'}exchange={name}" for spec in OWN for name in SUMMING]
-SPECS += ["fp16:feedback=yes", "bf16:feedback=yes,exchange=allreduce", "terngrad:packing=planar",
+SPECS += ["fp16:feedback=yes", "bf16:exchange=allreduce", "terngrad:packing=planar",
           "terngrad:packing=int16,exchange=allreduce", "onebit:feedback=no",
           "onebit:wire=cntk,min_rows=4", "strom:tau=0.02,strict=no,feedback=no", "onebit:warmup=7",
           "onebit:exchange=sharded,own=raw", "onebit:exchange=sharded,adagrad=yes"]

@@ -191,9 +191,11 @@ def test_several_hosts_are_left_to_their_batch_system(tmp_path):
 
 def test_bootstrap_names_the_python_it_cannot_use(tmp_path):
     (tmp_path / "launch").mkdir()
+    (tmp_path / "mpicomp" / "kernels" / "cpp").mkdir(parents=True)
     (tmp_path / "launch" / "bootstrap").write_text((ROOT / "launch" / "bootstrap").read_text())
-    for name in ("setup.cfg", "pyproject.toml", "launch/constraints.txt",
-                 "launch/data-requirements.txt"):
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "launch/constraints.txt",
+                 "launch/data-requirements.txt", "mpicomp/kernels/cpu.cpp",
+                 "mpicomp/kernels/cpp/sums.h"):
         (tmp_path / name).touch()
     code, output = finish("bash", tmp_path / "launch" / "bootstrap", MPICOMP_PYTHON="/no/python")
     assert code == 1 and output.count("\n") == 1

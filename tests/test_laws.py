@@ -76,7 +76,7 @@ class Rude(RandomK):
     def encode(self, x, packet, layout, key, state):
         used = super().encode(x, packet, layout, key, state)
         if self.vice == "writes behind":
-            packet[used:used + 1] = 1
+            packet[self.capacity(layout):][:1] = 1
         elif self.vice == "changes x":
             x += 1
         elif self.vice == "remembers":

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from training import (digest, examples, give, network, parameters, replicas_are_identical,
+from training import (digest, examples, give, network, parameters, replicas_are_identical, train,
                       whole_numbers)
 
 import mpicomp
@@ -333,6 +333,15 @@ def test_own_communicators(any_comm):
     give(named, [np.full(5, any_comm.rank + 1.0)])
     reducer.finish()
     assert named[0][1].grad.tolist() == pytest.approx([(any_comm.size + 1) / 2] * 5)
+
+
+def test_auto_chooses_the_same_method_everywhere(comm):
+    """And trains with it; what was chosen says its own name."""
+    model, losses = train("auto", comm, steps=8)
+    replicas_are_identical(comm, model)
+    reducer = mpicomp.Reducer(network().named_parameters(), "auto", comm)
+    chosen = comm.allgather(repr(reducer.method))
+    assert len(set(chosen)) == 1 and "auto" not in chosen[0]
 
 
 @pytest.mark.mpi(min_size=3)

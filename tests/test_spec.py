@@ -12,7 +12,7 @@ from mpicomp.exchange import EXCHANGES
 GOOD = ["dense", "fp16", "bf16", "terngrad", "onebit", "strom", "strom:tau=0.5", "onebit:wire=cntk",
         "strom:tau=1e-05,strict=no", "terngrad:packing=planar,clip=0", "dense:exchange=allgather",
         "terngrad:exchange=allreduce", "terngrad:exchange=allreduce,packing=int16",
-        "onebit:feedback=no", "fp16:feedback=yes,exchange=allreduce", "onebit:warmup=10",
+        "onebit:feedback=no", "fp16:feedback=yes,exchange=sharded", "onebit:warmup=10",
         "onebit:exchange=sharded,own=raw,adagrad=yes", "strom:exchange=silent"]
 
 

@@ -66,26 +66,32 @@ class AdaComp(Compressor):
                                               for _, segment, _, width in self._layers(layout))
 
     def encode(self, x, packet, layout, key, state):
-        return self._encode(x, x, packet, layout)
+        k = kernels.of(x)
+        return self._encode(packet, layout, lambda at, size, room: k.adacomp_encode(
+            x[at], x[at], self.factor, size, room))
 
     def encode_owed(self, grad, owed, packet, layout, key, state, out=None):
-        out = owed if out is None else out
+        out, k = owed if out is None else out, kernels.of(grad)
+        fused = getattr(k, "adacomp_encode_owed", None)
+        if fused is not None:
+            return self._encode(packet, layout, lambda at, size, room: fused(
+                grad[at], owed[at], out[at], self.factor, size, room))
         if out is not owed:
             out[...] = owed
         out += grad
-        used = self._encode(out, grad, packet, layout)
+        used = self._encode(packet, layout, lambda at, size, room: k.adacomp_encode(
+            out[at], grad[at], self.factor, size, room))
         self.decode_add(packet[:used], out, layout, key, -1.0)  # residue = G - Gq
         return used
 
-    def _encode(self, g, grad, packet, layout):
-        encode = kernels.of(g).adacomp_encode
+    def _encode(self, packet, layout, encode):
+        """Fill the packet with what encode(slice, bin, room) writes of each layer."""
         head, used = 4 * len(layout.segments), 8 * len(layout.segments)
         scales = packet[:head].view("float32")
         counts = packet[head:used].view("uint32")
         for i, segment, size, width in self._layers(layout):
             room = packet[used:used + width * segment.size]
-            counts[i], scales[i] = encode(g[segment.slice], grad[segment.slice], self.factor, size,
-                                          room)
+            counts[i], scales[i] = encode(segment.slice, size, room)
             used += width * int(counts[i])
         return used
 

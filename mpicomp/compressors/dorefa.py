@@ -99,6 +99,17 @@ class DoReFa(Compressor):
                    packet[part])
         return self.capacity(layout)
 
+    def encode_owed(self, grad, owed, packet, layout, key, state, out=None):
+        fused = getattr(kernels.of(grad), "dorefa_encode_owed", None)
+        if fused is None or self.scale == "own":
+            return super().encode_owed(grad, owed, packet, layout, key, state, out)
+        out = owed if out is None else out
+        packet[:self.shared_bytes(layout)].view("float32")[:] = state.scale
+        for i, segment, part in self._parts(layout):
+            fused(grad[segment.slice], owed[segment.slice], out[segment.slice], state.scale[i],
+                  self.bits, self.packing, key, segment.start, packet[part])
+        return self.capacity(layout)
+
     def decode_add(self, packet, out, layout, key, weight=1.0):
         self.expect(packet, self.capacity(layout))
         decode_add = kernels.of(out).dorefa_decode_add

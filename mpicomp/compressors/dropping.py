@@ -65,9 +65,11 @@ class Dropping(Compressor):
             return 8 * layout.size
         return 8 * len(self._scopes(layout)) + 4 * layout.size
 
+    def _sample(self):
+        return 0 if self.sample == "exact" else int(self.sample)
+
     def _cut(self, x):
-        sample = 0 if self.sample == "exact" else int(self.sample)
-        return kernels.of(x).drop_cut(x, self.rate, sample)
+        return kernels.of(x).drop_cut(x, self.rate, self._sample())
 
     def encode(self, x, packet, layout, key, state):
         k, scopes = kernels.of(x), self._scopes(layout)
@@ -86,6 +88,13 @@ class Dropping(Compressor):
             count += k.drop_select(part, self._cut(part), start, packet[4 * count:room])
         k.drop_values(x, count, packet)
         return 8 * count
+
+    def encode_owed(self, grad, owed, packet, layout, key, state, out=None):
+        fused = getattr(kernels.of(grad), "drop_encode_owed", None)
+        if fused is None or self.survivors != "value":
+            return super().encode_owed(grad, owed, packet, layout, key, state, out)
+        return fused(grad, owed, owed if out is None else out, self._scopes(layout), self.rate,
+                     self._sample(), packet)
 
     def decode_add(self, packet, out, layout, key, weight=1.0):
         k = kernels.of(out)

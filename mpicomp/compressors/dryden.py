@@ -97,6 +97,18 @@ class Dryden(Compressor):
                 used += k.dryden_encode_2017(part, rows, columns, lower, upper, room)
         return used
 
+    def encode_owed(self, grad, owed, packet, layout, key, state, out=None):
+        fused = getattr(kernels.of(grad), "dryden_encode_owed_2016", None)
+        if fused is None or self.version != "2016":
+            return super().encode_owed(grad, owed, packet, layout, key, state, out)
+        out, used = owed if out is None else out, 0
+        for segment in filter(lambda s: s.size, layout.segments):
+            rows, columns = self.matrix(segment)
+            used += fused(grad[segment.slice], owed[segment.slice], out[segment.slice], rows,
+                          columns, self.proportion, self._sample(), key, segment.start,
+                          packet[used:used + self._most(segment, rows, columns)])
+        return used
+
     def decode_add(self, packet, out, layout, key, weight=1.0):
         k, used = kernels.of(out), 0
         decode_add = k.dryden_decode_add_2016 if self.version == "2016" else \

@@ -1,6 +1,6 @@
 // The compiled kernels for the CPU: the bytes and floats of kernels/reference, in fewer passes.
 //
-// Plain C functions that cpu.py calls through ctypes, which lets go of the interpreter's lock. Buffers
+// Plain C functions that kernels/cpu calls by ctypes, which lets go of the interpreter's lock. Buffers
 // belong to the caller; `data` is payload and may begin at any byte. In each file a plain loop says
 // what is meant and AVX2 beside it does the same faster: additions in the same order and no fused
 // multiply-add (-ffp-contract=off), so both give the same bits, with any number of threads.

@@ -179,7 +179,7 @@ i64 adacomp_encode(const float* base, const float* grad, float* out, i64 n, floa
                     entries.put_entry(i, --left == 0, b.g[i] > 0);
                 }
         }
-        if (out) copy(g, out + start, stop - start, n >= STREAM);
+        if (out) copy(g, out + start, stop - start, n >= stream_from);
     }
     *scale = total(largest.data(), bins) / float(bins);
     return (entries.at - data) / i64(sizeof(T));
@@ -193,7 +193,7 @@ i64 adacomp_decode(const u8* const* data, const i64* counts, const float* scales
         if (!Reader<T>{data[p], counts[p], size}.valid(n)) return INVALID;
         if (counts[p] && !finite(&quantum, 1)) return INVALID;
     }
-    split(n, CHUNK, GRAIN, [&](int, i64 begin, i64 end) {
+    split(n, CHUNK, grain, [&](int, i64 begin, i64 end) {
         std::vector<Reader<T>> all;
         for (i64 p = 0; p < packets; p++) all.push_back({data[p], counts[p], size});
         for (i64 at = begin; at < end; at += CHUNK) {

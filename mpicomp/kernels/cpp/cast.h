@@ -85,7 +85,7 @@ bool finite16(const u8* data, i64 n, u16 top, u16 step) {
 }  // namespace
 
 API void mp_cast_encode(const float* x, i64 n, int kind, u8* data) {
-    split(n, 1, GRAIN, [&](int, i64 begin, i64 end) {
+    split(n, 1, grain, [&](int, i64 begin, i64 end) {
         if (kind == BFLOAT16) {
             for (i64 i = begin; i < end; i++) put(data + 2 * i, bfloat_of(x[i]));
             return;
@@ -120,7 +120,7 @@ API i64 mp_float_decode(const u8* const* data, i64 packets, int kind, float weig
 // out = weight * the floats; INVALID if a product is not finite.
 API i64 mp_dense_scale(const u8* data, i64 n, float weight, float* out) {
     std::atomic<bool> bad{false};
-    split(n, CHUNK, GRAIN, [&](int, i64 begin, i64 end) {
+    split(n, CHUNK, grain, [&](int, i64 begin, i64 end) {
         for (i64 at = begin; at < end; at += CHUNK) {
             const i64 stop = std::min(end, at + CHUNK);
             for (i64 i = at; i < stop; i++) out[i] = get<float>(data + 4 * i) * weight;

@@ -33,8 +33,6 @@ using u32 = uint32_t;
 using u64 = uint64_t;
 
 constexpr int MOST_THREADS = 64;
-constexpr i64 GRAIN = 1 << 17;   // a thread is not worth starting for fewer elements
-constexpr i64 STREAM = 1 << 20;  // arrays of so many elements are written past the caches
 constexpr i64 CHUNK = 4096;      // elements of output that several packets are summed into at once
 constexpr i64 INVALID = -1;      // returned for a packet that no encoder wrote
 
@@ -73,12 +71,14 @@ bool cpu_has_avx2() {
 
 bool avx2 = cpu_has_avx2();
 int threads = 1;
+i64 grain = 1 << 17;       // a thread is not worth starting for fewer elements
+i64 stream_from = 1 << 20;  // arrays of so many elements are written past the caches
 
 // f(part, begin, end) over all of 0 ... n - 1, in as many parts as there are threads and at least
-// `grain` long; parts begin at multiples of `multiple`. Threads live for one call, so a fork in
+// `least` long; parts begin at multiples of `multiple`. Threads live for one call, so a fork in
 // between loses none.
-template <class F> void split(i64 n, i64 multiple, i64 grain, const F& f) {
-    const i64 parts = std::min<i64>(threads, n / std::max<i64>(grain, 1));
+template <class F> void split(i64 n, i64 multiple, i64 least, const F& f) {
+    const i64 parts = std::min<i64>(threads, n / std::max<i64>(least, 1));
     if (parts <= 1) return f(0, i64(0), n);
     const i64 each = up_to((n + parts - 1) / parts, multiple);
     std::vector<std::thread> team;
@@ -126,13 +126,13 @@ void copy(const float* from, float* to, i64 n, bool stream) {
 // What decode(packet, begin, count, out) adds, summed over packets. If `fresh`, `out` starts from
 // zero and is written once: the sum of a chunk is made in cache, packet after packet.
 template <class D> void add_packets(i64 packets, float* out, i64 n, bool fresh, const D& decode) {
-    split(n, CHUNK, GRAIN, [&](int, i64 begin, i64 end) {
+    split(n, CHUNK, grain, [&](int, i64 begin, i64 end) {
         alignas(64) float chunk[CHUNK];
         for (i64 at = begin; at < end; at += CHUNK) {
             const i64 count = std::min(CHUNK, end - at);
             if (fresh) std::fill(chunk, chunk + count, 0.0f);
             for (i64 p = 0; p < packets; p++) decode(p, at, count, fresh ? chunk : out + at);
-            if (fresh) copy(chunk, out + at, count, n >= STREAM);
+            if (fresh) copy(chunk, out + at, count, n >= stream_from);
         }
     });
 }
@@ -145,6 +145,8 @@ API int mp_avx2(int on) {  // on < 0 asks
     if (on >= 0) avx2 = on && cpu_has_avx2();
     return avx2;
 }
+
+API void mp_limits(i64 grain_, i64 stream) { grain = grain_, stream_from = stream; }
 
 API int mp_threads(int count) {  // count < 1 asks
     if (count >= 1) threads = std::min(count, MOST_THREADS);

@@ -154,7 +154,7 @@ bool dorefa_levels(int bits, float scale, float weight, float* level) {
 
 API float mp_largest(const float* x, i64 n) {
     std::atomic<u32> largest{0};  // magnitudes are ordered like their bits
-    split(n, 1, GRAIN, [&](int, i64 begin, i64 end) {
+    split(n, 1, grain, [&](int, i64 begin, i64 end) {
         int most = 0;
         for (i64 i = begin; i < end; i++) most = std::max(most, int(bits_of(x[i]) & 0x7FFFFFFF));
         for (u32 known = largest; u32(most) > known && !largest.compare_exchange_weak(known, most);)
@@ -171,10 +171,10 @@ API i64 mp_dorefa_encode(const float* grad, const float* owed, float* out, i64 n
     const Philox key{bucket, step, rank, u32(seed), u32(seed >> 32)};
     const int steps = (1 << bits) - 1;
     const Quantiser quantiser{scale, float(steps) / 2, float(steps)};
-    const bool stream = owed && out != owed && n >= STREAM;
+    const bool stream = owed && out != owed && n >= stream_from;
     float level[256];
     if (!dorefa_levels(bits, scale, -1.0f, level) && owed) return INVALID;
-    split(n, 1024, GRAIN / 4, [&](int, i64 begin, i64 end) {
+    split(n, 1024, grain / 4, [&](int, i64 begin, i64 end) {
         constexpr i64 STEP = 1024;
         alignas(32) u32 room[STEP + 8];
         alignas(32) float v[STEP];

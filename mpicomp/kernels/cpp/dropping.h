@@ -92,9 +92,9 @@ API float mp_drop_cut(const float* grad, const float* owed, i64 n, i64 size, i64
 // Returns how many.
 API i64 mp_drop_encode(const float* grad, const float* owed, float* out, i64 n, float cut,
                        i64 start, u8* index, u8* value) {
-    const bool stream = owed && out != owed && n >= STREAM;
+    const bool stream = owed && out != owed && n >= stream_from;
     Pieces indices, values;
-    split(n, 32, GRAIN, [&](int part, i64 begin, i64 end) {
+    split(n, 32, grain, [&](int part, i64 begin, i64 end) {
         const Survivors from{index + 4 * begin, value ? value + 4 * begin : nullptr};
         Survivors to = from;
 #if HAVE_AVX2

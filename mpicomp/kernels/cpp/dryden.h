@@ -150,7 +150,7 @@ API void mp_dryden_columns(const float* base, const float* grad, i64 rows, i64 c
                            i64 start, float* lower, float* upper) {
     const Philox key{bucket, step, rank, u32(seed), u32(seed >> 32)};
     const i64 count = sample ? sample : rows;
-    split(columns, 16, std::max<i64>(GRAIN / count, 1), [&](int, i64 begin, i64 end) {
+    split(columns, 16, std::max<i64>(grain / count, 1), [&](int, i64 begin, i64 end) {
         std::vector<u32> room(sample + 8);
         std::vector<float> negative, positive;
         for (i64 c = begin; c < end; c++) {
@@ -182,7 +182,7 @@ API i64 mp_dryden_encode(const float* base, const float* grad, float* out, i64 r
         up[c] = std::max(upper[c], LEAST);
     }
     const i64 n = rows * columns, head = 4 + 8 * columns;
-    const Scan scan{base, grad, out, out && out != base && n >= STREAM};
+    const Scan scan{base, grad, out, out && out != base && n >= stream_from};
     SparseFold negative(columns), positive(columns);
     Found found{data + head, negative, positive};
     if (columns == 1) dryden_scan<false>(scan, 0, 0, 0, n, low.data(), up.data(), found);

@@ -106,9 +106,9 @@ API i64 mp_onebit_decode(const u8* const* data, i64 packets, i64 rows, i64 colum
         });
         return 0;
     }
-    const bool stream = fresh && columns % 16 == 0 && rows * columns >= STREAM;
+    const bool stream = fresh && columns % 16 == 0 && rows * columns >= stream_from;
     const i64 offset = reinterpret_cast<uintptr_t>(out) / 4 % 16;  // of `out` in a cache line
-    split(columns, 16, GRAIN / std::max<i64>(rows, 1), [&](int, i64 begin, i64 end) {
+    split(columns, 16, grain / std::max<i64>(rows, 1), [&](int, i64 begin, i64 end) {
         std::vector<float> memory(2 * packets * WIDEST);
         const auto level = reinterpret_cast<float(*)[WIDEST]>(memory.data());
         std::vector<const u8*> words(packets);

@@ -326,12 +326,12 @@ API i64 mp_onebit_encode(const float* grad, const float* owed, float* out, i64 r
     if (owed && !roomy) width = WIDEST;
     // strips end between cache lines of `out`
     const i64 offset = reinterpret_cast<uintptr_t>(out) / 4 % 16;
-    const bool stream = roomy && columns % 16 == 0 && rows * columns >= STREAM;
+    const bool stream = roomy && columns % 16 == 0 && rows * columns >= stream_from;
     thread_local std::vector<float> scratch;
     if (roomy) scratch.resize(std::max<size_t>(scratch.size(), threads * rows * width + 16));
     float* const memory = scratch.data();
     std::atomic<bool> bad{false};
-    split(columns, 16, GRAIN / std::max<i64>(rows, 1), [&](int part, i64 begin, i64 end) {
+    split(columns, 16, grain / std::max<i64>(rows, 1), [&](int part, i64 begin, i64 end) {
         OneBit one(rows, columns, out, stream, data);
         for (i64 first = begin, stop; first < end; first = stop) {
             stop = std::min(end, (first + offset + width) / 16 * 16 - offset);

@@ -87,9 +87,9 @@ u8* strom_scan(const float* grad, const float* owed, float* out, i64 begin, i64 
 // `owed` and `out` null: encodes `grad`. Room for 4 * n bytes in `data`. Returns the bytes used.
 API i64 mp_strom_encode(const float* grad, const float* owed, float* out, i64 n, float tau,
                         int strict, u8* data) {
-    const bool stream = owed && out != owed && n >= STREAM;
+    const bool stream = owed && out != owed && n >= stream_from;
     Pieces pieces;
-    split(n, 32, GRAIN, [&](int part, i64 begin, i64 end) {
+    split(n, 32, grain, [&](int part, i64 begin, i64 end) {
         u8* words = data + 4 * begin;
         const Threshold t{tau, strict != 0};
         u8* stop = strom_scan(grad, owed, out, begin, end, t, stream, words);

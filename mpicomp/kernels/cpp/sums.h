@@ -77,16 +77,18 @@ float total(const float* v, i64 n) {
 
 API int mp_finite(const float* x, i64 n) {
     std::atomic<bool> fine{true};
-    split(n, 1, GRAIN, [&](int, i64 begin, i64 end) {
+    split(n, 1, grain, [&](int, i64 begin, i64 end) {
         for (i64 at = begin; at < end && fine; at += 1 << 16)
             if (!finite(x + at, std::min<i64>(1 << 16, end - at))) fine = false;
     });
     return fine;
 }
 
+API int mp_finite_bytes(const u8* data, i64 n) { return finite_bytes(data, n); }
+
 // ahead = history + x * x; x /= sqrt(ahead) + 1e-8.
 API void mp_adagrad(float* x, i64 n, const float* history, float* ahead) {
-    split(n, 16, GRAIN, [&](int, i64 begin, i64 end) {
+    split(n, 16, grain, [&](int, i64 begin, i64 end) {
         for (i64 i = begin; i < end; i++) {
             ahead[i] = history[i] + x[i] * x[i];
             x[i] = x[i] / (std::sqrt(ahead[i]) + 1e-8f);

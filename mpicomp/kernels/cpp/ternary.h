@@ -265,7 +265,7 @@ API void mp_ternary_encode(const float* x, i64 n, float level, float scale, u64 
             ternary_pack(digits, at, count, n, packing, data);
         }
     };
-    if (packing != PLANAR) return split(n, 1024, GRAIN / 4, encode);
+    if (packing != PLANAR) return split(n, 1024, grain / 4, encode);
     if (!n) return;
     std::memset(data, 0, n / 4 + 1);
     encode(0, 0, n);  // elements far apart share a byte: one thread

@@ -57,7 +57,7 @@ i64 add_words(const u8* const* data, const i64* sizes, i64 packets, float* out, 
               const V& value) {
     for (i64 p = 0; p < packets; p++)
         if (!Words<SHIFT>{data[p], sizes[p] / 4}.ascend_below(n)) return INVALID;
-    split(n, CHUNK, GRAIN, [&](int, i64 begin, i64 end) {
+    split(n, CHUNK, grain, [&](int, i64 begin, i64 end) {
         std::vector<Words<SHIFT>> all;
         for (i64 p = 0; p < packets; p++) {
             all.push_back({data[p], sizes[p] / 4});

@@ -1,0 +1,177 @@
+"""The compiled library of cpu.cpp through ctypes, and what its callers need for their arguments."""
+
+import ctypes
+import os
+from ctypes import c_double, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
+from functools import wraps
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import numpy as np
+
+from mpicomp.kernels import reference
+from mpicomp.philox import MASK32
+
+VERSION = 1  # of the compiled functions: mp_version in cpp/common.h
+_P, _N, _I, _F, _U = c_void_p, c_int64, c_int, c_float, c_uint32
+_KEY = (c_uint64, _U, _U, _U)
+_FUNCTIONS = {  # name: (result, arguments)
+    "mp_adacomp_decode": (_N, (_P, _P, _P, _N, _N, _I, _F, _P, _N, _I)),
+    "mp_adacomp_encode": (_N, (_P, _P, _P, _N, _F, _N, _I, _P, _P)),
+    "mp_adagrad": (None, (_P, _N, _P, _P)),
+    "mp_avx2": (_I, (_I,)),
+    "mp_cast_encode": (None, (_P, _N, _I, _P)),
+    "mp_dense_scale": (_N, (_P, _N, _F, _P)),
+    "mp_dorefa_decode": (_N, (_P, _P, _N, _I, _I, _F, _P, _N, _I)),
+    "mp_dorefa_encode": (_N, (_P, _P, _P, _N, _F, _I, *_KEY, _N, _I, _P)),
+    "mp_drop_cut": (_F, (_P, _P, _N, _N, _N)),
+    "mp_drop_decode": (_N, (_P, _P, _N, _F, _P, _N, _I)),
+    "mp_drop_encode": (_N, (_P, _P, _P, _N, _F, _N, _P, _P)),
+    "mp_drop_values": (_N, (_P, _N, _N, _P)),
+    "mp_dryden_columns": (None, (_P, _P, _N, _N, _N, _N, *_KEY, _N, _P, _P)),
+    "mp_dryden_decode": (_N, (_P, _P, _N, _N, _N, _F, _P, _I)),
+    "mp_dryden_encode": (_N, (_P, _P, _P, _N, _N, _P, _P, _P)),
+    "mp_finite": (_I, (_P, _N)),
+    "mp_finite_bytes": (_I, (_P, _N)),
+    "mp_float_decode": (_N, (_P, _N, _I, _F, _P, _N, _I)),
+    "mp_largest": (_F, (_P, _N)),
+    "mp_limits": (None, (_N, _N)),
+    "mp_onebit_decode": (_N, (_P, _N, _N, _N, _F, _P, _I)),
+    "mp_onebit_encode": (_N, (_P, _P, _P, _N, _N, _P)),
+    "mp_strom_decode": (_N, (_P, _P, _N, _F, _F, _P, _N, _I)),
+    "mp_strom_encode": (_N, (_P, _P, _P, _N, _F, _I, _P)),
+    "mp_ternary_decode": (_N, (_P, _P, _N, _I, _F, _P, _N, _I)),
+    "mp_ternary_encode": (None, (_P, _N, _F, _F, *_KEY, _N, _I, _P)),
+    "mp_ternary_level": (None, (_P, _N, c_double, _P)),
+    "mp_threads": (_I, (_I,)),
+    "mp_version": (_I, ()),
+}
+
+
+def _load():
+    """The compiled library. Raises OSError where there is none that fits."""
+    folder = Path(__file__).parent.parent
+    paths = [folder / f"_cpu{suffix}" for suffix in EXTENSION_SUFFIXES]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        raise OSError("they were not compiled")
+    library = ctypes.CDLL(str(path))
+    try:
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+        found = library.mp_version()
+    except AttributeError:
+        found = None
+    if found != VERSION:
+        raise OSError(f"{path} was compiled from another version of cpu.cpp")
+    return library
+
+
+lib = _load()
+
+
+def avx2(on=None) -> bool:
+    """Are vector instructions used? True or False sets it; where they lack they never are."""
+    return bool(lib.mp_avx2(-1 if on is None else int(on)))
+
+
+def threads(count=0) -> int:
+    """The number of threads that long arrays are split over; 1 or more sets it."""
+    return lib.mp_threads(count)
+
+
+def limits(grain=1 << 17, stream=1 << 20) -> None:
+    """Elements that are worth a thread of their own, and from which on stores bypass the caches."""
+    lib.mp_limits(grain, stream)
+
+
+if os.environ.get("MPICOMP_AVX2") == "0":
+    avx2(False)
+_wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+if _wanted.isdecimal():
+    threads(min(int(_wanted), 1024))
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+class Unfit(ValueError):
+    """A call that the compiled function cannot take; the reference may."""
+
+    def __init__(self):
+        super().__init__("float32 and uint8 arrays without gaps, of the right sizes, are expected")
+
+
+def or_reference(function):
+    """The function, with the reference's in its place for a call that is Unfit."""
+    @wraps(function)
+    def call(*arguments):
+        try:
+            return function(*arguments)
+        except Unfit:
+            return getattr(reference, function.__name__)(*arguments)
+
+    return call
+
+
+def at(array, dtype, least, write=False):
+    """The address of `array`, which must hold `least` or more elements of `dtype` side by side."""
+    if array.dtype != dtype or array.size < least:
+        raise Unfit()
+    flags = array.flags
+    if not (flags.c_contiguous and flags.aligned) or write and not flags.writeable:
+        raise Unfit()
+    return array.ctypes.data
+
+
+def floats(array, size, write=False):
+    """The address of a float32 array of exactly `size` elements."""
+    if array.size != size:
+        raise Unfit()
+    return at(array, np.float32, size, write)
+
+
+def payload(array, size, write=False):
+    """The address of payload of exactly `size` bytes."""
+    if array.size != size:
+        raise Unfit()
+    return at(array, np.uint8, size, write)
+
+
+def all_payloads(payloads, size):
+    """The addresses of payloads of exactly `size` bytes each."""
+    return (c_void_p * len(payloads))(*[payload(data, size) for data in payloads])
+
+
+def some_payloads(payloads, multiple):
+    """(addresses, sizes) of payloads whose sizes are multiples of `multiple`."""
+    if any(data.size % multiple for data in payloads):
+        raise Unfit()
+    return ((c_void_p * len(payloads))(*[at(data, np.uint8, 0) for data in payloads]),
+            (c_int64 * len(payloads))(*[data.size for data in payloads]))
+
+
+def philox_key(key):
+    """What the compiled functions take for a philox.Key."""
+    return key.seed & (2**64 - 1), key.rank & MASK32, key.step & MASK32, key.bucket & MASK32
+
+
+def refused(result, function, *arguments):
+    """Where the compiled function refused a packet the reference says what is wrong with it."""
+    if result < 0:
+        function(*arguments)
+        raise AssertionError(f"the reference's {function.__name__} accepts what cpu.cpp refuses")
+    return result
+
+
+def decode_sum(decode, decode_add, payloads, out):
+    """out = what decode() makes of all payloads; where it cannot, one payload after the other."""
+    try:
+        if decode() >= 0:
+            return
+    except Unfit:
+        pass
+    out[...] = 0
+    for number, data in enumerate(payloads):
+        decode_add(number, data)

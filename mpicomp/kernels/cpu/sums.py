@@ -1,0 +1,16 @@
+"""Sums and small things, compiled."""
+
+import numpy as np
+
+from mpicomp.kernels.cpu.library import at, floats, lib, or_reference
+
+
+@or_reference
+def finite(x):
+    return bool(lib.mp_finite(at(x, np.float32, 0), x.size))
+
+
+@or_reference
+def adagrad(x, history, ahead):
+    n = x.size
+    lib.mp_adagrad(floats(x, n, True), n, floats(history, n), floats(ahead, n, True))

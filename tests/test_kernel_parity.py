@@ -1,0 +1,415 @@
+"""The compiled kernels give the bytes and floats of the reference, to the bit.
+
+Every function that both have is called with the same arguments: over sizes, seeds, special values
+and payloads that nobody wrote, with vector instructions and without, in one thread and in several.
+Whole compressors follow, over layouts. Buffers have guards on both sides and begin at odd
+addresses.
+"""
+
+from types import FunctionType
+
+import material
+import numpy as np
+import pytest
+
+from mpicomp import kernels
+from mpicomp.compressors import Residual
+from mpicomp.errors import PacketError
+from mpicomp.kernels import reference
+from mpicomp.layout import Layout
+from mpicomp.philox import Key
+
+cpu = kernels.backends().get("cpu")
+pytestmark = pytest.mark.skipif(cpu is None, reason=f"no compiled kernels: {kernels.note()}")
+
+SIZES = (0, 1, 2, 3, 7, 8, 31, 32, 33, 255, 256, 257, 4096, 100003)
+MATRICES = ((1, 1), (1, 5), (31, 3), (32, 8), (33, 9), (64, 16), (257, 147), (40, 2000), (1100, 37),
+            (4097, 16), (100003, 1), (300, 1), (255, 1))
+# vector instructions, threads, elements for a thread, elements from which on stores are streamed
+MODES = {"avx2": (True, 1, 1 << 17, 1 << 20), "plain": (False, 1, 1 << 17, 1 << 20),
+         "avx2, threads, streamed": (True, 2, 50, 50), "plain, threads": (False, 3, 50, 50)}
+
+
+@pytest.fixture(params=MODES)
+def mode(request):
+    """Sets how the compiled kernels run; afterwards they run as before."""
+    had = cpu.avx2(), cpu.threads()
+    vectors, threads, grain, stream = MODES[request.param]
+    cpu.avx2(vectors)
+    cpu.threads(threads)
+    cpu.limits(grain, stream)
+    yield request.param
+    cpu.avx2(had[0])
+    cpu.threads(had[1])
+    cpu.limits()
+    kernels.use(None)
+
+
+# ---- values -------------------------------------------------------------------------------------
+
+
+def gradients(size, seed=0):
+    """(name, float32[size]): ordinary, with ties and both zeros, and of all magnitudes."""
+    rng = np.random.default_rng([size, seed])
+    yield "normal", rng.standard_normal(size, np.float32)
+    few = np.array([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 1.5, np.nextafter(np.float32(0.5), 1)])
+    yield "few", rng.choice(few.astype(np.float32), size)
+    yield "any", any_floats(rng, size)
+    yield "zero", np.zeros(size, np.float32)
+
+
+def any_floats(rng, size):
+    """Finite floats of every exponent, subnormals included."""
+    bits = rng.integers(0, 2**32, size, np.uint32)
+    bits[(bits >> 23 & 0xFF) == 0xFF] ^= 1 << 30
+    return bits.view(np.float32)
+
+
+def guarded(array, odd=0):
+    """A copy of `array` within a larger one, beginning `odd` bytes off; and that larger one."""
+    whole = np.full(array.nbytes + 128 + odd, 0xA5, np.uint8)
+    inner = whole[64 + odd:64 + odd + array.nbytes].view(array.dtype)
+    inner[:] = array
+    return inner, whole
+
+
+def outcome(module, name, arguments):
+    """What module.name does with copies of the arguments: result or error, arrays, guards."""
+    copies, wholes = [], []
+    for argument in arguments:
+        if isinstance(argument, np.ndarray):
+            odd = 1 if argument.dtype == np.uint8 else 4
+            argument, whole = guarded(argument, odd)
+            wholes.append((whole[:64 + odd].tobytes(), whole[-64:].tobytes()))
+        copies.append(argument)
+    with np.errstate(all="ignore"):
+        try:
+            result = getattr(module, name)(*copies)
+        except PacketError as error:
+            return str(error), None, wholes
+    return bits(result), [a for a in copies if isinstance(a, np.ndarray)], wholes
+
+
+def bits(result):
+    """Something that is equal where every bit is."""
+    if isinstance(result, tuple):
+        return tuple(bits(part) for part in result)
+    if isinstance(result, np.ndarray):
+        return result.dtype, result.tobytes()
+    if isinstance(result, np.floating):
+        return result.dtype, result.tobytes()
+    return result
+
+
+def same(name, *arguments, used=None):
+    """Both backends make the same of these arguments; of the last only used(result) bytes count."""
+    here, theirs = (outcome(module, name, arguments) for module in (cpu, reference))
+    assert here[0] == theirs[0], name
+    assert here[2] == theirs[2], f"{name} wrote outside of its buffers"
+    if theirs[1] is None:
+        return None
+    end = None if used is None else used(theirs[0])
+    for number, (mine, expected) in enumerate(zip(here[1], theirs[1], strict=True)):
+        if number == len(theirs[1]) - 1:
+            mine, expected = mine[:end], expected[:end]
+        assert mine.tobytes() == expected.tobytes(), f"{name}, array {number}"
+    return theirs[1][-1][:end]
+
+
+def damaged(data, rng):
+    """The payload as it is, and with bytes that nobody wrote in some places."""
+    yield data
+    for _ in range(3 if data.size else 0):
+        wrong = data.copy()
+        wrong[rng.integers(0, data.size, rng.integers(1, 4))] = rng.integers(0, 256)
+        yield wrong
+    yield rng.integers(0, 256, data.size, np.uint8)
+
+
+def packed(data, rng, *arguments, name):
+    """`name` decodes data, damaged and not, in the same way."""
+    size = arguments[-1]
+    out = rng.standard_normal(size, np.float32)
+    for wrong in damaged(data, rng):
+        same(name, wrong, *arguments[:-1], out)
+
+
+# ---- one function after the other ---------------------------------------------------------------
+
+
+def each_gradient(sizes=SIZES):
+    for size in sizes:
+        for kind, x in gradients(size):
+            yield kind, x, np.random.default_rng([size, 7])
+
+
+def check_finite():
+    for size in SIZES:
+        x = np.ones(size, np.float32)
+        same("finite", x)
+        for wrong in (np.inf, -np.inf, np.nan):
+            for at in {0, size // 2, size - 1} if size else ():
+                y = x.copy()
+                y[at] = wrong
+                same("finite", y)
+
+
+def check_adagrad():
+    for _, x, rng in each_gradient():
+        same("adagrad", x, rng.random(x.size, np.float32), np.zeros(x.size, np.float32))
+
+
+def check_dense():
+    for _, x, rng in each_gradient():
+        for name in ("dense_decode_add", "dense_scale"):
+            packed(x.view(np.uint8), rng, -0.3, x.size, name=name)
+
+
+def check_casts():
+    for _, x, rng in each_gradient():
+        for kind in ("float16", "bfloat16"):
+            data = same("cast_encode", x, kind, np.zeros(2 * x.size, np.uint8))
+            packed(data, rng, kind, 0.25, x.size, name="cast_decode_add")
+    every = np.arange(2**16, dtype=np.uint16).view(np.uint8)
+    for start in range(0, 2**17, 512):  # every 16-bit float, those that are not finite refused
+        for kind in ("float16", "bfloat16"):
+            same("cast_decode_add", every[start:start + 512], kind, 1.0, np.zeros(256, np.float32))
+
+
+def check_strom():
+    for _, x, rng in each_gradient():
+        for strict in (True, False):
+            for tau in (0.5, 1e-30, 3.0):
+                data = same("strom_encode", x, tau, strict, np.zeros(4 * x.size, np.uint8),
+                            used=int)
+                packed(data, rng, tau, -1.0, x.size, name="strom_decode_add")
+
+
+def check_onebit():
+    for rows, columns in MATRICES:
+        for _, x, rng in each_gradient([rows * columns]):
+            data = np.zeros(columns * (8 + 4 * -(-rows // 32)), np.uint8)
+            data = same("onebit_encode", x, rows, columns, data)
+            packed(data, rng, rows, columns, 0.3, x.size, name="onebit_decode_add")
+
+
+def check_ternary():
+    for kind, x, rng in each_gradient():
+        for clip in (0.0, 2.5, 0.1):
+            same("ternary_scale", x, clip)
+            same("ternary_scale_code", x, clip)
+        with np.errstate(all="ignore"):
+            level, scale = reference.ternary_scale(x, 2.5)
+        if kind == "zero":
+            scale = np.float32(0)
+        for packing in ("2bit", "planar", "int8", "int16"):
+            for start in (0, 1, 2, 3, 4 * 2**20 + 1):
+                data = np.full(reference.ternary_size(x.size, packing), 255, np.uint8)
+                key = Key(2**40 + 3, 2**32 - 1, start, 5)
+                data = same("ternary_encode", x, level, scale, key, start, packing, data)
+            if scale < 1e36:
+                packed(data, rng, scale, packing, -0.25, x.size, name="ternary_decode_add")
+
+
+def check_dorefa():
+    for _, x, rng in each_gradient():
+        same("dorefa_scale", x)
+        scale = reference.dorefa_scale(x)
+        for bits_, packing in ([(b, "bits") for b in range(1, 9)]
+                               + [(3, "int8"), (8, "int16"), (8, "int32")]):
+            data = np.full(reference.dorefa_size(x.size, bits_, packing), 255, np.uint8)
+            data = same("dorefa_encode", x, scale, bits_, packing, Key(1, 2, 3, 4), 6, data)
+            for value in (scale, np.float32(3e38)):
+                packed(data, rng, value, bits_, packing, 0.25, x.size, name="dorefa_decode_add")
+
+
+def check_dropping():
+    for _, x, rng in each_gradient():
+        for rate, sample in ((0.9, 0), (0.0, 20), (0.99, 1000), (0.5, 7)):
+            same("drop_cut", x, rate, sample)
+            cut = reference.drop_cut(x, rate, sample)
+            data = np.zeros(8 * x.size, np.uint8)
+            same("drop_select", x, cut, 0, data, used=lambda count: 4 * count)
+            same("drop_select", x, cut, 11, data[:4 * x.size], used=lambda count: 4 * count)
+            count = reference.drop_select(x, cut, 0, data)
+            data = same("drop_values", x, count, data)[:8 * count]
+            packed(data, rng, -1.0, x.size, name="drop_decode_add")
+
+
+def check_adacomp():
+    for _, x, rng in each_gradient():
+        grad = rng.standard_normal(x.size, np.float32)
+        for size in (1, 7, 50, 64, 65, 500, 512, 2**14):
+            for g, factor in ((x, 2.0), (x, 1.0), (x * (rng.random(x.size) < 0.003), 2.0)):
+                width = reference.adacomp_width(size)
+                data = np.zeros(width * x.size, np.uint8)
+                data = same("adacomp_encode", g.astype(np.float32), grad, factor, size, data,
+                            used=lambda result, width=width: width * result[0])
+                packed(data, rng, 0.7, size, -1.0, x.size, name="adacomp_decode_add")
+
+
+def check_dryden():
+    for rows, columns in MATRICES:
+        for _, x, rng in each_gradient([rows * columns]):
+            for proportion, sample in ((64, 128), (4, 20), (1, 0), (64, 0)):
+                key = Key(9, 8, 7, 6)
+                arguments = x, rows, columns, proportion, sample, key, 5
+                cuts = reference.dryden_columns(*arguments)
+                for mine, cut in zip(cpu.dryden_columns(*arguments), cuts, strict=True):
+                    assert (mine == cut).all()  # a threshold of zero may have either sign
+                data = np.zeros(4 + 8 * columns + 4 * x.size, np.uint8)
+                data = same("dryden_encode_2016", x, rows, columns, *cuts, data, used=int)
+                packed(data, rng, rows, columns, 0.25, x.size, name="dryden_decode_add_2016")
+
+
+CHECKS = {check_finite: ["finite"], check_adagrad: ["adagrad"],
+          check_dense: ["dense_decode_add", "dense_scale"],
+          check_casts: ["cast_encode", "cast_decode_add"],
+          check_strom: ["strom_encode", "strom_decode_add"],
+          check_onebit: ["onebit_encode", "onebit_decode_add"],
+          check_ternary: ["ternary_scale", "ternary_scale_code", "ternary_encode",
+                          "ternary_decode_add"],
+          check_dorefa: ["dorefa_scale", "dorefa_encode", "dorefa_decode_add"],
+          check_dropping: ["drop_cut", "drop_select", "drop_values", "drop_decode_add"],
+          check_adacomp: ["adacomp_encode", "adacomp_decode_add"],
+          check_dryden: ["dryden_columns", "dryden_encode_2016", "dryden_decode_add_2016"]}
+
+
+@pytest.mark.limit(300)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__[6:])
+def test_functions_agree(check, mode):
+    check()
+
+
+def test_every_compiled_function_is_checked():
+    compiled = {name for name, value in vars(cpu).items() if isinstance(value, FunctionType)
+                and value.__module__.startswith(cpu.__name__ + ".") and hasattr(reference, name)}
+    assert compiled == {name for names in CHECKS.values() for name in names}
+
+
+# ---- whole compressors --------------------------------------------------------------------------
+
+SHAPES = {**material.SHAPES, "matrices": [(1100, 32), (64, 48), (3,), (130, 7)],
+          "long": [(100003,)]}
+SPECS = [repr(c) for c in material.compressors() if not isinstance(c, Residual)]
+
+
+def a_step(spec, shapes, seed, backend, in_place):
+    """Bytes and floats of two steps with error feedback, where allowed, and a mean of 3 packets."""
+    k = kernels.use(backend)
+    compressor = material.from_spec(spec)
+    layout = Layout.of((str(i), shape) for i, shape in enumerate(shapes))
+    owes = compressor.feedback
+    state = compressor.init(layout, np.zeros(layout.size, np.float32))
+    owed, ahead = k.zeros(layout.size), k.zeros(layout.size)
+    packets, seen = [], []
+    for step in range(3):
+        grad = np.random.default_rng([seed, step]).standard_normal(layout.size, np.float32)
+        packet = np.zeros(compressor.capacity(layout), np.uint8)
+        shared = compressor.measure(owed + grad if owes else grad, layout, state)
+        seen.append(b"" if shared is None else shared.tobytes())
+        key = Key(seed, 1, step, 2)
+        if owes:
+            out = owed if in_place else ahead
+            used = compressor.encode_owed(grad, owed, packet, layout, key, state, out=out)
+            owed, ahead = (out, ahead) if in_place else (ahead, owed)
+            seen.append(owed.tobytes())
+        else:
+            used = compressor.encode(grad, packet, layout, key, state)
+        packets.append((packet[:used], key))
+        seen.append(packet[:used].tobytes())
+    mean = k.zeros(layout.size)
+    for packet, key in packets:
+        compressor.decode_add(packet, mean, layout, key, 1 / 3)
+    return [*seen, mean.tobytes()]
+
+
+@pytest.mark.limit(300)
+@pytest.mark.parametrize("spec", SPECS)
+def test_compressors_agree(spec, mode):
+    for shapes in SHAPES.values():
+        for seed in (1, 2):
+            expected = a_step(spec, shapes, seed, "reference", False)
+            assert a_step(spec, shapes, seed, "cpu", False) == expected
+            assert a_step(spec, shapes, seed, "cpu", True) == expected
+
+
+# ---- several packets at once --------------------------------------------------------------------
+
+
+def payloads(rng, count, name, *arguments, size):
+    """What the reference encoder `name` makes of `count` gradients."""
+    for _ in range(count):
+        data = np.zeros(size, np.uint8)
+        x = rng.standard_normal(arguments[0], np.float32)
+        used = getattr(reference, name)(x, *arguments[1:], data)
+        yield guarded(data[:used], 1)[0]
+
+
+def sums():
+    """(decode_sum, its arguments behind the payloads, the reference's call for one payload)."""
+    rng = np.random.default_rng(3)
+    for n in SIZES:
+        some = list(payloads(rng, 4, "strom_encode", n, 2.0, True, size=4 * n))
+        yield "strom_decode_sum", some, (2.0, 0.25), n, lambda data, _, out: (
+            reference.strom_decode_add(data, 2.0, 0.25, out))
+        some = [rng.standard_normal(n, np.float32).view(np.uint8) for _ in range(4)]
+        yield "dense_decode_sum", some, (0.25,), n, lambda data, _, out: (
+            reference.dense_decode_add(data, 0.25, out))
+        some = list(payloads(rng, 3, "cast_encode", n, "float16", size=2 * n))
+        yield "cast_decode_sum", some, ("float16", 0.25), n, lambda data, _, out: (
+            reference.cast_decode_add(data, "float16", 0.25, out))
+        scales = [1.0, 2.0, 0.5]
+        for packing in ("2bit", "planar", "int8"):
+            some = list(payloads(rng, 3, "ternary_encode", n, np.float32(9), np.float32(1), Key(1),
+                                 5, packing, size=reference.ternary_size(n, packing)))
+            yield "ternary_decode_sum", some, (scales, packing, 0.25), n, (
+                lambda data, i, out, packing=packing: reference.ternary_decode_add(
+                    data, scales[i], packing, 0.25, out))
+        for b in (3, 4, 8):
+            some = list(payloads(rng, 3, "dorefa_encode", n, np.float32(5), b, "bits", Key(1), 5,
+                                 size=reference.dorefa_size(n, b, "bits")))
+            yield "dorefa_decode_sum", some, (scales, b, "bits", 0.25), n, (
+                lambda data, i, out, b=b: reference.dorefa_decode_add(
+                    data, scales[i], b, "bits", 0.25, out))
+    for rows, columns in MATRICES:
+        n = rows * columns
+        some = list(payloads(rng, 4, "onebit_encode", n, rows, columns,
+                             size=columns * (8 + 4 * -(-rows // 32))))
+        yield "onebit_decode_sum", some, (rows, columns, 0.25), n, (
+            lambda data, _, out, rows=rows, columns=columns: reference.onebit_decode_add(
+                data, rows, columns, 0.25, out))
+
+
+def test_sums_of_packets_agree(mode):
+    for name, some, arguments, n, add in sums():
+        expected = np.zeros(n, np.float32)
+        for number, data in enumerate(some):
+            add(data, number, expected)
+        out, whole = guarded(np.full(n, 7, np.float32), 4)
+        getattr(cpu, name)(some, *arguments, out)
+        assert out.tobytes() == expected.tobytes(), (name, n)
+        assert (whole[:68] == 0xA5).all() and (whole[-64:] == 0xA5).all(), name
+
+
+# ---- which kernels run --------------------------------------------------------------------------
+
+
+def test_a_backend_can_be_chosen(monkeypatch):
+    x = np.zeros(1, np.float32)
+    for name, module in kernels.backends().items():
+        kernels.use(name)
+        assert kernels.of(x) is module
+    kernels.use(None)
+    assert kernels.of(x) is cpu
+    with pytest.raises(kernels.SpecError, match="reference, cpu"):
+        kernels.use("gpu?")
+
+
+def test_what_does_not_fit_goes_to_the_reference():
+    gaps = np.arange(20, dtype=np.float32)[::2]
+    assert cpu.finite(gaps)
+    data = np.zeros(40, np.uint8)
+    assert cpu.strom_encode(gaps, 3.0, True, data) == 4 * 8
+    with pytest.raises(ValueError, match="without gaps"):
+        cpu.strom_encode_owed(gaps, gaps, gaps, 3.0, True, data)
