@@ -74,6 +74,16 @@ class Compressor(ABC):
         bytes that `encode` cannot have written; `out` is then not to be used.
         """
 
+    def decode_sum(self, payloads, out, layout, keys, weight=1.0) -> None:
+        """out = weight * the sum of what the payloads say, added in their order to zero.
+
+        keys[i] is that of the sender of payloads[i]. What `out` held before is lost. A kernel may
+        do this in one pass over `out`; a test proves it equal.
+        """
+        out[...] = 0
+        for packet, key in zip(payloads, keys):
+            self.decode_add(packet, out, layout, key, weight)
+
     def encode_owed(self, grad, owed, packet, layout, key, state, out=None) -> int:
         """Encode owed + grad and keep what remains unsaid: all there is to error feedback.
 

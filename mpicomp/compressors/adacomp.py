@@ -95,7 +95,8 @@ class AdaComp(Compressor):
             used += width * int(counts[i])
         return used
 
-    def decode_add(self, packet, out, layout, key, weight=1.0):
+    def _read(self, packet, layout):
+        """(scales, payload of each layer), both by the layer's number."""
         head, used = 4 * len(layout.segments), 8 * len(layout.segments)
         if len(packet) < used:
             raise PacketError(f"adacomp: {used} bytes of scales and counts expected, found "
@@ -103,10 +104,24 @@ class AdaComp(Compressor):
         scales = packet[:head].view("float32")
         counts = packet[head:used].view("uint32")
         self.expect_finite(scales)
-        layers = self._layers(layout)
-        self.expect(packet, used + sum(width * int(counts[i]) for i, _, _, width in layers))
+        parts = {}
+        for i, _, _, width in self._layers(layout):
+            parts[i] = slice(used, used + width * int(counts[i]))
+            used = parts[i].stop
+        self.expect(packet, used)
+        return scales, {i: packet[part] for i, part in parts.items()}
+
+    def decode_add(self, packet, out, layout, key, weight=1.0):
+        scales, parts = self._read(packet, layout)
         decode_add = kernels.of(out).adacomp_decode_add
-        for i, segment, size, width in layers:
-            part = packet[used:used + width * int(counts[i])]
-            decode_add(part, scales[i], size, weight, out[segment.slice])
-            used += part.size
+        for i, segment, size, _ in self._layers(layout):
+            decode_add(parts[i], scales[i], size, weight, out[segment.slice])
+
+    def decode_sum(self, payloads, out, layout, keys, weight=1.0):
+        fused = getattr(kernels.of(out), "adacomp_decode_sum", None)
+        if fused is None:
+            return super().decode_sum(payloads, out, layout, keys, weight)
+        read = [self._read(packet, layout) for packet in payloads]
+        for i, segment, size, _ in self._layers(layout):
+            fused([parts[i] for _, parts in read], [scales[i] for scales, _ in read], size, weight,
+                  out[segment.slice])

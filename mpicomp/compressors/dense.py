@@ -27,6 +27,14 @@ class Dense(Compressor):
         packet[:used] = x.view(packet.dtype)
         return used
 
+    def decode_sum(self, payloads, out, layout, keys, weight=1.0):
+        fused = getattr(kernels.of(out), "dense_decode_sum", None)
+        if fused is None:
+            return super().decode_sum(payloads, out, layout, keys, weight)
+        for packet in payloads:
+            self.expect(packet, self.capacity(layout))
+        fused(payloads, weight, out)
+
     def decode_add(self, packet, out, layout, key, weight=1.0):
         self.expect(packet, self.capacity(layout))
         kernels.of(out).dense_decode_add(packet, weight, out)

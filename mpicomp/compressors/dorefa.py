@@ -110,11 +110,24 @@ class DoReFa(Compressor):
                   self.bits, self.packing, key, segment.start, packet[part])
         return self.capacity(layout)
 
-    def decode_add(self, packet, out, layout, key, weight=1.0):
+    def _magnitudes(self, packet, layout):
+        """The scale of each tensor from a payload."""
         self.expect(packet, self.capacity(layout))
-        decode_add = kernels.of(out).dorefa_decode_add
         scales = packet[:4 * len(layout.segments)].view("float32")
         self.expect_finite(scales)
+        return scales
+
+    def decode_sum(self, payloads, out, layout, keys, weight=1.0):
+        fused = getattr(kernels.of(out), "dorefa_decode_sum", None)
+        if fused is None:
+            return super().decode_sum(payloads, out, layout, keys, weight)
+        scales = [self._magnitudes(packet, layout) for packet in payloads]
+        for i, segment, part in self._parts(layout):
+            fused([packet[part] for packet in payloads], [scale[i] for scale in scales], self.bits,
+                  self.packing, weight, out[segment.slice])
+
+    def decode_add(self, packet, out, layout, key, weight=1.0):
+        decode_add, scales = kernels.of(out).dorefa_decode_add, self._magnitudes(packet, layout)
         for i, segment, part in self._parts(layout):
             decode_add(packet[part], scales[i], self.bits, self.packing, weight,
                        out[segment.slice])

@@ -96,6 +96,12 @@ class Dropping(Compressor):
         return fused(grad, owed, owed if out is None else out, self._scopes(layout), self.rate,
                      self._sample(), packet)
 
+    def decode_sum(self, payloads, out, layout, keys, weight=1.0):
+        fused = getattr(kernels.of(out), "drop_decode_sum", None)
+        if fused is None or self.survivors != "value" or any(len(p) % 8 for p in payloads):
+            return super().decode_sum(payloads, out, layout, keys, weight)
+        fused(payloads, weight, out)
+
     def decode_add(self, packet, out, layout, key, weight=1.0):
         k = kernels.of(out)
         if self.survivors == "value":

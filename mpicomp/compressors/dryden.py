@@ -109,6 +109,22 @@ class Dryden(Compressor):
                           packet[used:used + self._most(segment, rows, columns)])
         return used
 
+    def decode_sum(self, payloads, out, layout, keys, weight=1.0):
+        fused = getattr(kernels.of(out), "dryden_decode_sum_2016", None)
+        if fused is None or self.version != "2016":
+            return super().decode_sum(payloads, out, layout, keys, weight)
+        rest = list(payloads)
+        for segment in filter(lambda s: s.size, layout.segments):
+            rows, columns = self.matrix(segment)
+            sizes = fused(rest, rows, columns, weight, out[segment.slice])
+            rest = [packet[size:] for packet, size in zip(rest, sizes)]
+        for packet, more in zip(payloads, rest):
+            self._expect_end(packet, len(packet) - len(more))
+
+    def _expect_end(self, packet, used):
+        if used != len(packet):
+            raise PacketError(f"dryden: {used} bytes expected, {len(packet)} found")
+
     def decode_add(self, packet, out, layout, key, weight=1.0):
         k, used = kernels.of(out), 0
         decode_add = k.dryden_decode_add_2016 if self.version == "2016" else \
@@ -116,5 +132,4 @@ class Dryden(Compressor):
         for segment in filter(lambda s: s.size, layout.segments):
             rows, columns = self.matrix(segment)
             used += decode_add(packet[used:], rows, columns, weight, out[segment.slice])
-        if used != len(packet):
-            raise PacketError(f"dryden: {used} bytes expected, {len(packet)} found")
+        self._expect_end(packet, used)

@@ -91,6 +91,15 @@ class OneBit(Compressor):
             used = part.stop
         return used
 
+    def decode_sum(self, payloads, out, layout, keys, weight=1.0):
+        fused = getattr(kernels.of(out), "onebit_decode_sum", None)
+        if fused is None or self.wire == "cntk" or self.bits > 1:
+            return super().decode_sum(payloads, out, layout, keys, weight)
+        for packet in payloads:
+            self.expect(packet, self.capacity(layout))
+        for segment, rows, columns, part in self._parts(layout):
+            fused([packet[part] for packet in payloads], rows, columns, weight, out[segment.slice])
+
     def decode_add(self, packet, out, layout, key, weight=1.0):
         self.expect(packet, self.capacity(layout))
         k = kernels.of(out)

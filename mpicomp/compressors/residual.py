@@ -54,6 +54,9 @@ class Residual(Compressor):
     def decode_add(self, packet, out, layout, key, weight=1.0):
         self.inner.decode_add(packet, out, layout, key, weight)
 
+    def decode_sum(self, payloads, out, layout, keys, weight=1.0):
+        self.inner.decode_sum(payloads, out, layout, keys, weight)
+
     def persistent(self, state):
         return {"error": state.owed, **self.inner.persistent(state.inner)}
 

@@ -62,6 +62,12 @@ class Strom(Compressor):
             return super().encode_owed(grad, owed, packet, layout, key, state, out)
         return fused(grad, owed, owed if out is None else out, self.tau, self.strict, packet)
 
+    def decode_sum(self, payloads, out, layout, keys, weight=1.0):
+        fused = getattr(kernels.of(out), "strom_decode_sum", None)
+        if fused is None or self.coding == "rice" or any(len(p) % 4 for p in payloads):
+            return super().decode_sum(payloads, out, layout, keys, weight)
+        fused(payloads, self.tau, weight, out)
+
     def decode_add(self, packet, out, layout, key, weight=1.0):
         if len(packet) % 4:
             raise PacketError(f"strom: a payload of whole 32-bit words expected, "

@@ -105,14 +105,27 @@ class TernGrad(Compressor):
                                  packet[part])
         return self.capacity(layout)
 
-    def decode_add(self, packet, out, layout, key, weight=1.0):
+    def _scalers(self, packet, layout):
+        """The scalers of all layers from a payload; PacketError where they cannot be right."""
         self.expect(packet, self.capacity(layout))
-        k = kernels.of(out)
         scale = packet[:4 * len(layout.segments)].view("float32")
         most = LARGEST / (self.most_ranks or 1)  # a sum of codes must stay finite
         if scale.size and not (0 <= scale.min() and scale.max() <= most):
             raise PacketError(f"{self.name}: scales from 0 to {most:.3g} expected, "
                               f"found {scale.min()} to {scale.max()}")
+        return scale
+
+    def decode_sum(self, payloads, out, layout, keys, weight=1.0):
+        fused = getattr(kernels.of(out), "ternary_decode_sum", None)
+        if fused is None or self.packing == "5trit":
+            return super().decode_sum(payloads, out, layout, keys, weight)
+        scales = [self._scalers(packet, layout) for packet in payloads]
+        for i, segment, part in self._parts(layout):
+            fused([packet[part] for packet in payloads], [scale[i] for scale in scales],
+                  self.packing, weight, out[segment.slice])
+
+    def decode_add(self, packet, out, layout, key, weight=1.0):
+        k, scale = kernels.of(out), self._scalers(packet, layout)
         for i, segment, part in self._parts(layout):
             if self.packing == "5trit":
                 k.ternary_decode_add_5trit(packet[part], scale[i], weight, out[segment.slice])

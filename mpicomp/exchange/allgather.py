@@ -40,10 +40,8 @@ class Allgather(Exchange):
                ] if sum(lengths) else []
 
     def decode(self, mail, step, weight):
-        mail.grad[...] = 0
-        for rank, payload in enumerate(self._payloads(mail)):
-            mail.compressor.decode_add(payload, mail.grad, mail.layout, mail.key(step, rank),
-                                       weight)
+        keys = [mail.key(step, rank) for rank in range(self.wire.size)]
+        mail.compressor.decode_sum(list(self._payloads(mail)), mail.grad, mail.layout, keys, weight)
 
     def _payloads(self, mail):
         if mail.compressor.fixed:

@@ -1,9 +1,10 @@
 // The compiled kernels for the CPU: the bytes and floats of kernels/reference, in fewer passes.
 //
-// Plain C functions that kernels/cpu calls by ctypes, which lets go of the interpreter's lock. Buffers
-// belong to the caller; `data` is payload and may begin at any byte. In each file a plain loop says
-// what is meant and AVX2 beside it does the same faster: additions in the same order and no fused
-// multiply-add (-ffp-contract=off), so both give the same bits, with any number of threads.
+// Plain C functions that kernels/cpu calls by ctypes, which lets go of the interpreter's lock.
+// Buffers belong to the caller; `data` is payload and may begin at any byte. In each file a plain
+// loop says what is meant and AVX2 beside it does the same faster: additions in the same order and
+// no fused multiply-add (-ffp-contract=off), so both give the same bits, with any number of
+// threads.
 //
 // Arrays that are only written and too large for a cache are written past it (`stream`): fetching
 // their old content first would be a third of the memory traffic of v = a + b.

@@ -220,8 +220,8 @@ API i64 mp_adacomp_encode(const float* base, const float* grad, float* out, i64 
     return encode(base, grad, out, n, ahead, size, scale, data);
 }
 
-// out += or, if fresh, = the sum over packets of +-(weight * scale) at the elements named; `counts` in
-// entries. INVALID for entries that no encoder wrote; `out` is then as it was.
+// out += or, if fresh, = the sum over packets of +-(weight * scale) at the elements named; `counts`
+// in entries. INVALID for entries that no encoder wrote; `out` is then as it was.
 API i64 mp_adacomp_decode(const u8* const* data, const i64* counts, const float* scales,
                           i64 packets, i64 size, int width, float weight, float* out, i64 n,
                           int fresh) {

@@ -58,7 +58,7 @@ inline float float_of(u32 bits) {
 
 inline i64 up_to(i64 n, i64 multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// ---- instructions and threads --------------------------------------------------------------------
+// ---- instructions and threads -------------------------------------------------------------------
 
 bool cpu_has_avx2() {
 #if HAVE_AVX2
@@ -94,7 +94,7 @@ template <class F> void split(i64 n, i64 multiple, i64 least, const F& f) {
     for (auto& thread : team) thread.join();
 }
 
-// ---- writing large results -----------------------------------------------------------------------
+// ---- writing large results ----------------------------------------------------------------------
 
 // Elements until `to` lies at 32 bytes, as streaming stores need it.
 inline i64 until_aligned(const float* to, i64 n) {

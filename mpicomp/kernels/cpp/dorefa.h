@@ -57,7 +57,8 @@ void dorefa_codes(const float* x, i64 n, Quantiser q, const u32* words, u8* code
     dorefa_codes_plain(x, n, q, words, codes);
 }
 
-// Eight codes of B bits, a byte each, moved together, and apart again: bytes to pairs, quads, eights.
+// Eight codes of B bits, a byte each, moved together, and apart again: bytes to pairs, quads,
+// eights.
 template <int B> inline u64 together(u64 w) {
     w = (w & 0x00FF00FF00FF00FF) | (w & 0xFF00FF00FF00FF00) >> (8 - B);
     w = (w & 0x0000FFFF0000FFFF) | (w & 0xFFFF0000FFFF0000) >> (16 - 2 * B);
@@ -146,7 +147,8 @@ void dorefa_add(const u8* data, i64 n, int bits, const float* level, float* out)
 // weight * (((2 q - n) / n) * scale) for each code q; false if one is not finite.
 bool dorefa_levels(int bits, float scale, float weight, float* level) {
     const int steps = (1 << bits) - 1;
-    for (int q = 0; q <= steps; q++) level[q] = float(2 * q - steps) / float(steps) * scale * weight;
+    for (int q = 0; q <= steps; q++)
+        level[q] = float(2 * q - steps) / float(steps) * scale * weight;
     return finite(level, steps + 1);
 }
 

@@ -73,8 +73,8 @@ AVX2 Survivors drop_avx2(const float* grad, const float* owed, float* out, i64 b
 
 }  // namespace
 
-// Number `number` in ascending order of `size` magnitudes of owed + grad (of grad, if `owed` is null)
-// at stride n // size.
+// Number `number` in ascending order of `size` magnitudes of owed + grad (of grad, if `owed` is
+// null) at stride n // size.
 API float mp_drop_cut(const float* grad, const float* owed, i64 n, i64 size, i64 number) {
     thread_local std::vector<float> magnitudes;
     magnitudes.resize(size);
@@ -87,9 +87,9 @@ API float mp_drop_cut(const float* grad, const float* owed, i64 n, i64 size, i64
     return magnitudes[number];
 }
 
-// Writes indices to `index` and, unless it is null, values to `value`; there is room for 4 * n bytes
-// in each. `owed` and `out` null: of `grad`; else of owed + grad, and what is still owed goes to `out`.
-// Returns how many.
+// Writes indices to `index` and, unless it is null, values to `value`; there is room for 4 * n
+// bytes in each. `owed` and `out` null: of `grad`; else of owed + grad, and what is still owed goes
+// to `out`. Returns how many.
 API i64 mp_drop_encode(const float* grad, const float* owed, float* out, i64 n, float cut,
                        i64 start, u8* index, u8* value) {
     const bool stream = owed && out != owed && n >= stream_from;

@@ -1,4 +1,5 @@
-// Dryden (version 2016): thresholds of each column from a sample, indices and signs, two means a column.
+// Dryden (version 2016): thresholds of each column from a sample, indices and signs, two means a
+// column.
 #pragma once
 
 #include <functional>
@@ -9,9 +10,9 @@
 
 namespace {
 
-// The means of what is sent: count and `fold` of each column and sign, where only what is not zero is
-// seen (adding zeros changes no sum). Level k holds one sum of up to 32 sums of level k - 1: that of
-// the block of rows which was last added to.
+// The means of what is sent: count and `fold` of each column and sign, where only what is not zero
+// is seen (adding zeros changes no sum). Level k holds one sum of up to 32 sums of level k - 1:
+// that of the block of rows which was last added to.
 class SparseFold {
   public:
     explicit SparseFold(i64 columns) : sums_(columns), counts_(columns, 0) {}
@@ -48,8 +49,8 @@ class SparseFold {
     std::vector<i64> counts_;
 };
 
-// Number `keep` from the outside of a sample's negative (or non-negative) values, where `keep` is one
-// in `proportion` of them and at least one; infinite where there are none.
+// Number `keep` from the outside of a sample's negative (or non-negative) values, where `keep` is
+// one in `proportion` of them and at least one; infinite where there are none.
 float dryden_cut(std::vector<float>& values, i64 proportion, bool negative) {
     if (values.empty()) return negative ? -INFINITY : INFINITY;
     const auto place =
@@ -77,8 +78,8 @@ struct Found {
     }
 };
 
-// Elements begin ... end - 1, which are one row if COLUMNS, else part of a single column. What is at
-// or below lower[c] or at or above upper[c] is found; these are never zero.
+// Elements begin ... end - 1, which are one row if COLUMNS, else part of a single column. What is
+// at or below lower[c] or at or above upper[c] is found; these are never zero.
 template <bool COLUMNS>
 void dryden_plain(const Scan& s, i64 row, i64 first, i64 begin, i64 end, const float* lower,
                   const float* upper, Found& found) {
@@ -143,8 +144,8 @@ inline i64 dryden_mean(u32 word, u32 columns) {
 
 }  // namespace
 
-// Thresholds of each column of base + grad (base, if `grad` is null), from `sample` draws a column or,
-// if that is 0, from all its rows.
+// Thresholds of each column of base + grad (base, if `grad` is null), from `sample` draws a column
+// or, if that is 0, from all its rows.
 API void mp_dryden_columns(const float* base, const float* grad, i64 rows, i64 columns,
                            i64 proportion, i64 sample, u64 seed, u32 rank, u32 step, u32 bucket,
                            i64 start, float* lower, float* upper) {
@@ -170,9 +171,9 @@ API void mp_dryden_columns(const float* base, const float* grad, i64 rows, i64 c
     });
 }
 
-// uint32 count, float32 means[2][columns], uint32 words index << 1 | positive of base (`out` null), or
-// of base + grad, of which what is still owed goes to `out`. Returns the bytes; INVALID if there is
-// `out` and a mean is not finite.
+// uint32 count, float32 means[2][columns], uint32 words index << 1 | positive of base (`out` null),
+// or of base + grad, of which what is still owed goes to `out`. Returns the bytes; INVALID if there
+// is `out` and a mean is not finite.
 API i64 mp_dryden_encode(const float* base, const float* grad, float* out, i64 rows, i64 columns,
                          const float* lower, const float* upper, u8* data) {
     constexpr float LEAST = 1.40129846e-45f;  // a zero is never sent

@@ -5,8 +5,8 @@
 
 namespace {
 
-// One row of a strip: of packet p the words of its block of rows stand at words[p], and the weighted
-// means of its negative and non-negative values at levels[2 p] and levels[2 p + 1].
+// One row of a strip: of packet p the words of its block of rows stand at words[p], and the
+// weighted means of its negative and non-negative values at levels[2 p] and levels[2 p + 1].
 struct Levels {
     const u8* const* words;
     const float (*level)[WIDEST];
@@ -94,8 +94,8 @@ void onebit_column_add(const u8* data, i64 at, i64 count, float weight, float* o
 
 }  // namespace
 
-// out += or, if fresh, = the sum over packets of weight * the mean that each bit stands for. INVALID
-// if a mean is not finite; `out` is then as it was.
+// out += or, if fresh, = the sum over packets of weight * the mean that each bit stands for.
+// INVALID if a mean is not finite; `out` is then as it was.
 API i64 mp_onebit_decode(const u8* const* data, i64 packets, i64 rows, i64 columns, float weight,
                          float* out, int fresh) {
     for (i64 p = 0; p < packets; p++)

@@ -1,9 +1,10 @@
 // 1-bit SGD, encoding: two means a column and a bit an element.
 //
-// A matrix is cut into strips of columns, so narrow that a strip stays in cache between the pass that
-// adds up its columns and the one that subtracts the means. The second pass over a strip takes turns
-// with the first pass over the next one, block of 32 rows by block: while one computes, the other's
-// memory is on its way, because rows of a strip lie far apart and are fetched ahead by hand.
+// A matrix is cut into strips of columns, so narrow that a strip stays in cache between the pass
+// that adds up its columns and the one that subtracts the means. The second pass over a strip takes
+// turns with the first pass over the next one, block of 32 rows by block: while one computes, the
+// other's memory is on its way, because rows of a strip lie far apart and are fetched ahead by
+// hand.
 #pragma once
 
 #include "sums.h"
@@ -26,8 +27,8 @@ constexpr i64 WIDEST = 1024;           // columns of a strip
 constexpr i64 SCRATCH = SCX;       // floats of a strip that should stay in cache
 constexpr i64 MOST_SCRATCH = 1 << 21;  // of a strip that is worth it
 
-// A strip of columns: v = owed + grad of its rows is kept, in scratch or in `out`. `grad`, `owed`, `v`
-// point at row 0. `owed` may be null: then v = grad, and nothing is kept.
+// A strip of columns: v = owed + grad of its rows is kept, in scratch or in `out`. `grad`, `owed`,
+// `v` point at row 0. `owed` may be null: then v = grad, and nothing is kept.
 struct Strip {
     const float *grad, *owed;
     float* v;
@@ -40,7 +41,8 @@ struct Block {
     alignas(64) u32 word[WIDEST];
 };
 
-// `rows` rows from `row` on, the first of which is bit `first` of the block; columns from `from` on.
+// `rows` rows from `row` on, the first of which is bit `first` of the block; columns from `from`
+// on.
 void onebit_rows_plain(const Strip& s, i64 row, int rows, i64 from, Block& b) {
     for (int r = 0; r < rows; r++) {
         const i64 at = (row + r) * s.pitch;
@@ -147,7 +149,8 @@ void count_bits(const u32* word, i64 width, i64* count) {
     }
 }
 
-// The means from the sums of the non-negative and the negative values, where `count` are the former.
+// The means from the sums of the non-negative and the negative values, where `count` are the
+// former.
 void onebit_means(const float* positive, const float* negative, const i64* count, i64 rows,
                   i64 width, float* lower, float* upper) {
     for (i64 c = 0; c < width; c++) {
@@ -299,7 +302,7 @@ i64 onebit_column(const float* grad, const float* owed, float* out, i64 rows, u8
             put(data + 8 + row / 8, b.word[k]);
         }
     }
-    float *lower = b.negative, *upper = b.positive;  // the means, for as long a row as there is room
+    float *lower = b.negative, *upper = b.positive;  // the means, for as long a row as there is
     const float* sum = fold.result();
     onebit_means(sum, sum + 1, &count, rows, 1, lower, upper);
     put(data, lower[0]);

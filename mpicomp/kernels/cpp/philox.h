@@ -29,30 +29,39 @@ void philox_plain(const Philox& key, u64 first, i64 blocks, u32* words) {
 #ifndef PVX
 #define PVX 4
 #endif
-// Four blocks a vector, a word in the lower half of each 64-bit lane: mul_epu32 reads only these, so
-// nobody clears the upper halves. The lanes hold blocks 0, 2, 1, 3, as unpack wants them. Rounds are
-// unrolled so that what is the same for all blocks in the first ones is computed once.
+// Four blocks a vector, a word in the lower half of each 64-bit lane: mul_epu32 reads only these,
+// so nobody clears the upper halves. The lanes hold blocks 0, 2, 1, 3, as unpack wants them. The
+// rounds are unrolled: what is the same for all blocks in the first two is computed before
+// the loop.
 AVX2 void philox_avx2(const Philox& key, u64 first, i64 blocks, u32* words) {
     constexpr int VECTORS = PVX;
     const __m256i m0 = _mm256_set1_epi64x(M0), m1 = _mm256_set1_epi64x(M1);
-    const __m256i order = _mm256_setr_epi64x(0, 2, 1, 3);
+    const __m256i order = _mm256_setr_epi64x(0, 2, 1, 3), step = _mm256_set1_epi64x(4);
+    const __m256i bucket = _mm256_set1_epi64x(key.bucket);
+    const __m256i second = _mm256_set1_epi64x(key.step), third = _mm256_set1_epi64x(key.rank);
+    __m256i key0[10], key1[10];
+    for (u32 round = 0; round < 10; round++) {
+        key0[round] = _mm256_set1_epi64x(u32(key.key0 + round * W0));
+        key1[round] = _mm256_set1_epi64x(u32(key.key1 + round * W1));
+    }
+    __m256i block = _mm256_add_epi64(_mm256_set1_epi64x(i64(first)), order);
     i64 b = 0;
     for (; b + 4 * VECTORS <= blocks; b += 4 * VECTORS) {
         __m256i c0[VECTORS], c1[VECTORS], c2[VECTORS], c3[VECTORS];
-        for (int v = 0; v < VECTORS; v++) {
-            c0[v] = _mm256_add_epi64(_mm256_set1_epi64x(i64(first) + b + 4 * v), order);
-            c1[v] = _mm256_set1_epi64x(key.bucket);
-            c2[v] = _mm256_set1_epi64x(key.step);
-            c3[v] = _mm256_set1_epi64x(key.rank);
+        for (int v = 0; v < VECTORS; v++, block = _mm256_add_epi64(block, step)) {
+            c0[v] = block;
+            c1[v] = bucket;
+            c2[v] = second;
+            c3[v] = third;
         }
-        u32 k0 = key.key0, k1 = key.key1;
 #pragma GCC unroll 10
-        for (int round = 0; round < 10; round++, k0 += W0, k1 += W1) {
-            const __m256i key0 = _mm256_set1_epi64x(k0), key1 = _mm256_set1_epi64x(k1);
+        for (int round = 0; round < 10; round++) {
             for (int v = 0; v < VECTORS; v++) {
                 const __m256i p0 = _mm256_mul_epu32(c0[v], m0), p1 = _mm256_mul_epu32(c2[v], m1);
-                c0[v] = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(c1[v], key0));
-                c2[v] = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(c3[v], key1));
+                c0[v] = _mm256_xor_si256(_mm256_srli_epi64(p1, 32),
+                                         _mm256_xor_si256(c1[v], key0[round]));
+                c2[v] = _mm256_xor_si256(_mm256_srli_epi64(p0, 32),
+                                         _mm256_xor_si256(c3[v], key1[round]));
                 c1[v] = p1, c3[v] = p0;
             }
         }

@@ -11,8 +11,8 @@ struct Threshold {
     bool passes(float v) const { return strict ? std::fabs(v) > tau : std::fabs(v) >= tau; }
 };
 
-// The words of elements begin ... end - 1 of owed + grad (of grad, if `owed` is null) go to `words`,
-// what is still owed goes to `out`. Returns the end of the words.
+// The words of elements begin ... end - 1 of owed + grad (of grad, if `owed` is null) go to
+// `words`, what is still owed goes to `out`. Returns the end of the words.
 u8* strom_plain(const float* grad, const float* owed, float* out, i64 begin, i64 end, Threshold t,
                 u8* words) {
     const float minus = -1.0f * t.tau;

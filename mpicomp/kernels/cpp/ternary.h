@@ -172,8 +172,8 @@ template <class F> void planar(i64 at, i64 count, i64 n, const F& f) {
     }
 }
 
-// The digits of elements at ... at + count - 1 of n to their places. TWOBIT: `at` is a multiple of 4;
-// PLANAR: the bytes were zero before.
+// The digits of elements at ... at + count - 1 of n to their places. TWOBIT: `at` is a multiple of
+// 4; PLANAR: the bytes were zero before.
 void ternary_pack(const u8* digits, i64 at, i64 count, i64 n, int packing, u8* data) {
     i64 i = 0;
     if (packing == TWOBIT) {

@@ -22,7 +22,8 @@ struct Pieces {
     }
 };
 
-// The words of one packet, and which of them is next. SHIFT is 1 where a flag stands below the index.
+// The words of one packet, and which of them is next. SHIFT is 1 where a flag stands below the
+// index.
 template <int SHIFT> struct Words {
     const u8* data;
     i64 count, next = 0;

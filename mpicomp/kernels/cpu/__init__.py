@@ -2,8 +2,8 @@
 
 See `reference` for what each function does. A call that does not fit (another dtype, gaps between
 elements, too small a buffer) and a function that is missing here go to the reference, which
-serves it or says what is wrong. The functions called `*_owed` and `*_sum` exist here only: several steps of a
-compressor in one pass over memory; `out` of an `*_owed` may be `owed`.
+serves it or says what is wrong. The functions called `*_owed` and `*_sum` exist here only: several
+steps of a compressor in one pass over memory; `out` of an `*_owed` may be `owed`.
 
 Importing this raises OSError where the extension was not compiled, or from other sources.
 MPICOMP_AVX2=0 turns vector instructions off. Threads: as many as OMP_NUM_THREADS says, else one,
