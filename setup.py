@@ -1,4 +1,4 @@
-"""The compiled CPU kernels, as an optional part: without a C++ compiler the package installs as well.
+"""The compiled CPU kernels, an optional part: without a C++ compiler the package installs as well.
 
 Everything else is in setup.cfg. The extension is plain C++ that ctypes loads; it knows nothing of
 Python, so one build serves every version.
