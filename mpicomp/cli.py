@@ -44,6 +44,14 @@ def _bench_commands(parser):
     step.add_argument("--model", default="cnn", choices=("cnn", "transformer", "mlp"))
     step.add_argument("--steps", type=int, default=4, help="timed steps in each round")
     step.add_argument("--no-peers", dest="peers", action="store_false", help="leave out DDP")
+    codec = kinds.add_parser("kernels", help="what each codec costs, against memcpy; one process")
+    codec.add_argument("--elements", type=lambda text: int(float(text)), default=25_030_656,
+                       metavar="N")
+    codec.add_argument("--backend", help="reference or cpu (default: the fastest)")
+    codec.add_argument("--only", default="", help="methods whose name holds this")
+    codec.add_argument("--rounds", type=int, default=15, help="turns of each case")
+    codec.add_argument("--json", metavar="FILE", help="write the figures there")
+    codec.set_defaults(run=bench, methods=())
     for kind, rounds in ((allreduce, 10), (step, 5)):
         kind.add_argument("--methods", nargs="+", metavar="SPEC",
                           default=["dense", "terngrad", "onebit", "strom:tau=3"])
@@ -59,6 +67,13 @@ def bench(options) -> int:
     from mpicomp import mpi
     from mpicomp.bench import timing
 
+    if options.kind == "kernels":
+        from mpicomp.bench import kernels
+
+        result = kernels.run(options.elements, options.rounds, options.backend, options.only)
+        if options.json:
+            timing.write_json(options.json, {**timing.surroundings(), **result})
+        return 0
     if options.kind == "allreduce":
         from mpicomp.bench import allreduce
 
