@@ -26,6 +26,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -98,8 +99,17 @@ length.add_argument("--epochs", type=int, help="passes over the training set")
 length.add_argument("--steps", type=int, help="optimizer steps")
 parser.add_argument("--batch", type=int, help="examples per step, over all ranks together")
 parser.add_argument("--lr", type=float, help="peak learning rate")
-parser.add_argument("--optimizer", choices=["sgd", "adam"])
+parser.add_argument("--optimizer", choices=["sgd", "adam", "adagrad"])
 parser.add_argument("--momentum", type=float, default=0.0, help="of sgd (default: %(default)s)")
+parser.add_argument("--local-adagrad", action="store_true",
+                    help="AdaGrad on each rank's own gradient, before it is exchanged")
+parser.add_argument("--flush-epochs", action="store_true",
+                    help="at the end of each epoch exchange all residuals in full (Dryden 2016)")
+parser.add_argument("--validate", action="store_true",
+                    help="train on nine tenths of the training set and score on the tenth: for "
+                         "choosing options without a look at the test set")
+parser.add_argument("--log-layers", action="store_true",
+                    help="log how many elements of each layer the rank's last packet named")
 parser.add_argument("--seed", type=int, default=0, help="of initial weights and order of examples")
 parser.add_argument("--nonfinite", choices=["raise", "skip"], default="raise",
                     help="what NaN or Inf in a gradient does to the step (default: %(default)s)")
@@ -119,12 +129,18 @@ for name, least in dict(epochs=1, steps=1, batch=1, lr=0, momentum=0, seed=0, lo
 method = agreed(lambda: mpicomp.method(args.method))
 data = agreed(lambda: datasets.load(args.data))
 
+# Blocks of 40: a whole number of them in each class of mnist5k, two utterances of fsdd.
+held = np.arange(len(data.train)) // 40 % 10 == 9
+kept = np.flatnonzero(~held) if args.validate else np.arange(len(data.train))
+scored = (data.train, np.flatnonzero(held)) if args.validate else (
+    data.test, np.arange(len(data.test)))
+
 chosen = {key: getattr(args, key, None) for key in RECIPES[args.data]}
 recipe = RECIPES[args.data] | {key: value for key, value in chosen.items() if value is not None}
 batch = recipe["batch"]
-if not ranks <= batch <= len(data.train):
-    refuse(f"--batch {batch}: expected {ranks} (an example for each rank) to {len(data.train)}")
-epoch_steps = len(data.train) // batch
+if not ranks <= batch <= len(kept):
+    refuse(f"--batch {batch}: expected {ranks} (an example for each rank) to {len(kept)}")
+epoch_steps = len(kept) // batch
 if args.epochs:
     recipe["steps"] = args.epochs * epoch_steps
 steps = recipe["steps"]
@@ -133,7 +149,9 @@ out = args.out or Path("runs", re.sub(r"[^\w.=]+", "-", f"{args.data}-{args.meth
 
 # All that decides the result to the bit, besides the number of ranks and torch itself.
 config = dict(data=args.data, source=data.source[:16], method=repr(method), **recipe,
-              momentum=args.momentum, seed=args.seed, nonfinite=args.nonfinite)
+              momentum=args.momentum, seed=args.seed, nonfinite=args.nonfinite,
+              local_adagrad=args.local_adagrad, flush_epochs=args.flush_epochs,
+              validate=args.validate)
 digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -188,8 +206,27 @@ torch.manual_seed(args.seed)    # the same on every rank: replicas start equal
 model = {"cnn": CNN, "dnn": dnn, "lstm": LSTM}[config["model"]](data.classes)
 if config["optimizer"] == "adam":
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"])
+elif config["optimizer"] == "adagrad":
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=config["lr"], eps=1e-8)
 else:
     optimizer = torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=args.momentum)
+
+# Table 3 of the 1-bit SGD paper compares places for AdaGrad: before the exchange (here), between
+# its two quantisations (--method onebit:exchange=sharded,adagrad=yes), after it (--optimizer).
+squares = {}
+
+
+def local_adagrad(name):
+    """A hook that divides a gradient by the root of the sum of its squares so far."""
+    def divide(gradient):
+        squares[name] = squares.get(name, 0) + gradient**2
+        return gradient / (squares[name].sqrt() + 1e-8)
+    return divide
+
+
+if args.local_adagrad:
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(local_adagrad(name))
 
 # Here it becomes distributed: from now on step() first makes every p.grad the mean over all
 # ranks, and then does what it always did.
@@ -220,6 +257,7 @@ if found and args.resume:
     torch.set_rng_state(mine["rng"])
     start, seconds = shared["step"], shared["seconds"]
     earlier, tally = mine["bytes"], mine["tally"]
+    squares.update(mine["squares"])
     if manifest["threads"] != torch.get_num_threads():
         say(f"it had {manifest['threads']} threads a rank, now {torch.get_num_threads()}: "
             "the last bits will differ")
@@ -288,7 +326,9 @@ def log():
     if rank:
         return
     loss, targets, sent = (sum(column) for column in zip(*parts, strict=True))
+    layers = {"layers": reducer.named()} if args.log_layers else {}
     row = record("train", loss=loss / targets, learning_rate=learning_rate(step), bytes_all=sent,
+                 **layers,
                  bytes_per_step=tally["sent"] / tally["steps"],
                  examples_per_second=batch * tally["steps"] / tally["seconds"])
     numbers = (f"loss {row['loss']:.4f}  {row['examples_per_second']:,.0f} examples/s  "
@@ -306,11 +346,12 @@ def rows_of(split, rows):
 
 @torch.no_grad()
 def evaluate():
-    """(mean loss, accuracy) over the test set; each rank takes its share of it."""
-    mine = range(len(data.test))[datasets.share(len(data.test), rank, ranks)]
+    """(mean loss, accuracy) over the test set, or what was held out; each rank takes a share."""
+    split, rows = scored
+    mine = rows[datasets.share(len(rows), rank, ranks)]
     loss, correct, count = 0.0, 0, 0
     for at in range(0, len(mine), 250):
-        x, y = rows_of(data.test, list(mine[at:at + 250]))
+        x, y = rows_of(split, mine[at:at + 250])
         logits, y = model(x).flatten(0, -2), y.flatten()
         loss += functional.cross_entropy(logits, y, reduction="none").double().sum().item()
         correct += (logits.argmax(1) == y).sum().item()
@@ -334,15 +375,15 @@ def learning_rate(step):
 if rank == 0:
     parameters = sum(p.numel() for p in model.parameters())
     say("  ".join(f"{key}={value}" for key, value in config.items()))
-    say(f"{parameters:,} parameters  {len(data.train)} + {len(data.test)} examples  "
+    say(f"{parameters:,} parameters  {len(kept)} + {len(scored[1])} examples  "
         f"{ranks} ranks x {torch.get_num_threads()} threads  out={out}"
         + (f"  from step {start}" if start else ""))
 
-times, scores = [], None
+times, scores, what = [], None, "validation" if args.validate else "test"
 for step in range(start, steps):
     began = time.perf_counter()
-    x, y = rows_of(data.train,
-                   datasets.my_rows(len(data.train), batch, args.seed, step, rank, ranks))
+    x, y = rows_of(data.train, kept[
+        datasets.my_rows(len(kept), batch, args.seed, step, rank, ranks)])
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step)
     optimizer.zero_grad()
@@ -359,6 +400,9 @@ for step in range(start, steps):
         tally[key] += value
     if bar:
         bar.update()
+    if args.flush_epochs and (step + 1) % epoch_steps == 0:
+        reducer.flush()
+        optimizer.step()
     if (step + 1) % args.log_every == 0 or step + 1 == steps:
         log()
         tally = dict.fromkeys(tally, 0)
@@ -366,15 +410,15 @@ for step in range(start, steps):
         scores = evaluate()
         if rank == 0:
             record("eval", loss=scores[0], accuracy=scores[1])
-            (bar.write if bar else say)(f"step {step + 1:5}/{steps}  test accuracy "
-                                        f"{scores[1]:.2%}  test loss {scores[0]:.4f}")
+            (bar.write if bar else say)(f"step {step + 1:5}/{steps}  {what} accuracy "
+                                        f"{scores[1]:.2%}  {what} loss {scores[0]:.4f}")
     if (step + 1) % save_every == 0 or step + 1 == steps:
         checkpoint.save(
             out / "checkpoint", comm, step + 1,
             shared=dict(step=step + 1, seconds=seconds, model=model.state_dict(),
                         optimizer=optimizer.state_dict()),
             mine=dict(reducer=reducer.state_dict(), rng=torch.get_rng_state(),
-                      bytes=bytes_so_far(), tally=tally),
+                      bytes=bytes_so_far(), tally=tally, squares=squares),
             about=dict(config=config, digest=digest, threads=torch.get_num_threads()))
 
 
@@ -398,6 +442,6 @@ if rank == 0:
                   config=config, torch=torch.__version__)
     checkpoint.write(out / "result.json.part", json.dumps(result, indent=1).encode())
     (out / "result.json.part").replace(out / "result.json")
-    say(f"test accuracy {accuracy:.2%}  test loss {loss:.4f}  "
+    say(f"{what} accuracy {accuracy:.2%}  {what} loss {loss:.4f}  "
         f"{result['bytes_per_step']:,.0f} bytes/step  ratio {result['ratio']:.1f}  "
         f"{1000 * result['seconds_per_step']:.1f} ms/step\nparameters {replicas[0]}")

@@ -291,6 +291,17 @@ class Reducer:
                 slot.give_back()
         self._finished = True
 
+    def named(self) -> dict:
+        """{parameter name: how many of its elements this rank's last packet made non-zero}.
+
+        What a sparse method sends, by layer. Costs a decode; only for exchange=allgather.
+        """
+        counts = {}
+        for bucket, mail in zip(self._buckets, self._mail):
+            said = mail.own(self.step - 1, self.comm.rank)
+            counts |= {s.name: int(np.count_nonzero(said[s.slice])) for s in bucket.layout.segments}
+        return counts
+
     # ---- state ----
 
     def state_dict(self) -> dict:

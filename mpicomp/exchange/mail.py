@@ -63,6 +63,13 @@ class Mail:
         Header(step, self.index, self.plan, used, flags).write(self.outbox)
         return used
 
+    def own(self, step, rank):
+        """float32[layout.size]: what the packet in the outbox, of that step and rank, says."""
+        said = kernels.of(self.grad).zeros(self.layout.size)
+        self.compressor.decode_add(self.payload[:Header.read(self.outbox).length], said,
+                                   self.layout, self.key(step, rank))
+        return said
+
     def flagged(self, flag) -> list[int]:
         """The ranks whose header carries the flag."""
         return [rank for rank, header in enumerate(self.headers) if header.flags & flag]
