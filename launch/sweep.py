@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Many runs of launch/train.py in one MPI job, one after the other: only the first pays for imports.
+"""Many runs of launch/train.py in one MPI job: only the first pays for imports.
 
     launch/run -n 4 launch/sweep.py runs.json
 
