@@ -1,0 +1,168 @@
+"""What launch/reproduce runs: each paper's claims as lines of runs on data that fits this scale.
+
+A line is one method under one recipe; its learning rate is searched with the grid that its dense
+baseline is given, on a validation split, with a seed that is used for nothing else. Lines with
+`like` take the rate that another line found: they vary one thing only.
+"""
+
+from dataclasses import dataclass
+
+GRID = (0.5, 1.0, 2.0)  # times the recipe's learning rate (RECIPES in launch/train.py)
+SEARCH_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method: what it is called in tables, and the words for launch/train.py."""
+
+    label: str
+    method: str
+    words: tuple[str, ...] = ()
+    like: str = ""  # take the learning rate of the line with this label
+    ranks: int = 4
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One claim: what the paper says, and the lines that show whether it holds here."""
+
+    name: str
+    claim: str
+    data: str
+    lines: tuple[Line, ...]
+    words: tuple[str, ...] = ()  # for every line
+    seeds: int = 5
+
+
+def _ranks(label, method, like, words=()):
+    """The same line on 2 and on 8 ranks, with one global batch."""
+    return tuple(Line(f"{label}, {n} ranks", method, words, like, n) for n in (2, 8))
+
+
+DENSE = Line("dense", "dense")
+ADAM = ("--optimizer", "adam", "--lr", "0.001")
+BETWEEN = "onebit:exchange=sharded,adagrad=yes"
+ADAGRAD = ("--optimizer", "adagrad", "--lr", "0.02")
+
+TERNGRAD = (
+    Experiment(
+        "terngrad-mnist",
+        "MNIST, 2 to 64 workers, fixed total batch of 64: at most 0.22 points lost (section 4.1); "
+        "clipping at 2.5 sigma matters on AlexNet (54.63 % top-1 without, 57.61 % with)",
+        "mnist5k",
+        (DENSE,
+         Line("terngrad", "terngrad"),
+         Line("terngrad, no clipping", "terngrad:clip=0"),
+         Line("terngrad, scaler of the code", "terngrad:scaler=code"),
+         *_ranks("dense", "dense", "dense"),
+         *_ranks("terngrad", "terngrad", "terngrad"))),
+    Experiment(
+        "terngrad-fashion",
+        "The same on ten thousand test pictures, where a difference of half a point shows",
+        "fashion",
+        (DENSE,
+         Line("terngrad", "terngrad"),
+         Line("terngrad, no clipping", "terngrad:clip=0", like="terngrad")),
+        seeds=3),
+)
+
+ONEBIT = (
+    Experiment(
+        "onebit-fsdd",
+        "Switchboard: no loss with 1-bit and error feedback (16.5 to 16.3 % WER, table 2); without "
+        "error feedback training quickly diverges (section 3)",
+        "fsdd",
+        (DENSE,
+         Line("onebit", "onebit"),
+         Line("onebit, no error feedback", "onebit:feedback=no"),
+         Line("onebit, two stages (the paper's)", "onebit:exchange=sharded"),
+         Line("onebit, two stages, raw own stripe", "onebit:exchange=sharded,own=raw",
+              like="onebit, two stages (the paper's)"),
+         *_ranks("onebit, two stages", "onebit:exchange=sharded",
+                 "onebit, two stages (the paper's)"))),
+    Experiment(
+        "onebit-adagrad",
+        "AdaGrad between the two quantisations is best, then before the first (15.8 and 16.1 % WER "
+        "against 16.2 on one GPU, table 3)",
+        "fsdd",
+        (Line("dense, AdaGrad", "dense", ADAGRAD),
+         Line("AdaGrad before both", "onebit:exchange=sharded",
+              ("--local-adagrad", "--lr", "0.02")),
+         Line("AdaGrad between", BETWEEN, ("--lr", "0.02")),
+         Line("AdaGrad after both", "onebit:exchange=sharded", ADAGRAD))),
+)
+
+DOREFA = (
+    Experiment(
+        "dorefa-bits",
+        "Gradients need more bits than activations and weights: 6 lose 0.2 points on ImageNet, 4 "
+        "lose 7.4 (the official README)",
+        "mnist5k",
+        (DENSE, *(Line(f"dorefa, {k} bits", f"dorefa:bits={k}") for k in (1, 2, 4, 6, 8)))),
+)
+
+STROM = (
+    Experiment(
+        "strom-tau",
+        "Three orders of magnitude less communication without loss of convergence rate or accuracy "
+        "on an acoustic model (abstract)",
+        "fsdd",
+        (DENSE, *(Line(f"strom, tau {tau}", f"strom:tau={tau}")
+                  for tau in (0.003, 0.01, 0.03, 0.1, 0.3)))),
+)
+
+DRYDEN = (
+    Experiment(
+        "dryden-mnist",
+        "Adaptive quantisation keeps the accuracy of MNIST networks (abstract); two stages, "
+        "residuals exchanged at each epoch's end (the authors' code)",
+        "mnist5k",
+        (DENSE,
+         Line("dryden 2016", "dryden"),
+         Line("dryden 2017", "dryden:version=2017"),
+         Line("dryden 2016, two stages", "dryden:exchange=sharded,own=raw"),
+         Line("dryden 2016, two stages, epoch flush", "dryden:exchange=sharded,own=raw",
+              ("--flush-epochs",), "dryden 2016, two stages"),
+         Line("onebit, two stages, AdaGrad", BETWEEN, ("--lr", "0.01")),
+         Line("strom, tau 0.05", "strom:tau=0.05"))),
+)
+
+DROPPING = (
+    Experiment(
+        "dropping-mnist",
+        "99 % of the gradient dropped without loss on MNIST, most configurations work (abstract): "
+        "global or local thresholds, 1-bit survivors",
+        "mnist5k",
+        (DENSE,
+         Line("99 %, global", "dropping"),
+         Line("99 %, local", "dropping:scope=layer"),
+         Line("99 %, global, 1-bit survivors", "dropping:survivors=onebit"),
+         Line("99 %, global, no residual", "dropping:feedback=no"),
+         Line("99.9 %, global", "dropping:rate=0.999"))),
+)
+
+ADACOMP = (
+    Experiment(
+        "adacomp-mnist",
+        "MNIST: test error 0.88 % dense, 0.85 % AdaComp; about 40x in convolutions, 200x in fully "
+        "connected layers (abstract, table from memory)",
+        "mnist5k",
+        (DENSE,
+         Line("adacomp", "adacomp"),
+         Line("adacomp, soft threshold off", "adacomp:factor=1", like="adacomp"),
+         *_ranks("adacomp", "adacomp", "adacomp")),
+        words=("--log-layers",)),
+    Experiment(
+        "adacomp-fsdd",
+        "Speech (BN50): no degradation at about 200x",
+        "fsdd",
+        (DENSE, Line("adacomp", "adacomp")), words=("--log-layers",)),
+    Experiment(
+        "adacomp-shakespeare",
+        "Character LSTM: test loss 1.73 dense, 1.75 AdaComp, about 200x in recurrent layers",
+        "shakespeare",
+        (DENSE, Line("adacomp", "adacomp", like="dense")), words=("--log-layers",), seeds=3),
+)
+
+SYSTEMS = {"terngrad": TERNGRAD, "onebit": ONEBIT, "dorefa": DOREFA, "strom": STROM,
+           "dryden": DRYDEN, "dropping": DROPPING, "adacomp": ADACOMP}
