@@ -109,7 +109,11 @@ def interval(values):
 def carry_out(experiment, seeds):
     """Search, run, and write jobs/results/reproduce-NAME.json; returns what it holds."""
     print(f"{experiment.name}: {experiment.claim}", flush=True)
-    if experiment.data == "fashion":
+    try:
+        sources.raw_files(experiment.data)
+    except sources.DataError as problem:
+        if experiment.data != "fashion":
+            sys.exit(f"launch/reproduce: {problem}")
         sources.fetch_fashion()
     rates, losses = search(experiment)
     seeds = range(seeds or experiment.seeds)
