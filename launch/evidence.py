@@ -115,7 +115,10 @@ def carry_out(experiment, seeds):
         if experiment.data != "fashion":
             sys.exit(f"launch/reproduce: {problem}")
         sources.fetch_fashion()
-    rates, losses = search(experiment)
+    if experiment.searched:
+        rates, losses = search(experiment)
+    else:
+        rates, losses = {line.label: base_rate(experiment, line) for line in experiment.lines}, {}
     seeds = range(seeds or experiment.seeds)
     runs = {(line.label, seed): words_of(experiment, line, "--lr", rates[line.label],
                                          "--seed", seed)
@@ -147,6 +150,7 @@ def describe(line, rate, losses, results):
         sent=[(row["step"], row["bytes_per_step"]) for row in first["rows"]
               if row["kind"] == "train"])
     if "layers" in first["rows"][0]:
+        kept["shapes"] = first["shapes"]
         kept["layers"] = [(row["step"], row["layers"]) for row in first["rows"]
                           if "layers" in row]
     return kept

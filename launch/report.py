@@ -1,21 +1,122 @@
-"""Tables of what launch/reproduce measured, and pictures of it."""
+"""Tables and pictures of what launch/reproduce measured, put into docs/results.md."""
 
 import json
+import re
+from math import prod
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+# Okabe and Ito's colours, told apart by colour-blind readers; the first, of dense, is grey
+COLOURS = ["#555555", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D1F",
+           "#333399", "#999999"]
 
 
 def table(kept):
     """The lines of one experiment's table, in Markdown."""
-    yield f"| {kept['data']}, {kept['seeds']} seeds | P | rate | accuracy, % | loss | bytes/step | ratio |"
+    yield (f"| {kept['data']}, {kept['seeds']} seeds | ranks | rate | accuracy, % | loss "
+           "| bytes/step | ratio |")
     yield "|---|---|---|---|---|---|---|"
     for line in kept["lines"]:
         yield (f"| {line['label']} | {line['ranks']} | {line['learning_rate']:g} "
                f"| {line['accuracy_mean']:.2f} ± {line['accuracy_half_width']:.2f} "
-               f"| {line['loss_mean']:.4f} | {line['bytes_per_step']:,.0f} "
+               f"| {line['loss_mean']:.3f} | {line['bytes_per_step']:,.0f} "
                f"| {line['ratio']:.1f} |")
 
 
+def style():
+    """matplotlib's pyplot, without a screen and without ornament."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({
+        "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.edgecolor": "#999999", "axes.titlelocation": "left", "axes.grid": True,
+        "grid.color": "#e6e6e6", "xtick.color": "#444444", "ytick.color": "#222222"})
+    return pyplot
+
+
+def draw(kept, path):
+    """Accuracy of every line with its interval beside the training loss of the first seed."""
+    pyplot = style()
+    layers = [line for line in kept["lines"] if "layers" in line and line["label"] != "dense"]
+    panels = 3 if layers else 2
+    lines = kept["lines"]
+    figure, axes = pyplot.subplots(
+        1, panels, figsize=(4.9 * panels, max(3.4, 0.42 * len(lines) + 1.6)), dpi=120,
+        facecolor="white")
+    accuracies(axes[0], lines)
+    losses(axes[1], lines)
+    if layers:
+        rates(axes[2], layers[0])
+    figure.tight_layout(w_pad=2)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def accuracies(axes, lines):
+    """A dot and an interval for each line, its ratio at the margin; dense as a band."""
+    dense = lines[0]
+    mean, half = dense["accuracy_mean"], dense["accuracy_half_width"]
+    axes.axvspan(mean - half, mean + half, color="#dddddd", linewidth=0)
+    for i, line in enumerate(lines):
+        y = len(lines) - 1 - i
+        axes.errorbar(line["accuracy_mean"], y, xerr=line["accuracy_half_width"], fmt="o",
+                      color=COLOURS[i % len(COLOURS)], capsize=3, markersize=6)
+        axes.plot(line["accuracy"], [y] * len(line["accuracy"]), "|", color="#888888",
+                  markersize=6)
+        axes.annotate(f"{line['ratio']:.0f}x", (1.01, y), xycoords=("axes fraction", "data"),
+                      va="center", fontsize=9, color="#444444")
+    axes.set_yticks(range(len(lines)), [line["label"] for line in reversed(lines)])
+    axes.set(xlabel="test accuracy, % (mean, 95 % interval)", ylim=(-0.6, len(lines) - 0.4))
+    axes.set_title("Accuracy, and fewer bytes than dense by", pad=10)
+
+
+def losses(axes, lines):
+    """Training loss against the step, lines on 4 ranks only."""
+    for i, line in enumerate(lines):
+        if line["ranks"] == 4:
+            steps, values = zip(*line["curve"])
+            axes.plot(steps, values, color=COLOURS[i % len(COLOURS)], linewidth=1.5,
+                      label=line["label"])
+    axes.set(yscale="log", xlabel="step")
+    axes.set_title("Training loss, first seed", pad=10)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def rates(axes, line):
+    """32 bits an element over the bits of what was sent of each weight, against the step."""
+    shapes = {name: shape for name, shape in line["shapes"].items() if len(shape) > 1}
+    for i, (name, shape) in enumerate(shapes.items()):
+        bits = 8 if len(shape) > 2 else 16  # adacomp:bin=auto: 50 for convolutions, else 500
+        points = [(step, 32 * prod(shape) / (bits * max(1, counts[name])))
+                  for step, counts in line["layers"]]
+        axes.plot(*zip(*points), linewidth=1.5, label=name, color=COLOURS[i % len(COLOURS)])
+    axes.set(yscale="log", xlabel="step")
+    axes.set_title("Rate by layer, rank 0's packets", pad=10)
+    axes.legend(fontsize=8, frameon=False)
+
+
 def write():
-    pass
+    """Bring the parts of docs/results.md between the marks, and the pictures, up to date."""
+    page = DOCS / "results.md"
+    text = page.read_text()
+    for path in sorted((ROOT / "jobs" / "results").glob("reproduce-*.json")):
+        kept = json.loads(path.read_text())
+        name = kept["experiment"]
+        picture = f"reproduce-{name}.png"
+        begin, end = f"<!-- {name}: made by launch/reproduce -->", f"<!-- end of {name} -->"
+        block = "\n".join([begin, "", *table(kept), "", f"![{name}]({picture})", "",
+                           f"`{kept['command']}`, {kept['date']}", "", end])
+        try:
+            draw(kept, DOCS / picture)
+        except ImportError:
+            print(f"no picture of {name}: matplotlib is missing; type: pip install matplotlib")
+        if begin in text:
+            text = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: block, text,
+                          flags=re.S)
+        else:
+            text = text.rstrip() + "\n\n" + block + "\n"
+    page.write_text(text)

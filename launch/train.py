@@ -428,7 +428,8 @@ if rank == 0:
                   ratio=counted["dense"] / max(1, counted["sent"]), steps=steps, ranks=ranks,
                   seconds_per_step=statistics.median(times or [seconds / steps]), seconds=seconds,
                   parameters_sha256=replicas[0], skipped=reducer.stats.skipped, digest=digest,
-                  config=config, torch=torch.__version__)
+                  config=config, torch=torch.__version__,
+                  shapes={name: list(p.shape) for name, p in model.named_parameters()})
     checkpoint.write(out / "result.json.part", json.dumps(result, indent=1).encode())
     (out / "result.json.part").replace(out / "result.json")
     say(f"{what} accuracy {accuracy:.2%}  {what} loss {loss:.4f}  "
