@@ -1,0 +1,108 @@
+"""launch/reproduce: what it would run makes sense, and what it says follows from what was found."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+import mpicomp
+
+LAUNCH = Path(__file__).resolve().parent.parent / "launch"
+sys.path.append(str(LAUNCH))
+import bands  # noqa: E402
+import evidence  # noqa: E402
+import experiments  # noqa: E402
+import report  # noqa: E402
+from recipes import RECIPES  # noqa: E402
+
+EVERY = [e for group in experiments.SYSTEMS.values() for e in group]
+SEVEN = {"terngrad", "onebit", "dorefa", "strom", "dryden", "dropping", "adacomp"}
+
+
+def test_each_of_the_seven_has_experiments():
+    assert SEVEN <= set(experiments.SYSTEMS)
+    assert len({e.name for e in EVERY}) == len(EVERY)
+
+
+@pytest.mark.parametrize("experiment", EVERY, ids=lambda e: e.name)
+def test_every_line_names_a_method_and_the_first_is_the_baseline(experiment):
+    labels = [line.label for line in experiment.lines]
+    assert len(set(labels)) == len(labels)
+    assert experiment.lines[0].method == "dense"
+    assert experiment.data in RECIPES
+    assert experiment.seeds >= 3
+    for line in experiment.lines:
+        mpicomp.method(line.method)
+        assert not line.like or line.like in labels
+        assert line.like or line.ranks == 4, "a search is made on 4 ranks"
+
+
+def test_the_band_of_every_method_is_a_real_one():
+    for band in bands.BANDS:
+        mpicomp.method(band.method)
+        assert 0 < band.least < band.most <= 100
+        assert band.ratio >= 1
+    assert SEVEN <= {mpicomp.method(band.method).name for band in bands.BANDS}
+
+
+def test_runs_are_told_apart_by_all_that_they_were_told():
+    words = evidence.words_of(EVERY[0], EVERY[0].lines[0], "--seed", 0)
+    others = [evidence.words_of(EVERY[0], EVERY[0].lines[0], "--seed", 1),
+              evidence.words_of(EVERY[0], EVERY[0].lines[1], "--seed", 0)]
+    folders = {evidence.folder_of(words, 4), evidence.folder_of(words, 2),
+               *(evidence.folder_of(other, 4) for other in others)}
+    assert len(folders) == 4
+    assert evidence.folder_of(words, 4) == evidence.folder_of(list(words), 4)
+
+
+def test_interval_is_students():
+    # mean 3, standard deviation sqrt(2.5), t(4) = 2.776: 2.776 * 1.5811 / 2.2361
+    mean, half = evidence.interval([1, 2, 3, 4, 5])
+    assert mean == 3
+    assert half == pytest.approx(1.963, abs=1e-3)
+    assert math.isnan(evidence.interval([1])[1])
+
+
+def test_search_takes_the_lowest_loss_and_never_a_diverged_run(tmp_path, monkeypatch):
+    experiment = experiments.Experiment(
+        "x", "claim", "mnist5k",
+        (experiments.Line("dense", "dense"), experiments.Line("other", "onebit", like="dense")))
+    losses = {0.1: math.nan, 0.2: 0.5, 0.4: 0.25}
+    monkeypatch.setattr(evidence, "perform", lambda runs: None)
+    monkeypatch.setattr(evidence, "read", lambda words, ranks: {
+        "loss": losses[float(words[words.index("--lr") + 1])]})
+    rates, found = evidence.search(experiment)
+    assert rates == {"dense": 0.4, "other": 0.4}
+    assert set(found) == {"dense"}
+    losses[0.4] = math.nan
+    assert evidence.search(experiment)[0]["dense"] == 0.2
+
+
+def fake(steps=(50, 100)):
+    """One line of results as train.py would have left them."""
+    rows = [dict(kind="train", step=s, loss=1 / s, bytes_per_step=10.0) for s in steps]
+    return dict(accuracy=0.9, loss=0.3, bytes_per_step=10.0, ratio=4.0, steps=100, rows=rows,
+                config={"method": "dense"}, shapes={})
+
+
+def test_a_page_is_brought_up_to_date_where_its_marks_are(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    line = experiments.Line("dense", "dense")
+    kept = dict(experiment="x", data="mnist5k", seeds=2, command="launch/reproduce x",
+                date="2026-01-01",
+                lines=[evidence.describe(line, 0.2, None, [fake(), fake()])])
+    results, docs = tmp_path / "jobs" / "results", tmp_path / "docs"
+    results.mkdir(parents=True)
+    docs.mkdir()
+    (results / "reproduce-x.json").write_text(json.dumps(kept))
+    (docs / "results.md").write_text("# Results\n\nwords\n")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "DOCS", docs)
+    report.write()
+    once = (docs / "results.md").read_text()
+    assert "words" in once and "| dense | 4 | 0.2 | 90.00 ± 0.00 |" in once
+    assert (docs / "reproduce-x.png").stat().st_size > 1000
+    report.write()
+    assert (docs / "results.md").read_text() == once
