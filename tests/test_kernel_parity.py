@@ -26,20 +26,20 @@ SIZES = (0, 1, 2, 3, 7, 8, 31, 32, 33, 255, 256, 257, 4096, 100003)
 MATRICES = ((1, 1), (1, 5), (31, 3), (32, 8), (33, 9), (64, 16), (257, 147), (40, 2000), (1100, 37),
             (4097, 16), (100003, 1), (300, 1), (255, 1))
 # vector instructions, threads, elements for a thread, elements from which on stores are streamed
-MODES = {"avx2": (True, 1, 1 << 17, 1 << 20), "plain": (False, 1, 1 << 17, 1 << 20),
-         "avx2, threads, streamed": (True, 2, 50, 50), "plain, threads": (False, 3, 50, 50)}
+MODES = {"vectors": (2, 1, 1 << 17, 1 << 20), "plain": (0, 1, 1 << 17, 1 << 20),
+         "avx2, threads, streamed": (1, 2, 50, 50), "plain, threads": (0, 3, 50, 50)}
 
 
 @pytest.fixture(params=MODES)
 def mode(request):
     """Sets how the compiled kernels run; afterwards they run as before."""
-    had = cpu.avx2(), cpu.threads()
+    had = cpu.vectors(), cpu.threads()
     vectors, threads, grain, stream = MODES[request.param]
-    cpu.avx2(vectors)
+    cpu.vectors(vectors)
     cpu.threads(threads)
     cpu.limits(grain, stream)
     yield request.param
-    cpu.avx2(had[0])
+    cpu.vectors(had[0])
     cpu.threads(had[1])
     cpu.limits()
     kernels.use(None)

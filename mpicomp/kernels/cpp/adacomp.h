@@ -6,37 +6,47 @@
 
 namespace {
 
-// Writes entries field << 2 | last << 1 | positive of one layer; see reference/adacomp.py.
+constexpr i64 MOST_BIN = 1 << 14;
+constexpr i64 AHEAD_OF_BIN = 4096;  // elements between what is worked on and what is fetched
+
+// Writes the entries field << 2 | last << 1 | positive of one layer; see reference/adacomp.py.
 template <class T> struct Entries {
     u8* at;
     i64 size;  // of a bin
     i64 empty = 0;
 
-    void put_entry(i64 field, bool last, bool positive) {
-        put(at, T(field << 2 | last << 1 | positive));
-        at += sizeof(T);
+    // One bin: `count` entries without the mark on the last.
+    void add(const u16* list, i64 count) {
+        if (!count) {
+            empty++;
+            return;
+        }
+        const i64 most = (i64(1) << (8 * sizeof(T) - 2)) - (size - 1);
+        for (; empty > 0; empty -= std::min(empty, most))  // runs, filled from the first on
+            write(T((size - 2 + std::min(empty, most)) << 2));
+        for (i64 k = 0; k + 1 < count; k++) put(at + k * sizeof(T), T(list[k]));
+        at += (count - 1) * sizeof(T);
+        write(T(list[count - 1] | 2));
     }
 
-    void skip_empty() {  // in as many runs as it takes, filled from the first on
-        const i64 most = (i64(1) << (8 * sizeof(T) - 2)) - (size - 1);
-        for (; empty > 0; empty -= std::min(empty, most))
-            put_entry(size - 2 + std::min(empty, most), false, false);
+    void write(T entry) {
+        put(at, entry);
+        at += sizeof(T);
     }
 };
 
-constexpr i64 MOST_BIN = 1 << 14;
-
-// One bin: g = base + grad if `add`, else base; h = ahead * grad + g. g is written to `g`.
+// One bin: g = base + grad if `add`, else base, is written to `g`; h = ahead * grad + g.
 struct Bin {
     const float *base, *grad;
     bool add;
     float ahead;
     i64 n;
     float* g;
-    u32* sent;  // a bit an element
+    u32* sent;  // a bit an element, 0 before
+    u16* list;  // place << 2 | positive of what is sent; room for n + 8
 };
 
-// Returns the largest |g|.
+// The largest |g|.
 float adacomp_largest_plain(const Bin& b, i64 from, float largest) {
     for (i64 i = from; i < b.n; i++) {
         b.g[i] = b.add ? b.base[i] + b.grad[i] : b.base[i];
@@ -45,28 +55,44 @@ float adacomp_largest_plain(const Bin& b, i64 from, float largest) {
     return largest;
 }
 
-// Sets the bits of the elements that are sent, which were 0 before; returns how many.
-i64 adacomp_sent_plain(const Bin& b, i64 from, float largest) {
-    i64 count = 0;
+// Lists what is sent of elements from ... n - 1 behind the `count` that were listed before.
+i64 adacomp_sent_plain(const Bin& b, i64 from, float largest, i64 count) {
     for (i64 i = from; i < b.n; i++) {
         const float h = b.ahead * b.grad[i] + b.g[i];
         const bool sent = std::fabs(h) >= largest && b.g[i] != 0;
         b.sent[i / 32] |= u32(sent) << i % 32;
+        b.list[count] = u16(i << 2 | (b.g[i] > 0));
         count += sent;
     }
     return count;
 }
 
 #if HAVE_AVX2
+// For each set of eight 16-bit lanes the shuffle that moves these lanes to the front.
+struct Compress {
+    alignas(16) u8 shuffle[256][16];
+
+    constexpr Compress() : shuffle() {
+        for (int set = 0; set < 256; set++)
+            for (int lane = 0, to = 0; lane < 8; lane++)
+                if (set >> lane & 1) {
+                    shuffle[set][2 * to] = u8(2 * lane);
+                    shuffle[set][2 * to + 1] = u8(2 * lane + 1);
+                    to++;
+                }
+    }
+};
+constexpr Compress COMPRESS;
+
 AVX2 float adacomp_largest_avx2(const Bin& b) {
-    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
+    const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
     __m256 most = _mm256_setzero_ps();
     i64 i = 0;
     for (; i + 8 <= b.n; i += 8) {
         __m256 g = _mm256_loadu_ps(b.base + i);
         if (b.add) g = _mm256_add_ps(g, _mm256_loadu_ps(b.grad + i));
         _mm256_storeu_ps(b.g + i, g);
-        most = _mm256_max_ps(most, _mm256_and_ps(g, magnitude));
+        most = _mm256_max_ps(most, _mm256_and_ps(g, mask));
     }
     alignas(32) float lanes[8];
     _mm256_store_ps(lanes, most);
@@ -74,19 +100,31 @@ AVX2 float adacomp_largest_avx2(const Bin& b) {
 }
 
 AVX2 i64 adacomp_sent_avx2(const Bin& b, float largest) {
-    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
+    const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
     const __m256 limit = _mm256_set1_ps(largest), ahead = _mm256_set1_ps(b.ahead);
+    const __m256 zero = _mm256_setzero_ps();
+    const __m128i eight = _mm_set1_epi16(8 << 2);
+    __m128i place = _mm_setr_epi16(0, 4, 8, 12, 16, 20, 24, 28);
     i64 i = 0, count = 0;
-    for (; i + 8 <= b.n; i += 8) {
+    for (; i + 8 <= b.n; i += 8, place = _mm_add_epi16(place, eight)) {
+        _mm_prefetch(b.base + i + AHEAD_OF_BIN, _MM_HINT_T0);
+        if (b.add) _mm_prefetch(b.grad + i + AHEAD_OF_BIN, _MM_HINT_T0);
         const __m256 g = _mm256_loadu_ps(b.g + i);
         const __m256 h = _mm256_add_ps(_mm256_mul_ps(ahead, _mm256_loadu_ps(b.grad + i)), g);
-        const __m256 grew = _mm256_cmp_ps(_mm256_and_ps(h, magnitude), limit, _CMP_GE_OQ);
-        const __m256 some = _mm256_cmp_ps(g, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+        const __m256 grew = _mm256_cmp_ps(_mm256_and_ps(h, mask), limit, _CMP_GE_OQ);
+        const __m256 some = _mm256_cmp_ps(g, zero, _CMP_NEQ_UQ);
         const u32 bits = u32(_mm256_movemask_ps(_mm256_and_ps(grew, some)));
+        const __m256i up = _mm256_castps_si256(_mm256_cmp_ps(g, zero, _CMP_GT_OQ));  // -1 or 0
+        const __m128i sign = _mm_packs_epi32(_mm256_castsi256_si128(up),
+                                             _mm256_extracti128_si256(up, 1));
+        const __m128i order =
+            _mm_load_si128(reinterpret_cast<const __m128i*>(COMPRESS.shuffle[bits]));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(b.list + count),
+                         _mm_shuffle_epi8(_mm_sub_epi16(place, sign), order));
         b.sent[i / 32] |= bits << i % 32;
         count += __builtin_popcount(bits);
     }
-    return count + adacomp_sent_plain(b, i, largest);
+    return adacomp_sent_plain(b, i, largest, count);
 }
 #endif
 
@@ -103,117 +141,134 @@ i64 adacomp_sent(const Bin& b, float largest) {
 #if HAVE_AVX2
     if (avx2) return adacomp_sent_avx2(b, largest);
 #endif
-    return adacomp_sent_plain(b, 0, largest);
+    return adacomp_sent_plain(b, 0, largest, 0);
 }
 
-// Reads the entries of one packet; `next` and `bin` say where it has come to.
+// Reads the entries of one packet, up to some element after the other.
 template <class T> struct Reader {
     const u8* data;
-    i64 count, size, next = 0, bin = 0;
+    i64 count, size;
+    float quantum;
+    i64 next = 0, start = 0, last = -1;  // entry; first element of its bin; element before it
+    u64 wrong = 0;                       // not 0: entries that no encoder wrote
 
-    // The next element's index and sign, or -1 at the end. The entries are known to be right.
-    i64 peek(bool& positive) {
-        for (; next < count; next++) {
-            const T entry = get<T>(data + next * i64(sizeof(T)));
-            const i64 field = entry >> 2;
-            if (!(entry & 2) && field >= size - 1) {
-                bin += field - size + 2;
+    // out[i] += +-quantum for the elements named below `stop`.
+    void add(float* out, i64 stop) {
+        Reader r = *this;  // in registers
+        const float level[2] = {-quantum, quantum};  // a table: signs are hard to predict
+        for (; r.next < r.count; r.next++) {
+            const u32 entry = get<T>(r.data + r.next * i64(sizeof(T)));
+            const i64 field = entry >> 2, end = entry >> 1 & 1, i = r.start + field;
+            if (!end && field >= r.size - 1) {  // a run of empty bins
+                r.wrong |= entry & 1;
+                r.start += (field - r.size + 2) * r.size;
                 continue;
             }
-            positive = entry & 1;
-            return bin * size + field;
+            if (i >= stop) break;
+            r.wrong |= (field >= r.size) | (i <= r.last);
+            out[i] += level[entry & 1];
+            r.last = i;
+            r.start += r.size & -end;
         }
-        return -1;
+        *this = r;
     }
 
-    void pass() {
-        bin += get<T>(data + next * i64(sizeof(T))) >> 1 & 1;
-        next++;
-    }
-
-    bool valid(i64 n) const {
-        i64 last_index = -1, at = 0;
-        bool last = true;
-        for (i64 i = 0; i < count; i++) {
-            const T entry = get<T>(data + i * i64(sizeof(T)));
-            const i64 field = entry >> 2;
-            last = entry & 2;
-            if (!last && field >= size - 1) {
-                if (entry & 1) return false;
-                at += field - size + 2;
-                continue;
-            }
-            if (field >= size || at * size + field <= last_index) return false;
-            last_index = at * size + field;
-            at += last;
-        }
-        return last && last_index < n;
+    // Is all read, and does it end with the last element of a bin?
+    bool right() const {
+        if (!count) return true;
+        const u32 entry = get<T>(data + (count - 1) * i64(sizeof(T)));
+        return !wrong && next == count && (entry & 2) && finite(&quantum, 1);
     }
 };
+
+// out -+= scale where a bit is set: what was sent with its sign is no longer owed. n <= 32.
+void adacomp_settle_plain(u32 bits, float scale, i64 n, float* out) {
+    const float quantum = -1.0f * scale;
+    for (i64 i = 0; i < n; i++)
+        if (bits >> i & 1) out[i] += out[i] > 0 ? quantum : -quantum;
+}
+
+#if HAVE_AVX2
+AVX2 void adacomp_settle_avx2(u32 bits, float scale, float* out) {  // 32 elements
+    const __m256 quantum = _mm256_set1_ps(-1.0f * scale), back = _mm256_set1_ps(-(-1.0f * scale));
+    const __m256i shift = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    for (int i = 0; i < 32; i += 8) {
+        const __m256 g = _mm256_loadu_ps(out + i);
+        const __m256 positive = _mm256_cmp_ps(g, _mm256_setzero_ps(), _CMP_GT_OQ);
+        const __m256 less = _mm256_add_ps(g, _mm256_blendv_ps(back, quantum, positive));
+        const __m256i sent = _mm256_sllv_epi32(_mm256_set1_epi32(int(bits >> i)), shift);
+        _mm256_storeu_ps(out + i, _mm256_blendv_ps(g, less, _mm256_castsi256_ps(sent)));
+    }
+}
+#endif
+
+void adacomp_settle(const u32* sent, i64 n, float scale, float* out) {
+    for (i64 i = 0; i < n; i += 32) {
+        const u32 bits = sent[i / 32];
+        if (!bits) continue;
+#if HAVE_AVX2
+        if (avx2 && n - i >= 32) {
+            adacomp_settle_avx2(bits, scale, out + i);
+            continue;
+        }
+#endif
+        adacomp_settle_plain(bits, scale, std::min<i64>(32, n - i), out + i);
+    }
+}
 
 // One layer; see mp_adacomp_encode.
 template <class T>
 i64 adacomp_encode(const float* base, const float* grad, float* out, i64 n, float ahead, i64 size,
                    float* scale, u8* data) {
-    const i64 bins = (n + size - 1) / size, group = std::max<i64>(1, CHUNK / size);
+    const i64 bins = (n + size - 1) / size, group = std::max<i64>(1, 2048 / size);
+    const i64 words = (size + 31) / 32;  // of bits, for each bin
     thread_local std::vector<float> largest;
+    thread_local std::vector<u32> sent;
     largest.resize(std::max<size_t>(largest.size(), bins));
-    float g[std::max(CHUNK, MOST_BIN)];
-    u32 sent[MOST_BIN / 32];
+    sent.resize(std::max<size_t>(sent.size(), bins * words));
+    float g[MOST_BIN];
+    u16 list[MOST_BIN + 8];
     Entries<T> entries{data, size};
     for (i64 first = 0; first < bins; first += group) {  // bins whose g goes to `out` in one go
         const i64 start = first * size, stop = std::min(n, (first + group) * size);
-        for (i64 at = start; at < stop; at += size) {
+        for (i64 at = start, bin = first; at < stop; at += size, bin++) {
             const Bin b{base + at, grad + at, out != nullptr, ahead, std::min(size, n - at),
-                        g + (at - start), sent};
-            const float most = largest[at / size] = adacomp_largest(b);
-            i64 left = adacomp_sent(b, most);
-            if (!left) {
-                entries.empty++;
-                continue;
-            }
-            entries.skip_empty();
-            for (i64 w = 0; left; w++)
-                for (u32 bits = sent[w]; bits; bits &= bits - 1) {
-                    const i64 i = 32 * w + __builtin_ctz(bits);
-                    entries.put_entry(i, --left == 0, b.g[i] > 0);
-                }
+                        g + (at - start), &sent[bin * words], list};
+            largest[bin] = adacomp_largest(b);
+            entries.add(list, adacomp_sent(b, largest[bin]));
         }
         if (out) copy(g, out + start, stop - start, n >= stream_from);
     }
     *scale = total(largest.data(), bins) / float(bins);
-    return (entries.at - data) / i64(sizeof(T));
+    const i64 count = (entries.at - data) / i64(sizeof(T));
+    if (!out || !count) return count;
+    if (!finite(scale, 1)) return INVALID;
+    for (i64 bin = 0; bin < bins; bin++) {
+        const i64 at = bin * size;
+        adacomp_settle(&sent[bin * words], std::min(size, n - at), *scale, out + at);
+    }
+    return count;
 }
 
 template <class T>
 i64 adacomp_decode(const u8* const* data, const i64* counts, const float* scales, i64 packets,
                    i64 size, float weight, float* out, i64 n, bool fresh) {
-    for (i64 p = 0; p < packets; p++) {
-        const float quantum = weight * scales[p];
-        if (!Reader<T>{data[p], counts[p], size}.valid(n)) return INVALID;
-        if (counts[p] && !finite(&quantum, 1)) return INVALID;
+    std::vector<Reader<T>> all;
+    for (i64 p = 0; p < packets; p++) all.push_back({data[p], counts[p], size, weight * scales[p]});
+    for (i64 at = 0; at < n; at += CHUNK) {
+        const i64 stop = std::min(n, at + CHUNK);
+        if (fresh) std::fill(out + at, out + stop, 0.0f);
+        for (auto& reader : all) reader.add(out, stop);
     }
-    split(n, CHUNK, grain, [&](int, i64 begin, i64 end) {
-        std::vector<Reader<T>> all;
-        for (i64 p = 0; p < packets; p++) all.push_back({data[p], counts[p], size});
-        for (i64 at = begin; at < end; at += CHUNK) {
-            const i64 stop = std::min(end, at + CHUNK);
-            if (fresh) std::fill(out + at, out + stop, 0.0f);
-            for (i64 p = 0; p < packets; p++) {
-                const float quantum = weight * scales[p];
-                bool positive = false;
-                for (i64 i; (i = all[p].peek(positive)) >= 0 && i < stop; all[p].pass())
-                    if (i >= begin) out[i] += positive ? quantum : -quantum;
-            }
-        }
-    });
-    return 0;
+    const auto right = [](const Reader<T>& reader) { return reader.right(); };
+    return std::all_of(all.begin(), all.end(), right) ? 0 : INVALID;
 }
 
 }  // namespace
 
 // Entries of one layer, `width` bytes each, in bins of `size`; h = ahead * grad + g. `out` null:
-// g = base; else g = base + grad goes to `out`. Returns how many entries.
+// g = base; else g = base + grad, and what is still owed goes to `out`. Returns how many entries;
+// INVALID if there is `out` and the scale is not finite.
 API i64 mp_adacomp_encode(const float* base, const float* grad, float* out, i64 n, float ahead,
                           i64 size, int width, float* scale, u8* data) {
     const auto encode = width == 1 ? adacomp_encode<u8> : adacomp_encode<u16>;
@@ -221,7 +276,7 @@ API i64 mp_adacomp_encode(const float* base, const float* grad, float* out, i64 
 }
 
 // out += or, if fresh, = the sum over packets of +-(weight * scale) at the elements named; `counts`
-// in entries. INVALID for entries that no encoder wrote; `out` is then as it was.
+// in entries. INVALID for entries that no encoder wrote.
 API i64 mp_adacomp_decode(const u8* const* data, const i64* counts, const float* scales,
                           i64 packets, i64 size, int width, float weight, float* out, i64 n,
                           int fresh) {

@@ -39,14 +39,34 @@ void half_add_plain(const u8* data, i64 n, float weight, float* out) {
     for (i64 i = 0; i < n; i++) out[i] += widen_half(get<u16>(data + 2 * i)) * weight;
 }
 
+void bfloat_encode_plain(const float* x, i64 n, u8* data) {
+    for (i64 i = 0; i < n; i++) put(data + 2 * i, bfloat_of(x[i]));
+}
+
+void bfloat_add_plain(const u8* data, i64 n, float weight, float* out) {
+    for (i64 i = 0; i < n; i++)
+        out[i] += float_of(u32(get<u16>(data + 2 * i)) << 16) * weight;
+}
+
 #if HAVE_AVX2
+AVX2 inline void put_eight(u8* to, __m128i eight) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), eight);
+}
+
+AVX2 inline __m128i get_eight(const u8* from) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+}
+
+AVX2 inline void add_eight(__m256 values, __m256 weight, float* out) {
+    _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), _mm256_mul_ps(values, weight)));
+}
+
 AVX2 void half_encode_avx2(const float* x, i64 n, u8* data) {
     const __m256 most = _mm256_set1_ps(65504), least = _mm256_set1_ps(-65504);
     i64 i = 0;
     for (; i + 8 <= n; i += 8) {
         const __m256 v = _mm256_max_ps(least, _mm256_min_ps(most, _mm256_loadu_ps(x + i)));
-        const __m128i half = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(data + 2 * i), half);
+        put_eight(data + 2 * i, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
     half_encode_plain(x + i, n - i, data + 2 * i);
 }
@@ -54,25 +74,56 @@ AVX2 void half_encode_avx2(const float* x, i64 n, u8* data) {
 AVX2 void half_add_avx2(const u8* data, i64 n, float weight, float* out) {
     const __m256 w = _mm256_set1_ps(weight);
     i64 i = 0;
-    for (; i + 8 <= n; i += 8) {
-        const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(data + 2 * i));
-        const __m256 v = _mm256_mul_ps(_mm256_cvtph_ps(half), w);
-        _mm256_storeu_ps(out + i, _mm256_add_ps(_mm256_loadu_ps(out + i), v));
-    }
+    for (; i + 8 <= n; i += 8)
+        add_eight(_mm256_cvtph_ps(get_eight(data + 2 * i)), w, out + i);
     half_add_plain(data + 2 * i, n - i, weight, out + i);
 }
-#endif
 
-void bfloat_add(const u8* data, i64 n, float weight, float* out) {
-    for (i64 i = 0; i < n; i++)
-        out[i] += float_of(u32(get<u16>(data + 2 * i)) << 16) * weight;
+AVX2 void bfloat_encode_avx2(const float* x, i64 n, u8* data) {
+    const __m256i inf = _mm256_set1_epi32(0x7F800000), size_mask = _mm256_set1_epi32(0x7FFFFFFF);
+    const __m256i one = _mm256_set1_epi32(1), half = _mm256_set1_epi32(0x7FFF);
+    const __m256i last = _mm256_set1_epi32(0x7F7F), quiet = _mm256_set1_epi32(0x40);
+    i64 i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(x + i));
+        const __m256i size = _mm256_and_si256(bits, size_mask), high = _mm256_srli_epi32(bits, 16);
+        const __m256i even = _mm256_add_epi32(half, _mm256_and_si256(high, one));
+        const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, even), 16);
+        const __m256i over = _mm256_and_si256(  // -1 where a finite number would become infinite
+            _mm256_cmpgt_epi32(_mm256_and_si256(rounded, half), last),
+            _mm256_cmpgt_epi32(inf, size));
+        const __m256i words = _mm256_blendv_epi8(_mm256_add_epi32(rounded, over),
+                                                 _mm256_or_si256(high, quiet),
+                                                 _mm256_cmpgt_epi32(size, inf));
+        const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+        put_eight(data + 2 * i, _mm256_castsi256_si128(pairs));
+    }
+    bfloat_encode_plain(x + i, n - i, data + 2 * i);
 }
 
-void half_add(const u8* data, i64 n, float weight, float* out) {
-#if HAVE_AVX2
-    if (avx2) return half_add_avx2(data, n, weight, out);
+AVX2 void bfloat_add_avx2(const u8* data, i64 n, float weight, float* out) {
+    const __m256 w = _mm256_set1_ps(weight);
+    i64 i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(get_eight(data + 2 * i)), 16);
+        add_eight(_mm256_castsi256_ps(wide), w, out + i);
+    }
+    bfloat_add_plain(data + 2 * i, n - i, weight, out + i);
+}
 #endif
-    half_add_plain(data, n, weight, out);
+
+void cast_encode(const float* x, i64 n, int kind, u8* data) {
+#if HAVE_AVX2
+    if (avx2) return (kind == FLOAT16 ? half_encode_avx2 : bfloat_encode_avx2)(x, n, data);
+#endif
+    (kind == FLOAT16 ? half_encode_plain : bfloat_encode_plain)(x, n, data);
+}
+
+void cast_add(const u8* data, i64 n, int kind, float weight, float* out) {
+#if HAVE_AVX2
+    if (avx2) return (kind == FLOAT16 ? half_add_avx2 : bfloat_add_avx2)(data, n, weight, out);
+#endif
+    (kind == FLOAT16 ? half_add_plain : bfloat_add_plain)(data, n, weight, out);
 }
 
 // Does no exponent consist of ones? `top` is the exponent's mask, `step` its lowest bit.
@@ -85,15 +136,8 @@ bool finite16(const u8* data, i64 n, u16 top, u16 step) {
 }  // namespace
 
 API void mp_cast_encode(const float* x, i64 n, int kind, u8* data) {
-    split(n, 1, grain, [&](int, i64 begin, i64 end) {
-        if (kind == BFLOAT16) {
-            for (i64 i = begin; i < end; i++) put(data + 2 * i, bfloat_of(x[i]));
-            return;
-        }
-#if HAVE_AVX2
-        if (avx2) return half_encode_avx2(x + begin, end - begin, data + 2 * begin);
-#endif
-        half_encode_plain(x + begin, end - begin, data + 2 * begin);
+    split(n, 8, grain, [&](int, i64 begin, i64 end) {
+        cast_encode(x + begin, end - begin, kind, data + 2 * begin);
     });
 }
 
@@ -102,17 +146,16 @@ API i64 mp_float_decode(const u8* const* data, i64 packets, int kind, float weig
                         i64 n, int fresh) {
     std::atomic<bool> bad{false};
     add_packets(packets, out, n, fresh, [&](i64 p, i64 at, i64 count, float* to) {
-        const u8* from = data[p] + (kind == FLOAT32 ? 4 : 2) * at;
         if (kind == FLOAT32) {
+            const u8* from = data[p] + 4 * at;
             if (!finite_bytes(from, count)) bad = true;
             for (i64 i = 0; i < count; i++) to[i] += get<float>(from + 4 * i) * weight;
-        } else if (kind == FLOAT16) {
-            if (!finite16(from, count, 0x7C00, 0x0400)) bad = true;
-            half_add(from, count, weight, to);
-        } else {
-            if (!finite16(from, count, 0x7F80, 0x0080)) bad = true;
-            bfloat_add(from, count, weight, to);
+            return;
         }
+        const u8* from = data[p] + 2 * at;
+        const u16 top = kind == FLOAT16 ? 0x7C00 : 0x7F80, step = kind == FLOAT16 ? 0x400 : 0x80;
+        if (!finite16(from, count, top, step)) bad = true;
+        cast_add(from, count, kind, weight, to);
     });
     return bad ? INVALID : 0;
 }

@@ -74,7 +74,26 @@ template <int B> inline u64 apart(u64 w) {
     return (w & every) | (w >> B & every) << 8;
 }
 
+#if HAVE_AVX2
+AVX2 i64 dorefa_pack4_avx2(const u8* codes, i64 n, u8* data) {
+    i64 i = 0;
+    for (; i + 32 <= n; i += 32) {
+        const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+        const __m256i pairs = _mm256_maddubs_epi16(c, _mm256_set1_epi16(0x1001));
+        const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0x08);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(data + i / 2), _mm256_castsi256_si128(bytes));
+    }
+    return i;
+}
+#endif
+
 template <int B> void dorefa_pack(const u8* codes, i64 n, u8* data) {
+#if HAVE_AVX2
+    if (B == 4 && avx2) {
+        const i64 done = dorefa_pack4_avx2(codes, n, data);
+        codes += done, n -= done, data += done / 2;
+    }
+#endif
     for (; n >= 8; n -= 8, codes += 8, data += B) {
         const u64 w = together<B>(get<u64>(codes));
         std::memcpy(data, &w, B);
@@ -157,9 +176,8 @@ bool dorefa_levels(int bits, float scale, float weight, float* level) {
 API float mp_largest(const float* x, i64 n) {
     std::atomic<u32> largest{0};  // magnitudes are ordered like their bits
     split(n, 1, grain, [&](int, i64 begin, i64 end) {
-        int most = 0;
-        for (i64 i = begin; i < end; i++) most = std::max(most, int(bits_of(x[i]) & 0x7FFFFFFF));
-        for (u32 known = largest; u32(most) > known && !largest.compare_exchange_weak(known, most);)
+        const u32 most = bits_of(magnitude(x + begin, end - begin));
+        for (u32 known = largest; most > known && !largest.compare_exchange_weak(known, most);)
             ;
     });
     return float_of(largest);
@@ -183,6 +201,7 @@ API i64 mp_dorefa_encode(const float* grad, const float* owed, float* out, i64 n
         alignas(32) u8 codes[STEP];
         for (i64 at = begin; at < end; at += STEP) {
             const i64 count = std::min(STEP, end - at);
+            fetch(grad + at, count);  // while random words are made
             const u32* words = philox_words(key, start + at, count, room);
             const float* x = grad + at;
             if (owed) {

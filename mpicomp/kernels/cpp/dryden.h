@@ -10,54 +10,64 @@
 
 namespace {
 
-// The means of what is sent: count and `fold` of each column and sign, where only what is not zero
-// is seen (adding zeros changes no sum). Level k holds one sum of up to 32 sums of level k - 1:
-// that of the block of rows which was last added to.
+// The means of what is sent, fed only what is not zero: adding zeros changes no sum of `fold`.
+// Level k holds the sum so far of that block of 32**(k + 1) rows which was last added to.
 class SparseFold {
   public:
-    explicit SparseFold(i64 columns) : sums_(columns), counts_(columns, 0) {}
+    explicit SparseFold(i64 columns) : sums_(columns) {}
 
     void add(i64 row, i64 column, float v) {
-        counts_[column]++;
-        add_at(sums_[column], 0, row, v);
+        Sums& s = sums_[column];
+        u32 block = u32(row >> 5);
+        for (int level = 0; block != s.block[level]; level++, block >>= 5) {
+            s.sum[level + 1] += s.sum[level];
+            s.sum[level] = 0;
+            s.block[level] = block;
+        }
+        s.sum[0] += v;
+        s.count++;
     }
 
     float mean(i64 column) {
         Sums& s = sums_[column];
-        for (int level = 0; level < LEVELS - 1; level++)
-            add_at(s, level + 1, s.block[level], s.sum[level]);
-        return s.sum[LEVELS - 1] / float(std::max<i64>(counts_[column], 1));
+        for (int level = 0; level + 1 < LEVELS; level++) s.sum[level + 1] += s.sum[level];
+        return s.sum[LEVELS - 1] / float(std::max<u32>(s.count, 1));
     }
 
   private:
-    static constexpr int LEVELS = 8;
+    static constexpr int LEVELS = 7;  // 2**31 rows and more
     struct Sums {
-        i64 block[LEVELS] = {};
+        u32 block[LEVELS] = {};
         float sum[LEVELS] = {};
+        u32 count = 0;
     };
 
-    static void add_at(Sums& s, int level, i64 number, float v) {
-        if (number / 32 != s.block[level] && level < LEVELS - 1) {
-            add_at(s, level + 1, s.block[level], s.sum[level]);
-            s.block[level] = number / 32;
-            s.sum[level] = 0;
-        }
-        s.sum[level] += v;
-    }
-
     std::vector<Sums> sums_;
-    std::vector<i64> counts_;
 };
 
-// Number `keep` from the outside of a sample's negative (or non-negative) values, where `keep` is
-// one in `proportion` of them and at least one; infinite where there are none.
-float dryden_cut(std::vector<float>& values, i64 proportion, bool negative) {
-    if (values.empty()) return negative ? -INFINITY : INFINITY;
-    const auto place =
-        values.begin() + std::max<i64>(1, i64(values.size()) / proportion) - 1;
-    if (negative) std::nth_element(values.begin(), place, values.end());
-    else std::nth_element(values.begin(), place, values.end(), std::greater<float>());
+// Number `keep` from the outside of `count` negative (or non-negative) values, where `keep` is one
+// in `proportion` of them and at least one; infinite where there are none.
+float dryden_cut(float* values, i64 count, i64 proportion, bool negative) {
+    if (!count) return negative ? -INFINITY : INFINITY;
+    float* const place = values + std::max<i64>(1, count / proportion) - 1;
+    float* const end = values + count;
+    if (place == values) return negative ? *std::min_element(values, end)
+                                         : *std::max_element(values, end);
+    if (negative) std::nth_element(values, place, end);
+    else std::nth_element(values, place, end, std::greater<float>());
     return *place;
+}
+
+// The rows that are looked at in `columns` columns from `first` on, and their memory on its way.
+void dryden_draw(const float* base, const float* grad, i64 rows, i64 pitch, i64 first, i64 columns,
+                 i64 count, const u32* words, i64* element) {
+    for (i64 c = 0; c < columns; c++)
+        for (i64 k = 0; k < count; k++, element++) {
+            const i64 row = words ? i64(u64(words[c * count + k]) * u64(rows) >> 32) : k;
+            *element = row * pitch + first + c;
+            __builtin_prefetch(base + *element, 0, 2);
+            if (grad) __builtin_prefetch(grad + *element, 0, 2);
+        }
 }
 
 // What one scan reads and writes: v = base + grad, written to `out`, or v = base where it is null.
@@ -69,12 +79,14 @@ struct Scan {
 
 struct Found {
     u8* words;
-    SparseFold &negative, &positive;
+    i64 columns;
+    SparseFold& sums;  // of each column's negative values, then of its positive ones
 
     void add(i64 index, i64 row, i64 column, float v) {
-        put(words, u32(index) << 1 | (v > 0));
+        const bool positive = v > 0;
+        put(words, u32(index) << 1 | positive);
         words += 4;
-        (v > 0 ? positive : negative).add(row, column, v);
+        sums.add(row, positive * columns + column, v);
     }
 };
 
@@ -93,8 +105,9 @@ void dryden_plain(const Scan& s, i64 row, i64 first, i64 begin, i64 end, const f
 
 #if HAVE_AVX2
 template <bool COLUMNS>
-AVX2 void dryden_avx2(const Scan& s, i64 row, i64 first, i64 begin, i64 end, const float* lower,
+AVX2 void dryden_avx2(const Scan& scan, i64 row, i64 first, i64 begin, i64 end, const float* lower,
                       const float* upper, Found& found) {
+    const Scan s = scan;
     __m256 low = _mm256_set1_ps(lower[0]), up = _mm256_set1_ps(upper[0]);
     i64 i = begin + (s.stream ? until_aligned(s.out + begin, end - begin) : 0);
     dryden_plain<COLUMNS>(s, row, first, begin, i, lower, upper, found);
@@ -104,10 +117,7 @@ AVX2 void dryden_avx2(const Scan& s, i64 row, i64 first, i64 begin, i64 end, con
         for (int k = 0; k < 4; k++) {
             const i64 at = i + 8 * k;
             v[k] = _mm256_loadu_ps(s.base + at);
-            if (s.out) {
-                v[k] = _mm256_add_ps(v[k], _mm256_loadu_ps(s.grad + at));
-                store(s.out + at, v[k], s.stream);
-            }
+            if (s.out) v[k] = _mm256_add_ps(v[k], _mm256_loadu_ps(s.grad + at));
             if (COLUMNS) {
                 low = _mm256_loadu_ps(lower + at - first);
                 up = _mm256_loadu_ps(upper + at - first);
@@ -116,6 +126,7 @@ AVX2 void dryden_avx2(const Scan& s, i64 row, i64 first, i64 begin, i64 end, con
                                              _mm256_cmp_ps(v[k], up, _CMP_GE_OQ));
             mask |= u32(_mm256_movemask_ps(sent)) << 8 * k;
         }
+        for (int k = 0; s.out && k < 4; k++) store(s.out + i + 8 * k, v[k], s.stream);
         if (!mask) continue;
         alignas(32) float group[32];
         for (int k = 0; k < 4; k++) _mm256_store_ps(group + 8 * k, v[k]);
@@ -145,28 +156,40 @@ inline i64 dryden_mean(u32 word, u32 columns) {
 }  // namespace
 
 // Thresholds of each column of base + grad (base, if `grad` is null), from `sample` draws a column
-// or, if that is 0, from all its rows.
+// or, if that is 0, from all its rows. Cache line after cache line of columns: while one is looked
+// at, the next is fetched.
 API void mp_dryden_columns(const float* base, const float* grad, i64 rows, i64 columns,
                            i64 proportion, i64 sample, u64 seed, u32 rank, u32 step, u32 bucket,
                            i64 start, float* lower, float* upper) {
+    constexpr i64 LINE = 16;
     const Philox key{bucket, step, rank, u32(seed), u32(seed >> 32)};
     const i64 count = sample ? sample : rows;
-    split(columns, 16, std::max<i64>(grain / count, 1), [&](int, i64 begin, i64 end) {
-        std::vector<u32> room(sample + 8);
-        std::vector<float> negative, positive;
-        for (i64 c = begin; c < end; c++) {
-            const u32* words = sample ? philox_words(key, start + c * sample, sample, room.data())
-                                      : nullptr;
-            negative.clear();
-            positive.clear();
-            for (i64 k = 0; k < count; k++) {
-                const i64 row = sample ? i64(u64(words[k]) * u64(rows) >> 32) : k;
-                const i64 i = row * columns + c;
-                const float v = grad ? base[i] + grad[i] : base[i];
-                (v < 0 ? negative : positive).push_back(v);
+    split(columns, LINE, grain / count, [&](int, i64 begin, i64 end) {
+        std::vector<u32> room(sample * LINE + 8);
+        std::vector<i64> elements(LINE * count), next(LINE * count);
+        std::vector<float> negative(count + 1), positive(count + 1);
+        const auto draw = [&](i64 c) {
+            const i64 some = std::min(LINE, end - c);
+            const u32* words = nullptr;
+            if (sample) words = philox_words(key, start + c * sample, some * sample, room.data());
+            dryden_draw(base, grad, rows, columns, c, some, count, words, next.data());
+        };
+        if (begin < end) draw(begin);
+        for (i64 first = begin; first < end; first += LINE) {
+            elements.swap(next);
+            if (first + LINE < end) draw(first + LINE);
+            const i64* element = elements.data();
+            for (i64 c = first; c < std::min(end, first + LINE); c++) {
+                i64 below = 0, above = 0;
+                for (i64 k = 0; k < count; k++, element++) {
+                    const float v = grad ? base[*element] + grad[*element] : base[*element];
+                    negative[below] = positive[above] = v;
+                    below += v < 0;
+                    above += !(v < 0);
+                }
+                lower[c] = dryden_cut(negative.data(), below, proportion, true);
+                upper[c] = dryden_cut(positive.data(), above, proportion, false);
             }
-            lower[c] = dryden_cut(negative, proportion, true);
-            upper[c] = dryden_cut(positive, proportion, false);
         }
     });
 }
@@ -184,8 +207,8 @@ API i64 mp_dryden_encode(const float* base, const float* grad, float* out, i64 r
     }
     const i64 n = rows * columns, head = 4 + 8 * columns;
     const Scan scan{base, grad, out, out && out != base && n >= stream_from};
-    SparseFold negative(columns), positive(columns);
-    Found found{data + head, negative, positive};
+    SparseFold sums(2 * columns);
+    Found found{data + head, columns, sums};
     if (columns == 1) dryden_scan<false>(scan, 0, 0, 0, n, low.data(), up.data(), found);
     for (i64 row = 0; row < rows && columns > 1; row++) {
         const i64 first = row * columns;
@@ -196,16 +219,14 @@ API i64 mp_dryden_encode(const float* base, const float* grad, float* out, i64 r
 #endif
     put(data, u32((found.words - data - head) / 4));
     std::vector<float> means(2 * columns);
-    for (i64 c = 0; c < columns; c++) {
-        means[c] = negative.mean(c);
-        means[columns + c] = positive.mean(c);
-    }
+    for (i64 k = 0; k < 2 * columns; k++) means[k] = sums.mean(k);
     std::memcpy(data + 4, means.data(), 8 * columns);
     if (!out) return found.words - data;
     if (!finite(means.data(), 2 * columns)) return INVALID;
     for (float& mean : means) mean *= -1.0f;
     for (const u8* at = data + head; at < found.words; at += 4) {
         const u32 word = get<u32>(at);
+        if (at + 64 < found.words) __builtin_prefetch(out + (get<u32>(at + 64) >> 1), 1);
         out[word >> 1] += means[dryden_mean(word, u32(columns))];
     }
     return found.words - data;

@@ -1,16 +1,18 @@
 // 1-bit SGD, decoding: the mean that each bit stands for, of one packet or summed over several.
 #pragma once
 
-#include "onebit_encode.h"
+#include "onebit_rows.h"
 
 namespace {
+
+constexpr i64 PADDED = WIDEST + 16;  // else the same column of all packets has one place in cache
 
 // One row of a strip: of packet p the words of its block of rows stand at words[p], and the
 // weighted means of its negative and non-negative values at levels[2 p] and levels[2 p + 1].
 struct Levels {
     const u8* const* words;
-    const float (*level)[WIDEST];
-    i64 packets;
+    const float (*level)[PADDED];
+    i64 packets, from;  // the first column within `level`
 };
 
 // out (from zero if `fresh`) += level[bit] for columns from ... to - 1, packet after packet.
@@ -18,7 +20,7 @@ void onebit_row_plain(const Levels& l, int bit, i64 from, i64 to, float* out, bo
     for (i64 c = from; c < to; c++) {
         float sum = fresh ? 0.0f : out[c];
         for (i64 p = 0; p < l.packets; p++)
-            sum += l.level[2 * p + (get<u32>(l.words[p] + 4 * c) >> bit & 1)][c];
+            sum += l.level[2 * p + (get<u32>(l.words[p] + 4 * c) >> bit & 1)][l.from + c];
         out[c] = sum;
     }
 }
@@ -33,7 +35,8 @@ AVX2 inline void onebit_columns_avx2(const Levels& l, __m128i shift, i64 c, floa
         sum[k] = fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(out + c + 8 * k);
     for (i64 p = 0; p < l.packets; p++) {
         const u8* words = l.words[p] + 4 * c;
-        const float *lower = l.level[2 * p] + c, *upper = l.level[2 * p + 1] + c;
+        const float *lower = l.level[2 * p] + l.from + c;
+        const float *upper = l.level[2 * p + 1] + l.from + c;
         for (int k = 0; k < VECTORS; k++) {
             const __m256i word =
                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + 32 * k));
@@ -106,24 +109,31 @@ API i64 mp_onebit_decode(const u8* const* data, i64 packets, i64 rows, i64 colum
         });
         return 0;
     }
-    const bool stream = fresh && columns % 16 == 0 && rows * columns >= stream_from;
-    const i64 offset = reinterpret_cast<uintptr_t>(out) / 4 % 16;  // of `out` in a cache line
+    // A strip's levels and words of all packets should stay in the nearest cache. Its left and
+    // right ends are moved, row by row, to the next cache line of `out`.
+    const i64 width = std::max<i64>(64, WIDEST / packets / 16 * 16);
+    const bool stream = fresh && rows * columns >= stream_from;
+    const i64 offset = reinterpret_cast<uintptr_t>(out) / 4;
     split(columns, 16, grain / std::max<i64>(rows, 1), [&](int, i64 begin, i64 end) {
-        std::vector<float> memory(2 * packets * WIDEST);
-        const auto level = reinterpret_cast<float(*)[WIDEST]>(memory.data());
+        std::vector<float> memory(2 * packets * PADDED);
+        const auto level = reinterpret_cast<float(*)[PADDED]>(memory.data());
         std::vector<const u8*> words(packets);
-        for (i64 first = begin, stop; first < end; first = stop) {
-            stop = std::min(end, (first + offset + WIDEST) / 16 * 16 - offset);
+        for (i64 first = begin; first < end; first += width) {
+            const i64 stop = std::min(end, first + width), most = std::min(columns, stop + 16);
             for (i64 p = 0; p < packets; p++)
                 for (i64 k = 0; k < 2; k++)
-                    for (i64 c = first; c < stop; c++)
+                    for (i64 c = first; c < most; c++)
                         level[2 * p + k][c - first] =
                             get<float>(data[p] + 4 * (k * columns + c)) * weight;
             for (i64 row = 0; row < rows; row++) {
+                const i64 at = offset + row * columns;
+                const i64 from = first ? std::min(columns, up_to(at + first, 16) - at) : 0;
+                const i64 to = stop < columns ? std::min(columns, up_to(at + stop, 16) - at)
+                                              : columns;
                 for (i64 p = 0; p < packets; p++)
-                    words[p] = data[p] + 4 * (columns * (2 + row / 32) + first);
-                onebit_row({words.data(), level, packets}, row % 32, stop - first,
-                           out + row * columns + first, fresh, stream);
+                    words[p] = data[p] + 4 * (columns * (2 + row / 32) + from);
+                onebit_row({words.data(), level, packets, from - first}, row % 32, to - from,
+                           out + row * columns + from, fresh, stream);
             }
         }
 #if HAVE_AVX2

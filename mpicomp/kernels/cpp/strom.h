@@ -35,7 +35,7 @@ AVX2 u8* strom_avx2(const float* grad, const float* owed, float* out, i64 begin,
                     Threshold t, bool stream, u8* words) {
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
     const __m256 tau = _mm256_set1_ps(t.tau);
-    const float minus = -1.0f * t.tau;
+    const float minus = -1.0f * t.tau, level[2] = {-minus, minus};
     i64 i = begin + (stream ? until_aligned(out + begin, end - begin) : 0);
     words = strom_plain(grad, owed, out, begin, i, t, words);
     for (; i + 32 <= end; i += 32) {
@@ -59,7 +59,7 @@ AVX2 u8* strom_avx2(const float* grad, const float* owed, float* out, i64 begin,
                 const int at = __builtin_ctz(mask);
                 const bool positive = group[at] > 0;
                 put(words, u32(i + at) << 1 | positive);
-                group[at] += positive ? minus : -minus;
+                group[at] += level[positive];
             }
             for (int k = 0; k < 4; k++) v[k] = _mm256_load_ps(group + 8 * k);
         }

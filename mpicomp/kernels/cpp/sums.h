@@ -18,6 +18,34 @@ bool finite_bytes(const u8* data, i64 n) {
     return !(seen >> 31);
 }
 
+// The largest of n magnitudes.
+float magnitude_plain(const float* x, i64 n, float most) {
+    for (i64 i = 0; i < n; i++) most = std::max(most, std::fabs(x[i]));
+    return most;
+}
+
+#if HAVE_AVX2
+AVX2 float magnitude_avx2(const float* x, i64 n) {
+    const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
+    __m256 most[4] = {};
+    i64 i = 0;
+    for (; i + 32 <= n; i += 32)
+        for (int k = 0; k < 4; k++)
+            most[k] = _mm256_max_ps(most[k], _mm256_and_ps(mask, _mm256_loadu_ps(x + i + 8 * k)));
+    alignas(32) float lanes[8];
+    _mm256_store_ps(lanes, _mm256_max_ps(_mm256_max_ps(most[0], most[1]),
+                                         _mm256_max_ps(most[2], most[3])));
+    return magnitude_plain(x + i, n - i, *std::max_element(lanes, lanes + 8));
+}
+#endif
+
+float magnitude(const float* x, i64 n) {
+#if HAVE_AVX2
+    if (avx2) return magnitude_avx2(x, n);
+#endif
+    return magnitude_plain(x, n, 0.0f);
+}
+
 // `fold` of the reference for rows of `width` numbers, fed with the sums of its blocks of 32 rows.
 // Level k is the running sum of up to 32 finished sums of level k - 1. (0 + s = s for every sum s:
 // they begin with +0, so none is -0, and one level more than the reference has changes nothing.)

@@ -256,6 +256,7 @@ API void mp_ternary_encode(const float* x, i64 n, float level, float scale, u64 
         alignas(32) u8 digits[STEP];
         for (i64 at = begin; at < end; at += STEP) {
             const i64 count = std::min(STEP, end - at);
+            fetch(x + at, count);  // while random words are made
             const u32* words = philox_words(key, start + at, count, room);
             i64 i = 0;
 #if HAVE_AVX2
@@ -268,9 +269,8 @@ API void mp_ternary_encode(const float* x, i64 n, float level, float scale, u64 
     if (packing != PLANAR) return split(n, 1024, grain / 4, encode);
     if (!n) return;
     std::memset(data, 0, n / 4 + 1);
-    encode(0, 0, n);  // elements far apart share a byte: one thread
-    const u8 padding[4] = {0, 1, 2, 3};
-    ternary_pack(padding, n, 4 - n % 4, n, PLANAR, data);
+    encode(0, 0, n);  // elements far apart share a byte: one thread; then the padding 0, 1, 2, 3
+    planar(n, 4 - n % 4, n, [&](i64 k, i64 byte, i64 q) { data[byte] |= u8(k << 2 * q); });
 }
 
 // out += or, if fresh, = the sum over packets of code * (weight * scale); INVALID for a digit of 3.

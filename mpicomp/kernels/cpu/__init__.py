@@ -16,7 +16,7 @@ from mpicomp.kernels.cpu.cast import *  # noqa: F403
 from mpicomp.kernels.cpu.dorefa import *  # noqa: F403
 from mpicomp.kernels.cpu.dropping import *  # noqa: F403
 from mpicomp.kernels.cpu.dryden import *  # noqa: F403
-from mpicomp.kernels.cpu.library import avx2, limits, threads  # noqa: F401
+from mpicomp.kernels.cpu.library import limits, threads, vectors  # noqa: F401
 from mpicomp.kernels.cpu.onebit import *  # noqa: F403
 from mpicomp.kernels.cpu.strom import *  # noqa: F403
 from mpicomp.kernels.cpu.sums import *  # noqa: F403

@@ -5,6 +5,7 @@ from ctypes import c_float, c_int64
 
 import numpy as np
 
+from mpicomp.errors import PacketError
 from mpicomp.kernels import reference
 from mpicomp.kernels.cpu.library import (Unfit, at, decode_sum, floats, lib, or_reference, refused,
                                          some_payloads)
@@ -28,11 +29,12 @@ def adacomp_encode(g, grad, factor, size, data):
 
 def adacomp_encode_owed(grad, owed, out, factor, size, data):
     """`adacomp_encode` of owed + grad and grad; what is then still owed goes to `out`."""
-    n, width = grad.size, reference.adacomp_width(size)
+    n = grad.size
     if n == 0:
         return 0, np.float32(0)
     count, scale = _adacomp_encode(owed, grad, floats(out, n, True), factor, size, data)
-    adacomp_decode_add(data[:width * count], scale, size, -1.0, out)
+    if count < 0:
+        raise PacketError("adacomp: the scale in the payload is not finite")
     return count, scale
 
 

@@ -19,7 +19,6 @@ _FUNCTIONS = {  # name: (result, arguments)
     "mp_adacomp_decode": (_N, (_P, _P, _P, _N, _N, _I, _F, _P, _N, _I)),
     "mp_adacomp_encode": (_N, (_P, _P, _P, _N, _F, _N, _I, _P, _P)),
     "mp_adagrad": (None, (_P, _N, _P, _P)),
-    "mp_avx2": (_I, (_I,)),
     "mp_cast_encode": (None, (_P, _N, _I, _P)),
     "mp_dense_scale": (_N, (_P, _N, _F, _P)),
     "mp_dorefa_decode": (_N, (_P, _P, _N, _I, _I, _F, _P, _N, _I)),
@@ -44,6 +43,7 @@ _FUNCTIONS = {  # name: (result, arguments)
     "mp_ternary_encode": (None, (_P, _N, _F, _F, *_KEY, _N, _I, _P)),
     "mp_ternary_level": (None, (_P, _N, c_double, _P)),
     "mp_threads": (_I, (_I,)),
+    "mp_vectors": (_I, (_I,)),
     "mp_version": (_I, ()),
 }
 
@@ -71,9 +71,9 @@ def _load():
 lib = _load()
 
 
-def avx2(on=None) -> bool:
-    """Are vector instructions used? True or False sets it; where they lack they never are."""
-    return bool(lib.mp_avx2(-1 if on is None else int(on)))
+def vectors(most=-1) -> int:
+    """The vector instructions in use: 0 none, 1 AVX2, 2 AVX-512 too; 0 or more sets the most."""
+    return lib.mp_vectors(most)
 
 
 def threads(count=0) -> int:
@@ -87,7 +87,7 @@ def limits(grain=1 << 17, stream=1 << 20) -> None:
 
 
 if os.environ.get("MPICOMP_AVX2") == "0":
-    avx2(False)
+    vectors(0)
 _wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
 if _wanted.isdecimal():
     threads(min(int(_wanted), 1024))
