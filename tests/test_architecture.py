@@ -30,11 +30,12 @@ KNOWS = {
     "bucket": {"kernels", "layout"},
     "plan": {"", "agree", "bucket", "errors"},
     "broadcast": {"agree", "errors", "mpi"},
+    "nn": {"errors", "philox"},
     "advice": {"errors", "layout", "mpi", "philox", "systems"},
     "reducer": {"", "advice", "agree", "bucket", "exchange", "kernels", "mpi", "plan",
                 "systems"} | BASE,
 }
-TORCH = {"reducer", "bucket", "broadcast", "plan", "ddp", "bench"}
+TORCH = {"reducer", "bucket", "broadcast", "plan", "nn", "ddp", "bench"}
 MPI = {"exchange", "mpi", "reducer", "broadcast", "cli", "bench", "ddp"}
 TOP = {"cli", "bench", "__main__", "ddp"}  # these may know everything
 

@@ -1,0 +1,289 @@
+"""DoReFa's quantisers of weights, activations and back-flowing gradients, as torch functions.
+
+Zhou, Wu, Ni, Zhou, Wen, Zou: DoReFa-Net, arXiv 1606.06160; where text and code differ, the
+authors' code in tensorpack (examples/DoReFa-Net). Three numbers of bits (W, A, G) name a network:
+(1, 2, 6) has weights of 1 bit, activations of 2 bits and gradients of 6. All is emulated in
+floating point, as it is there: a network trained this way is no faster, but its numbers are those
+of k bits. Bits are 1 ... 16, or 32, which turns a quantiser off.
+
+    model = mpicomp.nn.convert(model, weights=1, activations=2, gradients=6, generator=noise)
+    mpicomp.DistributedOptimizer(optimizer, model.named_parameters(), method="dorefa:bits=6")
+
+The two have a name in common and nothing else: G here quantises dL/d(output) of a layer inside a
+rank's own backward pass; the method quantises the parameters' gradients that ranks exchange.
+
+The parameters stay float32 and are what ranks exchange and update; every forward pass quantises
+them anew, by a function without randomness. So replicas that start equal stay bit-identical. The
+noise of G acts on a rank's own gradient, before the exchange. It should differ between ranks
+(equal noise would not average out): `reseed` makes it a function of (seed, rank, step).
+"""
+
+import torch
+from torch.nn import functional
+
+from mpicomp import philox
+from mpicomp.errors import SpecError
+
+_MOST = 16  # n = 2**16 - 1 and the noise of +-1/2 beside it fit into float32's 24 bits
+
+
+# ---- functions ------------------------------------------------------------------------------
+
+
+def quantize_k(x, bits):
+    """round(n x) / n with n = 2**bits - 1, for x in [0, 1] of any shape: one of 2**bits levels.
+
+    Rounds half to even. The gradient passes straight through. Source: `quantize` of the code.
+    """
+    return _Round.apply(x, 2**bits - 1) if _on(bits) else x
+
+
+def weight(w, bits):
+    """The weights that a layer computes with, of w's shape, from those that the optimizer moves.
+
+    bits = 1:  sign(w) E|w|, where sign(0) = +1 and E is the mean over the tensor
+    bits > 1:  2 quantize_k(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1, so in [-1, 1] whatever w's scale
+
+    Zero is not a level: with more than one bit it becomes +1 / (2**bits - 1), and so does a tensor
+    of zeros. For 1 bit the gradient passes straight through; for more, only the rounding is
+    passed over, tanh and max are differentiated. Source: `fw` of the code.
+    """
+    if not _on(bits):
+        return w
+    if bits == 1:
+        return _Sign.apply(w)
+    squashed = torch.tanh(w)
+    most = squashed.abs().amax()
+    most = torch.where(most == 0, torch.ones_like(most), most)
+    return 2 * quantize_k(squashed / (2 * most) + 0.5, bits) - 1
+
+
+def activation(x, bits):
+    """quantize_k(clip(x, 0, 1)), of x's shape; the gradient is 1 where 0 <= x <= 1, 0 elsewhere.
+
+    It stands where a ReLU would stand, but ends at 1: put a normalisation before it. 32 bits give
+    x itself, neither rounded nor clipped. Source: `fa` of the code, with the clip before it.
+    """
+    return quantize_k(x.clamp(0, 1), bits) if _on(bits) else x
+
+
+def gradient(x, bits, generator=None):
+    """x itself, [batch, ...]; the gradient that comes back through it is quantised to `bits`.
+
+    f_gamma^k (`quantize_gradient`) with sigma drawn anew in each backward pass, on x's device,
+    from `generator` or torch's own. Source: `fg` of the code, which puts it behind a convolution
+    and before the normalisation.
+    """
+    return _Gradient.apply(x, bits, generator) if _on(bits) else x
+
+
+def quantize_gradient(dr, bits, sigma):
+    """f_gamma^k(dr), [batch, ...]: 2 m (quantize_k(dr / (2 m) + 1/2 + sigma / n) - 1/2).
+
+    m is the largest magnitude of each sample, over all axes but the first; n = 2**bits - 1; sigma
+    has dr's shape and is uniform in [-1/2, 1/2). The levels are m (2 q - n) / n, q = 0 ... n, and
+    the expectation is dr. Computed in at least float32, with the operations of the method `dorefa`
+    in their order. A sample of zeros stays zero; where a sample holds NaN or Inf, what comes out is
+    not finite either. Source: the paper's f_gamma^k, `grad_fg` of the code.
+    """
+    wide = dr.to(torch.promote_types(dr.dtype, torch.float32))
+    axes = tuple(range(1, dr.dim()))
+    most = wide.abs().amax(axes, keepdim=True) if axes else wide.abs()
+    n = 2**bits - 1
+    scaled = wide / torch.where(most == 0, torch.ones_like(most), most)
+    codes = (scaled * (n / 2) + n / 2 + sigma).round().clamp(0, n)
+    return ((2 * codes - n) / n * most).to(dr.dtype)
+
+
+def reseed(generator, seed, rank, step):
+    """Make the noise of a step a function of (seed, rank, step); returns the generator.
+
+    Called before each forward pass, it makes a training that was stopped and resumed go on with
+    the same noise, and gives every rank its own. Philox, so that neighbouring numbers have
+    nothing in common; no compressor draws from the counter used here.
+    """
+    counter = philox.MASK32, philox.MASK32, step & philox.MASK32, rank & philox.MASK32
+    key = seed & philox.MASK32, seed >> 32 & philox.MASK32
+    high, low, *_ = philox.block(counter, key)
+    return generator.manual_seed(int(high) >> 1 << 32 | int(low))
+
+
+# ---- modules --------------------------------------------------------------------------------
+
+
+class Conv2d(torch.nn.Conv2d):
+    """torch's Conv2d with `weights` bits a weight and, behind it, `gradients` bits of gradient.
+
+    Takes [batch, channels, height, width]. The bias, if any, is not quantised. Initialisation,
+    names and state_dict are those of torch.nn.Conv2d.
+    """
+
+    def __init__(self, *args, weights=1, gradients=32, generator=None, **keywords):
+        super().__init__(*args, **keywords)
+        _take(self, weights, gradients, generator)
+
+    def forward(self, x):
+        y = self._conv_forward(x, weight(self.weight, self.weight_bits), self.bias)
+        return gradient(y, self.gradient_bits, self.generator)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, {_bits(self)}"
+
+
+class Linear(torch.nn.Linear):
+    """torch's Linear with `weights` bits a weight and, behind it, `gradients` bits of gradient.
+
+    Takes [batch, ..., features]. The bias, if any, is not quantised. Initialisation, names and
+    state_dict are those of torch.nn.Linear.
+    """
+
+    def __init__(self, *args, weights=1, gradients=32, generator=None, **keywords):
+        super().__init__(*args, **keywords)
+        _take(self, weights, gradients, generator)
+
+    def forward(self, x):
+        y = functional.linear(x, weight(self.weight, self.weight_bits), self.bias)
+        return gradient(y, self.gradient_bits, self.generator)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, {_bits(self)}"
+
+
+class Activation(torch.nn.Module):
+    """`activation` as a layer, in the place of a ReLU."""
+
+    def __init__(self, bits=2):
+        super().__init__()
+        _on(bits)
+        self.bits = bits
+
+    def forward(self, x):
+        return activation(x, self.bits)
+
+    def extra_repr(self):
+        return f"bits={self.bits}"
+
+
+class Gradient(torch.nn.Module):
+    """`gradient` as a layer: the identity, whose backward pass quantises.
+
+    For a layer of another kind; Conv2d and Linear have it built in (`gradients=`).
+    """
+
+    def __init__(self, bits=6, generator=None):
+        super().__init__()
+        _on(bits)
+        self.bits, self.generator = bits, generator
+
+    def forward(self, x):
+        return gradient(x, self.bits, self.generator)
+
+    def extra_repr(self):
+        return f"bits={self.bits}"
+
+
+def convert(model, weights=1, activations=2, gradients=6, skip_first_last=True, generator=None):
+    """Turn a model into a (weights, activations, gradients) network, in place; returns it.
+
+    Every torch.nn.Conv2d and Linear becomes the one above, every ReLU an Activation; parameters,
+    their names, the state_dict and the optimizer's references stay what they were. With
+    skip_first_last, the first and the last layer stay as they are, and so does the ReLU before
+    the last, as in the paper. First, last and before are in the order of model.modules(), in which
+    layers were assigned. `generator` draws the noise of all gradients and must be on the device of
+    the model; see `reseed`.
+
+    An Activation ends at 1: the model should normalise before it, and per sample (GroupNorm)
+    rather than by BatchNorm, whose running statistics differ between ranks.
+
+    Raises SpecError where nothing would be quantised: bits out of range, no layer left between the
+    first and the last, or no ReLU module (`functional.relu` in a forward method cannot be seen).
+    """
+    plain = [m for m in model.modules() if type(m) in _QUANTISED]
+    layers = [m for m in plain if type(m) is not torch.nn.ReLU]
+    skipped = set(layers[:1] + layers[-1:]) if skip_first_last else set()
+    if len(skipped) > 1:
+        skipped.update(plain[plain.index(layers[-2]) + 1:plain.index(layers[-1])])
+    chosen = [m for m in plain if m not in skipped]
+    rectifiers = [m for m in chosen if type(m) is torch.nn.ReLU]
+    if (_on(weights) or _on(gradients)) and len(chosen) == len(rectifiers):
+        raise SpecError(f"expected a Conv2d or Linear to quantise, found {len(layers)} in all, the "
+                        "first and the last excepted; give skip_first_last=False")
+    if _on(activations) and not rectifiers:
+        raise SpecError("expected a torch.nn.ReLU module to turn into an Activation, found none "
+                        "before the last layer; use modules instead of functional.relu, or give "
+                        "activations=32")
+    for module in chosen:
+        # The same object under another class: wherever the model or a hook holds it, it is there.
+        if type(module) is not torch.nn.ReLU:
+            module.__class__ = _QUANTISED[type(module)]
+            _take(module, weights, gradients, generator)
+        elif activations != 32:
+            module.__class__, module.bits = Activation, activations
+    return model
+
+
+_QUANTISED = {torch.nn.Conv2d: Conv2d, torch.nn.Linear: Linear, torch.nn.ReLU: Activation}
+
+
+# ---- what they are made of ------------------------------------------------------------------
+
+
+def _on(bits):
+    """Whether to quantise at all; SpecError for a number of bits that means nothing."""
+    if bits == 32:
+        return False
+    if isinstance(bits, int) and 1 <= bits <= _MOST:
+        return True
+    raise SpecError(f"bits={bits!r}: expected 1 ... {_MOST}, or 32 for no quantisation")
+
+
+def _take(layer, weights, gradients, generator):
+    """Give a layer its bits."""
+    for bits in weights, gradients:
+        _on(bits)
+    layer.weight_bits, layer.gradient_bits, layer.generator = weights, gradients, generator
+
+
+def _bits(layer):
+    return f"weights={layer.weight_bits}, gradients={layer.gradient_bits}"
+
+
+class _Round(torch.autograd.Function):
+    """round(n x) / n; straight through."""
+
+    @staticmethod
+    def forward(ctx, x, n):
+        return (x * n).round() / n
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None
+
+
+class _Sign(torch.autograd.Function):
+    """sign(w) E|w|; straight through."""
+
+    @staticmethod
+    def forward(ctx, w):
+        mean = w.abs().mean()
+        return torch.where(w >= 0, mean, -mean)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy
+
+
+class _Gradient(torch.autograd.Function):
+    """The identity; f_gamma^k on the way back."""
+
+    @staticmethod
+    def forward(ctx, x, bits, generator):
+        ctx.bits, ctx.generator = bits, generator
+        return x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dr):
+        wide = torch.promote_types(dr.dtype, torch.float32)
+        sigma = torch.rand(dr.shape, generator=ctx.generator, device=dr.device, dtype=wide) - 0.5
+        return quantize_gradient(dr, ctx.bits, sigma), None, None
