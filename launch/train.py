@@ -28,11 +28,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional
 
-import checkpoint               # launch/checkpoint.py and launch/data.py, beside this file
+import checkpoint               # launch/checkpoint.py, data.py and models.py, beside this file
 import data as datasets
+import models
 import mpicomp.mpi
 from recipes import RECIPES
 
@@ -146,44 +146,6 @@ digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 # ---------------------------------------------------------------- model
 
-class CNN(nn.Module):
-    """Bytes [n, 28, 28] -> logits [n, classes]; 215,370 parameters, 93 % of them in one matrix."""
-
-    def __init__(self, classes):
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 16, 5, padding=2)
-        self.conv2 = nn.Conv2d(16, 32, 5, padding=2)
-        self.hidden = nn.Linear(32 * 7 * 7, 128)
-        self.logits = nn.Linear(128, classes)
-
-    def forward(self, x):
-        x = (x[:, None].float() - 70) / 80      # roughly centred, for digits and clothes alike
-        x = functional.max_pool2d(functional.relu(self.conv1(x)), 2)
-        x = functional.max_pool2d(functional.relu(self.conv2(x)), 2)
-        return self.logits(functional.relu(self.hidden(x.flatten(1))))
-
-
-class LSTM(nn.Module):
-    """Characters [n, 128] -> logits [n, 128, classes], each for the character that follows."""
-
-    def __init__(self, classes):
-        super().__init__()
-        self.embedding = nn.Embedding(classes, 64)
-        self.lstm = nn.LSTM(64, 256, batch_first=True)
-        self.logits = nn.Linear(256, classes)
-
-    def forward(self, x):
-        return self.logits(self.lstm(self.embedding(x.long()))[0])
-
-
-def dnn(classes):
-    """The papers' acoustic model, in small: 11 frames [n, 143] -> states [n, classes]."""
-    layers = []
-    for width in 143, 256, 256:
-        layers += [nn.Linear(width, 256), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(256, classes))
-
-
 # Torch takes every core it sees. Ranks on one machine must share them, or they only push each
 # other off. (launch/run has seen to it; this is for a plain mpirun or srun.)
 if "OMP_NUM_THREADS" not in os.environ:
@@ -192,7 +154,7 @@ if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(max(1, len(cores) // node.size))
 
 torch.manual_seed(args.seed)    # the same on every rank: replicas start equal
-model = {"cnn": CNN, "dnn": dnn, "lstm": LSTM}[config["model"]](data.classes)
+model = models.MODELS[config["model"]](data.classes)
 if config["optimizer"] == "adam":
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"])
 elif config["optimizer"] == "adagrad":
