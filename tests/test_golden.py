@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from laws import decode, pack, same
 
-from mpicomp import packet
+from mpicomp import kernels, packet
 from mpicomp.compressor import from_spec
 from mpicomp.layout import Layout
 from mpicomp.packet import Header
@@ -23,8 +23,17 @@ HERE = Path(__file__).parent / "fixture"
 FOLDERS = sorted(path.parent for path in HERE.glob("*/packet.bin"))
 SPECS = ["bf16", "dense", "fp16", "onebit", "onebit:min_rows=1", "onebit:wire=cntk",
          "strom:tau=0.5", "strom:tau=0.5,strict=no", "terngrad", "terngrad:packing=planar",
-         "terngrad:packing=int8", "terngrad:clip=0,packing=int16"]
+         "terngrad:packing=int8", "terngrad:clip=0,packing=int16", "terngrad:packing=5trit",
+         "terngrad:scaler=code,share=no", "onebit:threshold=mean", "onebit:bits=4",
+         "onebit:bits=2,wire=cntk", "dorefa", "dorefa:bits=1", "dorefa:bits=7,scale=own",
+         "dorefa:bits=2,packing=int8", "dorefa:bits=8,packing=int16", "strom:tau=1,coding=rice",
+         "dropping:rate=0.8", "dropping:rate=0.8,sample=20,scope=layer",
+         "dropping:rate=0.8,survivors=onebit", "dryden:proportion=8,sample=exact,min_rows=1",
+         "dryden:proportion=8,min_rows=1", "dryden:proportion=8,min_rows=1,version=2017",
+         "adacomp", "adacomp:bin=7", "rule(*.bias:fp16; ndim>2:adacomp:bin=9; terngrad)"]
 SHAPES = [["bias", [5]], ["weight", [35, 2]], ["scalar", []]]
+LARGER = [["conv.bias", [4]], ["conv.weight", [4, 3, 3, 3]], ["fc", [150, 2]]]  # more than a sample
+NEEDS_LARGER = ("dryden", "adacomp", "rule")
 
 
 def sender(config):
@@ -34,10 +43,11 @@ def sender(config):
 
 def write(spec):
     """Make the folder of one specification, unless there is one."""
-    folder = HERE / spec.translate(str.maketrans(":=,.", "-_--"))
+    folder = HERE / spec.translate(str.maketrans(":=,.;(<>", "-_------", "*) "))
     if (folder / "packet.bin").exists():
         return
-    config = {"spec": repr(from_spec(spec)), "shapes": SHAPES,
+    shapes = LARGER if spec.startswith(NEEDS_LARGER) else SHAPES
+    config = {"spec": repr(from_spec(spec)), "shapes": shapes,
               "key": {"seed": 2**33 + 1, "rank": 2, "step": 9, "bucket": 4}}
     compressor, layout, key = sender(config)
     x = np.random.default_rng(len(spec)).normal(size=layout.size).astype(np.float32)
@@ -52,8 +62,16 @@ def write(spec):
     np.save(folder / "decoded.npy", decode(compressor, payload, layout, key=key))
 
 
+@pytest.fixture(params=kernels.backends())
+def backend(request):
+    """Every backend in turn."""
+    before = kernels.of(None)
+    yield kernels.use(request.param)
+    kernels.use(next(name for name, module in kernels.backends().items() if module is before))
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_golden_packet(folder):
+def test_golden_packet(folder, backend):
     compressor, layout, key = sender(json.loads((folder / "config.json").read_text()))
     data = np.frombuffer((folder / "packet.bin").read_bytes(), np.uint8)
     head, payload = Header.read(data), data[packet.SIZE:]
@@ -65,9 +83,11 @@ def test_golden_packet(folder):
 
 def test_golden_packets_are_there():
     """One for every compressor that writes bytes of its own, and small."""
-    names = {json.loads((f / "config.json").read_text())["spec"].split(":")[0] for f in FOLDERS}
-    assert names >= {"bf16", "dense", "fp16", "onebit", "strom", "terngrad"}
-    assert sum(path.stat().st_size for path in HERE.rglob("*.*")) < 40_000
+    found = {from_spec(json.loads((f / "config.json").read_text())["spec"]) for f in FOLDERS}
+    assert found == {from_spec(spec) for spec in SPECS}
+    assert {c.name for c in found} == {"adacomp", "bf16", "dense", "dorefa", "dropping", "dryden",
+                                       "fp16", "onebit", "rule", "strom", "terngrad"}
+    assert sum(path.stat().st_size for path in HERE.rglob("*.*")) < 80_000
 
 
 if __name__ == "__main__":
