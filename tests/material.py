@@ -24,7 +24,8 @@ ROWS = {
                Row("dorefa:bits=4,packing=int32")],
     "dropping": [Row("dropping:rate=0.9"), Row("dropping:rate=0.5,scope=layer,sample=exact"),
                  Row("dropping:rate=0.9,survivors=onebit"), Row("dropping:rate=0.0,sample=20"),
-                 Row("dropping:rate=0.8,scope=layer,survivors=onebit")],
+                 Row("dropping:rate=0.8,scope=layer,survivors=onebit"),
+                 Row("dropping:rate=0.9,cut=marian-feb2017")],
     "dryden": [Row("dryden"), Row("dryden:proportion=4,min_rows=1"), Row("dryden:version=2017"),
                Row("dryden:version=2017,proportion=8,min_rows=10,sample=20"),
                Row("dryden:proportion=1,sample=exact")],
@@ -37,7 +38,9 @@ ROWS = {
                  Row("residual(strom:tau=2.0)"), Row("residual(strom:tau=2.0,strict=no)")],
     "rule": [Row("rule"), Row("rule(ndim<2:dense;terngrad)")],
     "strom": [Row("strom", scale=0.003), Row("strom:tau=2.0"), Row("strom:tau=2.0,strict=no"),
-              Row("strom:tau=2.0,coding=rice"),
+              Row("strom:tau=2.0,coding=rice"), Row("strom:tau=2.0,coding=rice,remainder=3"),
+              Row("strom:tau=2.0,coding=2bit"), Row("strom:density=0.1"),
+              Row("strom:density=0.2,coding=rice,strict=no"), Row("strom:density=0.1,coding=2bit"),
               Row("strom:tau=1e-20", scale=1e-21)],
     "terngrad": [Row(f"terngrad:clip={clip},packing={packing}") for clip in (2.5, 0.0)
                  for packing in ("2bit", "planar", "int8", "int16")]

@@ -67,10 +67,17 @@ def dryden_size(c, shape, n):
 
 
 def strom_size(c, layout):
-    """A word an element; in Rice code a word and 4 bits an element, in whole words."""
+    """A word an element; in Rice code a word and 4 bits an element, in whole words.
+
+    With remainders of k bits 1 + k + 3 / 2**k bits an element; 2 bits; a float more if tau adapts.
+    """
+    n, head = layout.size, 4 if c.density else 0
     if c.coding == "words":
-        return 4 * layout.size
-    return 4 + 4 * blocks(4 * layout.size, 32) if layout.size else 0
+        return head + 4 * n
+    if c.coding == "2bit":
+        return head + 4 * blocks(n, 16)
+    k = 0 if c.remainder == "auto" else int(c.remainder)
+    return head + (4 + 4 * blocks(n * (1 + k) + 3 * n // 2**k, 32) if n else 0)
 
 
 def dropping_size(c, layout):

@@ -27,6 +27,7 @@ SPECS = ["bf16", "dense", "fp16", "onebit", "onebit:min_rows=1", "onebit:wire=cn
          "terngrad:scaler=code,share=no", "onebit:threshold=mean", "onebit:bits=4",
          "onebit:bits=2,wire=cntk", "dorefa", "dorefa:bits=1", "dorefa:bits=7,scale=own",
          "dorefa:bits=2,packing=int8", "dorefa:bits=8,packing=int16", "strom:tau=1,coding=rice",
+         "strom:density=0.2", "strom:tau=1,coding=2bit", "dropping:rate=0.8,cut=marian-feb2017",
          "dropping:rate=0.8", "dropping:rate=0.8,sample=20,scope=layer",
          "dropping:rate=0.8,survivors=onebit", "dryden:proportion=8,sample=exact,min_rows=1",
          "dryden:proportion=8,min_rows=1", "dryden:proportion=8,min_rows=1,version=2017",

@@ -6,7 +6,7 @@ import pytest
 from mpicomp import kernels, philox
 from mpicomp.compressor import from_spec
 from mpicomp.compressors import Residual
-from mpicomp.errors import SpecError
+from mpicomp.errors import PacketError, SpecError
 from mpicomp.kernels import reference
 from mpicomp.layout import Layout
 from mpicomp.philox import Key
@@ -187,3 +187,101 @@ def test_rice_of_everything_fits():
         for subset in range(1, 2**n):
             x = floats(*[(subset >> i & 1) * 2 for i in range(n)])
             assert pack(compressor, x, vector(n)).size <= compressor.capacity(vector(n))
+
+
+# ---- Strom, tau from a density ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("density", [0.5, 0.1, 0.01])
+@pytest.mark.parametrize("strict", ["yes", "no"])
+def test_density_is_met(density, strict):
+    """Of n different magnitudes n - int(n (1 - d)) are sent, one at least."""
+    x = np.random.default_rng(6).normal(size=5000).astype(np.float32)
+    spec = f"strom:density={density},strict={strict}"
+    for n in (1, 2, 7, 50, 5000):
+        payload = pack(from_spec(spec), x[:n], vector(n))
+        most = n - min(n - 1, int(n * (1 - density)))
+        assert payload.size == 4 + 4 * most
+        tau, words = payload[:4].view(np.float32)[0], payload[4:].view(np.uint32)
+        sent = np.sort(np.argsort(np.abs(x[:n]), kind="stable")[n - most:])
+        assert (words >> 1).tolist() == sent.tolist()
+        assert tau < np.abs(x[sent]).min() and tau >= np.abs(np.delete(x[:n], sent)).max(initial=0)
+
+
+def test_density_of_sparse_constant_and_absent_gradients():
+    compressor = from_spec("strom:density=0.1")
+    constant = np.full(100, -0.25, np.float32)
+    said = decode(compressor, pack(compressor, constant, vector(100)), vector(100))
+    np.testing.assert_allclose(said, constant, rtol=1e-6)
+    sparse = np.zeros(100, np.float32)
+    sparse[[3, 50, 70]] = 1, -2, 6  # the mean is 3
+    said = decode(compressor, pack(compressor, sparse, vector(100)), vector(100))
+    assert np.flatnonzero(said).tolist() == [70] and said[70] == pytest.approx(3)
+    nothing = pack(compressor, np.zeros(100, np.float32), vector(100))
+    assert nothing.tobytes() == bytes(4)
+
+
+def test_density_takes_the_largest_tau_of_all_ranks():
+    compressor, layout = from_spec("strom:density=0.5"), vector(4)
+    x = floats(1, -2, 3, -4)
+    state = compressor.init(layout, x)
+    assert compressor.measure(x, layout, state)[0] == np.nextafter(np.float32(3), np.float32(0))
+    state.tau[:] = 3.5  # another rank's
+    room = np.zeros(compressor.capacity(layout), np.uint8)
+    used = compressor.encode(x, room, layout, Key(), state)
+    assert room[:used].tobytes() == floats(3.5).tobytes() + np.uint32([6]).tobytes()
+
+
+@pytest.mark.parametrize("coding", ["words", "rice", "2bit"])
+def test_the_senders_tau_is_what_decodes(coding):
+    """A receiver with another opinion, or none, decodes what was meant; damage is refused."""
+    compressor, layout = from_spec(f"strom:density=0.3,coding={coding}"), vector(40)
+    payloads = [pack(compressor, np.random.default_rng(i).normal(size=40).astype(np.float32) * 10**i,
+                     layout) for i in (0, 3)]
+    each = [decode(compressor, payload, layout) for payload in payloads]
+    for payload, said in zip(payloads, each):
+        assert set(np.abs(said).tolist()) == {0.0, float(payload[:4].view(np.float32)[0])}
+    both = np.zeros(40, np.float32)
+    compressor.decode_sum(payloads, both, layout, [Key(), Key()])
+    np.testing.assert_array_equal(both, each[0] + each[1])
+    bad = payloads[0].copy()
+    bad[:4] = floats(np.inf).view(np.uint8)
+    for wrong in (bad, payloads[0][:3]):
+        with pytest.raises(PacketError, match="tau"):
+            decode(compressor, wrong, layout)
+
+
+def test_tau_follows_the_gradient_under_error_feedback():
+    """Ten times the gradient, ten times tau, the same number of elements."""
+    compressor, layout = Residual(from_spec("strom:density=0.05")), vector(2000)
+    state, rng, sizes, taus = compressor.init(layout, np.zeros(2000, np.float32)), \
+        np.random.default_rng(8), [], []
+    for step in range(60):
+        x = (rng.normal(size=2000) * (1 if step < 30 else 10)).astype(np.float32)
+        payload = pack_in(compressor, x, layout, state)
+        sizes.append(payload.size)
+        taus.append(float(payload[:4].view(np.float32)[0]))
+    assert set(sizes) == {4 + 4 * 100}
+    assert 5 < np.mean(taus[40:]) / np.mean(taus[10:30]) < 15
+
+
+def pack_in(compressor, x, layout, state):
+    """The payload of one step that is applied."""
+    compressor.measure(x, layout, state)
+    room = np.zeros(compressor.capacity(layout), np.uint8)
+    payload = room[:compressor.encode(x, room, layout, Key(), state)]
+    compressor.commit(state)
+    return payload
+
+
+def test_remainder_is_auto_or_a_number():
+    for spec in ("strom:remainder=32", "strom:remainder=-1", "strom:remainder=some"):
+        with pytest.raises(SpecError, match="remainder"):
+            from_spec(spec)
+
+
+def test_two_bits_refuse_a_code_without_meaning():
+    compressor = from_spec("strom:coding=2bit")
+    for damaged in ([0x40, 0, 0, 0], [0, 3, 0, 0]):  # the code 01; a code behind the last element
+        with pytest.raises(PacketError, match="codes"):
+            decode(compressor, np.array(damaged, np.uint8), vector(6))

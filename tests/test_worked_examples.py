@@ -72,6 +72,22 @@ def test_terngrad_planar_pads_a_whole_group():
     assert data.tolist() == [1 + 4 + 16 + 64 * 1, 1 + 4 + 16 + 64 * 2, 1 + 4 + 0 + 64 * 3]
 
 
+def test_terngrad_variance_of_worker_a():
+    """|g| (s - |g|) an element, from 2e5 draws."""
+    c, draws = from_spec("terngrad:clip=0"), 200_000
+    layout = vectors(6 * draws)
+    said = decode(c, pack(c, np.tile(G[0], draws), layout), layout).reshape(draws, 6).astype(float)
+    np.testing.assert_allclose(said.var(axis=0), [.25, .1875, .109375, 0, 0, .1875], atol=2e-3)
+    np.testing.assert_allclose(said.mean(axis=0), G[0], atol=5e-3)
+
+
+def test_terngrad_says_the_clipped_element_for_sure():
+    g1, c = np.array([.5, -.25, .125, 0, -.5, .25, .375, -4, .5, -.25]), from_spec("terngrad")
+    assert (g1.mean(), g1.std()) == pytest.approx((-.325, 1.266393), abs=1e-6)
+    said = decode(c, pack(c, g1.astype(np.float32), vectors(10)), vectors(10))
+    assert said[7] == pytest.approx(-3.165981, abs=1e-6)
+
+
 def test_terngrad_clips_at_two_and_a_half_sigma():
     g1 = np.array([.5, -.25, .125, 0, -.5, .25, .375, -4, .5, -.25], np.float32)
     g2 = np.array([1, -.5, .25, .5, -1, 0, .75, -.25, .5, .25], np.float32)
@@ -187,3 +203,20 @@ def test_strom_two_workers():
         assert payload.tobytes() == words(*expected)
         c.decode_add(payload, total, vectors(6), KEY)
     assert total.tolist() == [1, 2, -1, -1, 0, 0]
+
+
+def test_strom_golomb_rice():
+    """(3,+), (40,-), (45,+), (200,+) with remainders of 4 bits: 43 bits in two words."""
+    x, layout = np.zeros(300, np.float32), vectors(300)
+    x[[3, 40, 45, 200]] = 2, -2, 2, 2
+    c = from_spec("strom:tau=1,coding=rice,remainder=4")
+    payload = pack(c, x, layout)
+    assert payload.tobytes() == words(4, 0xfffda9ee, 0xfffffbbf)
+    assert (decode(c, payload, layout) == np.sign(x)).all()
+
+
+def test_strom_in_the_two_bits_of_mxnet():
+    """The first step of worker A: 00 11 10 00, then nothing; a multiple of 16 elements."""
+    payload = pack(from_spec("strom:tau=1,coding=2bit"), np.array(STEPS[0][0], np.float32),
+                   vectors(6))
+    assert payload.tobytes() == bytes([0x38, 0, 0, 0])

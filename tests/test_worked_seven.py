@@ -110,6 +110,18 @@ def test_dorefa_with_a_shared_scale_on_two_ranks(draws, packing):
     np.testing.assert_allclose(decode(compressor, summed, layout, 0.5), mean, atol=1e-7)
 
 
+def test_dorefa_variance():
+    """(2m/n)^2 f (1 - f), f the fraction of n (g / 2m + 1/2), from 4e5 draws."""
+    compressor, draws = from_spec("dorefa:bits=2"), 400_000
+    layout, x = vectors(4 * draws), np.tile(floats(*G_A), 400_000)
+    state = compressor.init(layout, x)
+    compressor.measure(x, layout, state)
+    said = decode(compressor, encode(compressor, x, layout, Key(), state), layout)
+    said = said.reshape(draws, 4).astype(float)
+    np.testing.assert_allclose(said.var(axis=0), [.03, 0, .04, .0175], atol=3e-4)
+    np.testing.assert_allclose(said.mean(axis=0), G_A, atol=2e-3)
+
+
 def test_dorefa_zeros_stay_zero():
     compressor, layout, x = from_spec("dorefa:bits=3"), vectors(5, 2), floats(0, 0, 0, 0, 0, 1, 1)
     state = compressor.init(layout, x)
@@ -218,6 +230,13 @@ def test_dropping(sample):
                                                 0, 0))
 
 
+def test_dropping_in_marians_first_version():
+    """The cut is the next magnitude, .6."""
+    compressor, layout = from_spec("dropping:rate=0.75,cut=marian-feb2017"), vectors(8)
+    payload = encode(compressor, DROP_A, layout, Key(), compressor.init(layout, DROP_A))
+    assert payload.tobytes() == raw(np.int32([1]), floats(-.8))
+
+
 def test_dropping_with_local_thresholds():
     compressor, layout = from_spec("dropping:rate=0.75,scope=layer"), vectors(4, 4)
     payload = encode(compressor, DROP_A, layout, Key(), compressor.init(layout, DROP_A))
@@ -269,6 +288,16 @@ def test_adacomp():
     np.testing.assert_allclose(
         state.owed, [.283333, -.083333, .05, .083333, -.2, -.2, .4, -.133333, 0, 0], atol=1e-6)
     np.testing.assert_allclose(decode(compressor, payload, layout) + state.owed, given, atol=1e-7)
+
+
+def test_adacomp_maxima_of_the_bins():
+    """gmax = .7, .55 and 0; elements 1 and 3 pass though |G| = .5: the soft threshold."""
+    g, dw = OWED + NEWEST, NEWEST
+    np.testing.assert_allclose(g, [.7, -.5, .05, .5, -.2, -.2, .4, -.55, 0, 0], atol=1e-7)
+    sent, scale = kernels.reference.adacomp_select(g, dw, 2.0, 4)
+    assert sent.tolist() == [0, 1, 3, 7] and scale == pytest.approx((.7 + .55 + 0) / 3)
+    hard, _ = kernels.reference.adacomp_select(g, dw, 1.0, 4)
+    assert hard.tolist() == [0, 7]
 
 
 def test_adacomp_passes_over_quiet_bins():

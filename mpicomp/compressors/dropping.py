@@ -34,6 +34,9 @@ class Dropping(Compressor):
     rate: float = option(0.99, "the fraction that is dropped", least=0)
     scope: str = option("bucket", "what has one threshold", choices=("bucket", "layer"))
     sample: str = option("100000", "how many magnitudes the threshold is taken from, or exact")
+    cut: str = option("marian", "which of the sorted magnitudes is the cut: the last one dropped, "
+                                "or the next one (Marian's first version, of February 2017)",
+                      choices=("marian", "marian-feb2017"))
     survivors: str = option("value", "how survivors are sent: float32, or a sign and two means",
                             choices=("value", "onebit"))
 
@@ -69,7 +72,9 @@ class Dropping(Compressor):
         return 0 if self.sample == "exact" else int(self.sample)
 
     def _cut(self, x):
-        return kernels.of(x).drop_cut(x, self.rate, self._sample())
+        if self.cut == "marian":
+            return kernels.of(x).drop_cut(x, self.rate, self._sample())
+        return kernels.reference.drop_cut(x, self.rate, self._sample(), first_version=True)
 
     def encode(self, x, packet, layout, key, state):
         k, scopes = kernels.of(x), self._scopes(layout)
@@ -91,7 +96,7 @@ class Dropping(Compressor):
 
     def encode_owed(self, grad, owed, packet, layout, key, state, out=None):
         fused = getattr(kernels.of(grad), "drop_encode_owed", None)
-        if fused is None or self.survivors != "value":
+        if fused is None or (self.survivors, self.cut) != ("value", "marian"):
             return super().encode_owed(grad, owed, packet, layout, key, state, out)
         return fused(grad, owed, owed if out is None else out, self._scopes(layout), self.rate,
                      self._sample(), packet)

@@ -6,13 +6,13 @@ from mpicomp.errors import PacketError
 from mpicomp.kernels.reference.sums import finite, total
 
 
-def drop_cut(x, rate, sample):
+def drop_cut(x, rate, sample, first_version=False):
     """The magnitude that a fraction `rate` of a sample of |x| does not exceed.
 
     The sample is S = min(sample, n) elements at stride n // S from the first on, or all n where
     sample = 0; the cut is number max(0, int(S * rate) - 1) of the S magnitudes in ascending
-    order, in float64 arithmetic (Marian's rule). A single element has the cut 0: it would
-    never exceed itself.
+    order, in float64 arithmetic (Marian's rule); number int(S * rate) in Marian's first version,
+    of February 2017. A single element has the cut 0: it would never exceed itself.
     """
     n = x.size
     if n < 2:
@@ -20,7 +20,7 @@ def drop_cut(x, rate, sample):
     size = min(sample, n) if sample else n
     stride = n // size
     magnitudes = np.abs(x[:size * stride:stride])
-    number = max(0, int(size * rate) - 1)
+    number = int(size * rate) if first_version else max(0, int(size * rate) - 1)
     return np.partition(magnitudes, number)[number]
 
 

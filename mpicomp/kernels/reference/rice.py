@@ -51,17 +51,19 @@ def rice_unpack(words, k):
     return values
 
 
-def strom_rice_encode(x, tau, strict, data) -> int:
+def strom_rice_encode(x, tau, strict, data, k=None) -> int:
     """Write what Strom's test sends as gaps; returns the bytes, 0 where nothing is sent.
 
     data = uint32 parameter, then the words of `rice_pack` of gap << 1 | (x > 0), where the gap is
-    the distance to the index sent before, and the index itself at first.
+    the distance to the index sent before, and the index itself at first. The parameter is `k`, or
+    what `rice_parameter` makes of the gaps.
     """
     sent = strom_sent(x, tau, strict)
     if sent.size == 0:
         return 0
     values = np.diff(sent, prepend=0) << 1 | (x[sent] > 0)
-    k = rice_parameter(values.sum(), values.size)
+    if k is None:
+        k = rice_parameter(values.sum(), values.size)
     words = rice_pack(values, k)
     data[:4].view(np.uint32)[0] = k
     data[4:4 + words.nbytes].view(np.uint32)[:] = words
