@@ -1,0 +1,110 @@
+"""Said + owed = given: the seven systems over 100 steps, through every synchronous exchange."""
+
+import numpy as np
+import pytest
+from training import give, parameters
+
+import mpicomp
+from mpicomp import systems
+from mpicomp.exchange import hierarchical
+
+pytestmark = pytest.mark.mpi
+STEPS = 100
+SHAPES = {"w": (40, 5), "b": (40,), "k": (5, 2, 3)}
+OWING = {  # at least one of each system that has a residual
+    "onebit": ["onebit", "onebit:min_rows=1", "onebit:bits=2,wire=cntk"],
+    "dorefa": ["dorefa:feedback=yes"],
+    "strom": ["strom:tau=0.05", "strom:density=0.05,coding=rice"],
+    "dryden": ["dryden:proportion=16,min_rows=1", "dryden:version=2017,sample=20"],
+    "dropping": ["dropping:rate=0.95", "dropping:rate=0.9,scope=layer,survivors=onebit"],
+    "adacomp": ["adacomp:bin=20"],
+    "rule": ["rule(b:dense; ndim>2:adacomp; w:dropping:rate=0.9; onebit)"],
+}
+EXCHANGES = ["exchange=allgather", "exchange=sharded", "exchange=sharded,own=raw",
+             "exchange=hierarchical"]
+
+
+def joined(spec, options):
+    """The specification with more options."""
+    return spec + ("," if ":" in spec.rpartition(")")[2] else ":") + options
+
+
+def specs():
+    """The first configuration of a system in every exchange, the others where they are decoded
+    by all and where they are quantised twice."""
+    for listed in OWING.values():
+        for number, spec in enumerate(listed):
+            for options in EXCHANGES if number == 0 else EXCHANGES[:2]:
+                yield joined(spec, options)
+    yield "dorefa:feedback=yes,exchange=allreduce"
+
+
+@pytest.fixture(autouse=True)
+def nodes_of_two(monkeypatch):
+    """Ranks 0 and 1 on one node, 2 and 3 on the next: for exchange=hierarchical."""
+    monkeypatch.setattr(hierarchical, "node_of", lambda comm: comm.Split(comm.rank // 2))
+
+
+def train(reducer, named, rank, scale=0.05):
+    """(given here, applied, the largest number on the way) by parameter, over STEPS steps."""
+    rng = np.random.default_rng(rank)
+    given, applied = ([np.zeros(p.shape) for _, p in named] for _ in range(2))
+    largest = 0.0
+    for _ in range(STEPS):
+        gradients = [(scale * rng.normal(size=p.shape)).astype(np.float32) for _, p in named]
+        give(named, gradients)
+        reducer.finish()
+        for k, (_, p) in enumerate(named):
+            given[k] += gradients[k]
+            applied[k] += p.grad.numpy()
+            largest = max(largest, np.abs(gradients[k]).max(), p.grad.abs().max().item())
+            p.grad = None
+    return given, applied, largest
+
+
+def test_all_seven_are_here():
+    """TernGrad is the one that owes nothing; see below."""
+    assert {*OWING, "terngrad"} >= {"terngrad", "onebit", "dorefa", "strom", "dryden", "dropping",
+                                    "adacomp"}
+    assert all(systems.method(spec).feedback for spec in specs() if not spec.startswith("rule"))
+
+
+@pytest.mark.parametrize("spec", list(specs()))
+def test_said_and_owed_is_given(spec, comm):
+    """The sum of what was applied + all residuals, of both stages and all ranks, is the sum of
+    all gradients, to the rounding of float32 sums."""
+    named = parameters(**SHAPES)
+    reducer = mpicomp.Reducer(named, spec, comm, average=False, bucket_bytes=500)
+    given, applied, largest = train(reducer, named, comm.rank)
+    state = reducer.state_dict()
+    owed = [sum(v.double().numpy() for kind, v in state.items() if kind.endswith(f"/{name}"))
+            + np.zeros(p.shape) for name, p in named]
+    assert {kind.split("/")[0] for kind in state} <= {"step", "error", "error2"}
+    assert ("error2/w" in state) == ("sharded" in spec)
+    total_owed, total_given = ([sum(parts) for parts in zip(*comm.allgather(part))]
+                               for part in (owed, given))
+    largest = max(largest, *(np.abs(part).max() for part in total_owed))
+    # a step rounds twice at each sender, and at each of P additions, in two stages at most
+    bound = STEPS * 4 * (comm.size + 1) * 2.0**-24 * 4 * largest
+    for k in range(len(named)):
+        np.testing.assert_allclose(applied[k] + total_owed[k], total_given[k], rtol=0, atol=bound)
+        assert np.abs(applied[k]).max() > 0
+    assert any(np.abs(part).max() > bound for part in total_owed), "nothing was owed: no test"
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "allreduce", "sharded", "hierarchical"])
+def test_terngrad_owes_nothing_and_is_right_on_average(exchange, comm):
+    """No residual: what 100 steps said differs from what was given by their noise alone.
+
+    An element has a variance of at most s^2 / 4 a step, and again for each sender or stage.
+    """
+    named = parameters(**SHAPES)
+    reducer = mpicomp.Reducer(named, f"terngrad:clip=0,exchange={exchange}", comm, average=False,
+                              seed=3)
+    given, applied, largest = train(reducer, named, comm.rank)
+    assert reducer.state_dict().keys() == {"step"}
+    for k in range(len(named)):
+        total = sum(comm.allgather(given[k]))
+        noise = largest * comm.size * np.sqrt(2 * STEPS) / 2
+        assert np.abs(applied[k] - total).max() < 5 * noise
+        assert np.abs(applied[k] - total).max() > 0
