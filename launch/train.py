@@ -15,6 +15,7 @@ where it goes on from, the loop, the result. All that it writes lies in the fold
 from __future__ import annotations
 
 import argparse
+import collections
 import hashlib
 import json
 import math
@@ -52,7 +53,7 @@ def say(text):
 
 
 def refuse(problem):
-    """One line and exit status 2, on all ranks together; only before training."""
+    """One line and exit status 2; only where all ranks come here together."""
     if rank == 0:
         print(f"train.py: {problem}", file=sys.stderr, flush=True)
     MPI.Finalize()
@@ -102,6 +103,9 @@ parser.add_argument("--log-layers", action="store_true",
 parser.add_argument("--seed", type=int, default=0, help="of initial weights and order of examples")
 parser.add_argument("--nonfinite", choices=["raise", "skip"], default="raise",
                     help="what NaN or Inf in a gradient does to the step (default: %(default)s)")
+parser.add_argument("--require-ratio", type=float, metavar="R",
+                    help="end with status 2 where R times less than dense is not kept: over every "
+                         "100 steps, warm-up included, and over what remains at the end")
 parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATA-METHOD")
 parser.add_argument("--log-every", type=int, default=20, metavar="STEPS")
 parser.add_argument("--save-every", type=int, metavar="STEPS",
@@ -182,7 +186,8 @@ if args.local_adagrad:
 # Here it becomes distributed: from now on step() first makes every p.grad the mean over all
 # ranks, and then does what it always did.
 optimizer = agreed(lambda: mpicomp.DistributedOptimizer(
-    optimizer, model.named_parameters(), method=method, seed=args.seed, nonfinite=args.nonfinite))
+    optimizer, model.named_parameters(), method=method, seed=args.seed, nonfinite=args.nonfinite,
+    require_ratio=args.require_ratio))
 mpicomp.broadcast_parameters(model)
 reducer = optimizer.reducer
 
@@ -195,7 +200,7 @@ if found and not finished and not args.resume:
     refuse(f"{out} holds an unfinished run; add --resume to go on with it, or delete the folder")
 
 start, seconds = 0, 0.0
-earlier = dict(sent=0, dense=0)                                     # bytes before a resumption
+earlier = dict(sent=0, dense=0, reasons={})                         # bytes before a resumption
 tally = dict(loss=0.0, targets=0, steps=0, seconds=0.0, sent=0)     # since the last log line
 if found and args.resume:
     path, manifest = found
@@ -257,8 +262,10 @@ if rank == 0 and tqdm and on_terminal:
 
 def bytes_so_far():
     """What this rank handed to MPI since step 0, and what dense fp32 would have handed over."""
+    reasons = collections.Counter(earlier.get("reasons", {}))
+    reasons.update(reducer.stats.reasons)
     return dict(sent=earlier["sent"] + reducer.stats.sent,
-                dense=earlier["dense"] + reducer.stats.dense)
+                dense=earlier["dense"] + reducer.stats.dense, reasons=dict(reasons))
 
 
 def record(kind, **values):
@@ -266,7 +273,7 @@ def record(kind, **values):
     counted = bytes_so_far()
     row = dict(kind=kind, step=step + 1, epoch=(step + 1) / epoch_steps, seconds=seconds,
                bytes_sent=counted["sent"], ratio=counted["dense"] / max(1, counted["sent"]),
-               **values)
+               bytes_by_reason=counted["reasons"], **values)
     metrics.write(json.dumps(row) + "\n")
     return row
 
@@ -312,6 +319,14 @@ def evaluate():
     return loss / count, correct / count
 
 
+def within_ratio(work):
+    """work(); where --require-ratio is not kept, all ranks learn it in the same step and leave."""
+    try:
+        work()
+    except mpicomp.RatioError as problem:
+        refuse(problem)
+
+
 # ---------------------------------------------------------------- the loop
 
 def learning_rate(step):
@@ -342,7 +357,7 @@ for step in range(start, steps):
     # Slices of a batch can differ by one example. With this scale the mean over ranks, which is
     # what the reducer takes, is exactly the mean over the global batch.
     (loss * (ranks / (batch * y[0].numel()))).backward()
-    optimizer.step()
+    within_ratio(optimizer.step)
     times.append(time.perf_counter() - began)
 
     seconds += times[-1]
@@ -375,6 +390,8 @@ for step in range(start, steps):
 
 # ---------------------------------------------------------------- the result
 
+within_ratio(reducer.check_ratio)
+
 loss, accuracy = scores or evaluate()
 weights = hashlib.sha256()
 for name, value in model.state_dict().items():
@@ -388,6 +405,7 @@ if rank == 0:
     counted = bytes_so_far()
     result = dict(accuracy=accuracy, loss=loss, bytes_per_step=counted["sent"] / steps,
                   ratio=counted["dense"] / max(1, counted["sent"]), steps=steps, ranks=ranks,
+                  bytes_by_reason=counted["reasons"],
                   seconds_per_step=statistics.median(times or [seconds / steps]), seconds=seconds,
                   parameters_sha256=replicas[0], skipped=reducer.stats.skipped, digest=digest,
                   config=config, torch=torch.__version__,

@@ -17,6 +17,7 @@ _HOME = {
     "MpicompError": "errors",
     "NonFiniteError": "errors",
     "PacketError": "errors",
+    "RatioError": "errors",
     "Reducer": "reducer",
     "SpecError": "errors",
     "StallError": "errors",

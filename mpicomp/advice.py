@@ -143,6 +143,19 @@ class Advice:
     reason: str
 
 
+def report(method, stats, advice=None) -> str:
+    """What the exchange took a step, by stage; after method="auto" beside what was predicted."""
+    now = {stage: 1e3 * seconds / max(1, stats.steps) for stage, seconds in stats.seconds.items()}
+    text = f"{method.name}: {stats.ratio:.1f} times less than dense, ms a step: " \
+        + ", ".join(f"{stage} {value:.1f}" for stage, value in now.items())
+    if advice:
+        told = next(p for p in advice.predictions if p.method == advice.choice)
+        text += (f"; predicted encode {1e3 * told.encode:.1f}, wire {1e3 * told.wire:.1f}, "
+                 f"decode {1e3 * told.decode:.1f}, together {1e3 * told.total:.1f}, found "
+                 f"{sum(now.values()):.1f}")
+    return text
+
+
 def advise(comm, n, candidates=CANDIDATES, hidden=0.0, ranks=None) -> Advice:
     """Measure, predict for a gradient of n elements, and choose. The same on every rank.
 

@@ -115,6 +115,10 @@ class Compressor(ABC):
         """Bytes at the front of a payload that all ranks agreed on; MPI adds what follows them."""
         return 0
 
+    def by_case(self, payload, layout) -> dict:
+        """{case: bytes} of a payload whose parts have other reasons than the method itself."""
+        return {}
+
     def persistent(self, state) -> dict:
         """The arrays (one element a gradient) that a checkpoint must hold: {"error": owed} ..."""
         return {}

@@ -25,5 +25,9 @@ class PacketError(MpicompError, ValueError):
     """Bytes that are not a packet of this compressor and layout."""
 
 
+class RatioError(MpicompError, RuntimeError):
+    """More was sent than `require_ratio` allows. Raised on every rank, in the same step."""
+
+
 class StallError(MpicompError, TimeoutError):
     """A collective waited longer than `stall_timeout` for the other ranks."""

@@ -17,7 +17,8 @@ class Meter:
     steps       steps that were exchanged; `skipped` of them had a gradient that was not finite
     seconds     by stage: encode, post (MPI calls and polling), wait, decode
     last        sent, received and dense of the last step
-    reasons     bytes sent by reason: the method's name, "warm-up", "flush"
+    reasons     bytes sent by reason: the method's name, "warm-up", "flush", "rule CASE" for each
+                case of a rule, "padding", "receipt"; last_reasons: of the last step
     notes       what is slower or larger than asked for, and why: no fallback is silent
     """
 
@@ -26,7 +27,8 @@ class Meter:
         self.calls, self.seconds = Counter(), Counter()
         self.reasons, self.reason, self.notes = Counter(), "", []
         self.last = {"sent": 0, "received": 0, "dense": 0}
-        self._before, self._inner = (0, 0, 0), 0.0
+        self.last_reasons = Counter()
+        self._before, self._reasons_before, self._inner = (0, 0, 0), Counter(), 0.0
 
     @property
     def ratio(self) -> float:
@@ -41,6 +43,11 @@ class Meter:
         self.reasons[self.reason] += sent
         self.sent += sent
         self.received += received
+
+    def move(self, reason, size):
+        """Book `size` of the bytes that are or will be counted for the present reason elsewhere."""
+        self.reasons[reason] += size
+        self.reasons[self.reason] -= size
 
     @contextmanager
     def stage(self, name):
@@ -61,6 +68,8 @@ class Meter:
         now = (self.sent, self.received, self.dense)
         self.last = dict(zip(self.last, (n - b for n, b in zip(now, self._before))))
         self._before = now
+        self.last_reasons = self.reasons - self._reasons_before
+        self._reasons_before = Counter(self.reasons)
 
     def __str__(self):
         seconds = ", ".join(f"{k} {v:.2f} s" for k, v in self.seconds.items())

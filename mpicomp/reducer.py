@@ -15,6 +15,7 @@ from mpicomp.exchange.pipeline import Pipeline
 from mpicomp.exchange.wire import Wire
 from mpicomp.meter import Meter
 from mpicomp.plan import agree_on_plan, bad_option, check_replicas, trainable
+from mpicomp.receipt import Receipt
 
 _said = set()  # notes that this process has printed
 
@@ -32,13 +33,16 @@ class Reducer:
     nonfinite         "raise": a NaN or Inf on any rank raises NonFiniteError on all of them.
                       "skip": all ranks leave p.grad = None in that step, residuals unchanged
     stall_timeout     seconds without progress after which a wait raises StallError
+    require_ratio     RatioError on all ranks where dense / sent stays below, see `Receipt`:
+    ratio_window      judged after every so many steps, and by check_ratio()
 
     Every rank must make one with the same arguments and the same model; MismatchError names the
     first difference on all ranks otherwise. The order of a step is in docs/design.md.
     """
 
     def __init__(self, named_parameters, method, comm=None, *, average=True,
-                 bucket_bytes=25 << 20, seed=0, nonfinite="raise", stall_timeout=600.0):
+                 bucket_bytes=25 << 20, seed=0, nonfinite="raise", stall_timeout=600.0,
+                 require_ratio=None, ratio_window=100):
         self.comm = mpi.communicator(comm)
         mpi.end_all_on_exception(self.comm)
         self.average, self.seed, self.nonfinite = bool(average), seed, nonfinite
@@ -47,12 +51,14 @@ class Reducer:
         named, problem = trainable(named_parameters)
         try:
             self.method = systems.method(method)
-            problem = problem or bad_option(bucket_bytes, seed, nonfinite, stall_timeout)
+            problem = problem or bad_option(bucket_bytes, seed, nonfinite, stall_timeout,
+                                            require_ratio, ratio_window)
         except SpecError as error:
             self.method, problem = None, error
         self._plan = agree_on_plan(
             self.comm, self.method, named, problem, seed=seed, average=average,
-            nonfinite=nonfinite, bucket_bytes=bucket_bytes, stall_timeout=stall_timeout)
+            nonfinite=nonfinite, bucket_bytes=bucket_bytes, stall_timeout=stall_timeout,
+            require_ratio=require_ratio, ratio_window=ratio_window)
         self._named, self.advice = named, None
         if self.method.name == "auto":
             self._choose()
@@ -61,6 +67,8 @@ class Reducer:
         self._buckets = make_buckets(named, bucket_bytes)
         self._exchange, self._mail = self._open(self.method)
         self._warm = self._open(systems.method("dense")) if self.method.warmup else None
+        self._receipt = require_ratio and Receipt(self.comm, self.stats, require_ratio,
+                                                  ratio_window, stall_timeout)
         self._say_notes()
         self._next = 0  # the bucket to launch next: plan order, on every rank
         self._finished = False
@@ -94,16 +102,9 @@ class Reducer:
 
     def report(self) -> str:
         """What the exchange took a step, by stage; with method="auto" beside what was predicted."""
-        steps = max(1, self.stats.steps)
-        now = {stage: 1e3 * seconds / steps for stage, seconds in self.stats.seconds.items()}
-        text = f"{self.method.name}: {self.stats.ratio:.1f} times less than dense, ms a step: " \
-            + ", ".join(f"{stage} {value:.1f}" for stage, value in now.items())
-        if self.advice:
-            told = next(p for p in self.advice.predictions if p.method == self.advice.choice)
-            text += (f"; predicted encode {1e3 * told.encode:.1f}, wire {1e3 * told.wire:.1f}, "
-                     f"decode {1e3 * told.decode:.1f}, together {1e3 * told.total:.1f}, found "
-                     f"{sum(now.values()):.1f}")
-        return text
+        from mpicomp.advice import report
+
+        return report(self.method, self.stats, self.advice)
 
     def _say_notes(self):
         """Name what is slower or larger than asked for, once in a program."""
@@ -241,6 +242,13 @@ class Reducer:
             self._apply()
         self.step += 1
         self.stats.step(4 * sum(b.layout.size for b in self._buckets), skipped)
+        if self._receipt:
+            self._receipt.after(self.step - 1, self.method)
+
+    def check_ratio(self):
+        """At the end of a run: hold the steps since the last judgement to require_ratio, too."""
+        if self._receipt:
+            self._receipt.check(self.step)
 
     def _apply(self):
         """Decode every bucket and make its residual the past."""
@@ -338,6 +346,8 @@ class Reducer:
                     for s in bucket.layout.segments])
             mail.restore(arrays)
         self.step = int(state["step"])
+        if self._receipt:
+            self._receipt.restart(self.step)
 
     def close(self) -> None:
         """Take the hooks off the parameters: this Reducer does nothing from now on."""

@@ -31,9 +31,10 @@ KNOWS = {
     "plan": {"", "agree", "bucket", "errors"},
     "broadcast": {"agree", "errors", "mpi"},
     "nn": {"errors", "philox"},
+    "receipt": {"errors", "mpi"},
     "advice": {"errors", "layout", "mpi", "philox", "systems"},
     "reducer": {"", "advice", "agree", "bucket", "exchange", "kernels", "mpi", "plan",
-                "systems"} | BASE,
+                "receipt", "systems"} | BASE,
 }
 TORCH = {"reducer", "bucket", "broadcast", "plan", "nn", "ddp", "bench"}
 MPI = {"exchange", "mpi", "reducer", "broadcast", "cli", "bench", "ddp"}

@@ -214,6 +214,19 @@ class Rule(Compressor):
                                       run.key(key), weight)
             head += _whole(size)
 
+    def by_case(self, payload, layout):
+        """{"rule *.bias:dense": bytes with their filling, ...}, and "rule lengths"."""
+        found = {"rule lengths": self._head(layout)} if self._head(layout) else {}
+        lengths = iter(payload[:self._head(layout)].view(np.uint32))
+        for run in runs(self, layout):
+            test = next(test for test, c in self.inner if c == run.compressor)
+            size = run.compressor.capacity(run.layout) if run.compressor.fixed else \
+                int(next(lengths))
+            core = run.compressor.inner if isinstance(run.compressor, Residual) else run.compressor
+            case = f"rule {test or 'rest'}:{core.name}"
+            found[case] = found.get(case, 0) + _whole(size)
+        return found
+
     def persistent(self, state):
         return {} if state.owed is None else {"error": state.owed}
 

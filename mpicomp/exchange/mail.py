@@ -130,7 +130,16 @@ class Exchange(ABC):
     def encode(self, mail, step, flags) -> int:
         """`mail.encode` with the seconds booked."""
         with self.wire.meter.stage("encode"):
-            return mail.encode(step, self.wire.rank, flags)
+            used = mail.encode(step, self.wire.rank, flags)
+        self.book(mail, used)
+        return used
+
+    def book(self, mail, used):
+        """Book the bytes of a payload that is about to be sent by the cases of its rule."""
+        if used:
+            parts = mail.compressor.by_case(mail.payload[:used], mail.layout)
+            for case, size in parts.items():
+                self.wire.meter.move(case, size)
 
     def read_headers(self, buffer, starts) -> list[Header]:
         """The headers at these offsets, one of each rank.

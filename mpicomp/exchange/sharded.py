@@ -54,6 +54,8 @@ class Sharded(Exchange):
         me, size = self.wire.rank, self.wire.size
         with self.wire.meter.stage("encode"):
             used = [m.encode(step, me, flags) for m in mail.first]
+        for rank, m in enumerate(mail.first):
+            self.book(m, used[rank] if rank != me else 0)
         if mail.fixed:
             send = [packet.SIZE + n for n in used]
             receive = [mail.first[me].outbox.size] * size
@@ -86,6 +88,7 @@ class Sharded(Exchange):
             if mail.second.shared is not None:
                 mail.second.measure(flags)
             used = mail.second.encode(step, self.wire.rank, flags)
+        self.book(mail.second, used)
         if mail.fixed:
             lengths = [m.outbox.size for m in mail.first]
             starts = [sum(lengths[:rank]) for rank in range(self.wire.size)]

@@ -1,0 +1,71 @@
+"""Wire receipts: a run that saves less than it was promised to fails, and says which bytes did."""
+
+from collections import Counter
+
+import numpy as np
+
+from mpicomp import mpi
+from mpicomp.errors import RatioError
+
+
+class Receipt:
+    """Holds dense / sent, over all ranks together, to at least `least`.
+
+    Judged are every `window` steps since the start, with all that was sent in them: warm-up, flush,
+    dense cases of a rule, padding. Where every packet has the same length (`fixed`), the first step
+    after the warm-up is judged by itself, because all others will be like it. 16 bytes a rank are
+    summed for that; they are booked under the reason "receipt", and not judged.
+    """
+
+    def __init__(self, comm, stats, least, window, timeout):
+        self.comm, self.stats, self.least, self.window = comm, stats, least, window
+        self.timeout = timeout
+        self._open(0)
+
+        self.alone = True  # is a step by itself still to be judged?
+
+    def _open(self, step):
+        self.first = step
+        self.before = Counter(sent=self.stats.sent, dense=self.stats.dense)
+        self.reasons = Counter(self.stats.reasons)
+
+    def restart(self, step):
+        """A saved state was loaded: windows are counted from its step."""
+        self._open(step)
+        self.alone = True
+
+    def after(self, step, method):
+        """Judge what `step`, just exchanged, completes. RatioError on all ranks alike."""
+        if self.alone and step >= method.warmup and method.compressor.fixed:
+            sent, dense = self.stats.last["sent"], self.stats.last["dense"]
+            self._judge(step, step, sent, dense, self.stats.last_reasons)
+            self.alone = False
+        if step + 1 - self.first >= self.window:
+            self.check(step + 1)
+
+    def check(self, step):
+        """Judge the steps from the last judgement to before `step`, if there are any."""
+        if step > self.first:
+            now = self.stats
+            self._judge(self.first, step - 1, now.sent - self.before["sent"],
+                        now.dense - self.before["dense"], now.reasons - self.reasons)
+            self._open(step)
+
+    def _judge(self, first, last, sent, dense, reasons):
+        reasons = Counter(reasons)
+        mine = np.array([sent - reasons.pop("receipt", 0), dense], np.int64)
+        total = np.zeros(2, np.int64)
+        self.stats.reason = "receipt"
+        self.stats.count("Iallreduce", mine.nbytes, total.nbytes)
+        mpi.wait(self.comm, self.comm.Iallreduce(mine, total), self.timeout, "adding up bytes")
+        sent, dense = map(int, total)
+        if dense >= self.least * sent:
+            return
+        everyone = sum(map(Counter, self.comm.allgather(reasons)), Counter())
+        parts = ", ".join(f"{reason} {size:,} ({100 * size / sent:.0f} %)"
+                          for reason, size in everyone.most_common() if size)
+        steps = f"step {last}" if first == last else f"steps {first} to {last}"
+        raise RatioError(
+            f"require_ratio={self.least:g}, found {dense / sent:.2f} over all {self.comm.size} "
+            f"ranks in {steps}: {sent:,} bytes sent, {dense:,} as float32. Sent because of: "
+            f"{parts}. Take away what costs most, or type a lower require_ratio")
