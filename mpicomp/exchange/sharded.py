@@ -11,6 +11,7 @@ import numpy as np
 from mpicomp import kernels, packet
 from mpicomp.exchange.mail import Exchange, Mail
 from mpicomp.exchange.shards import cut
+from mpicomp.exchange.slots import Gather, Scatter
 
 SECOND = 1 << 31  # marks the random numbers of the second quantisation
 
@@ -65,25 +66,15 @@ class Sharded(Exchange):
                                        (mail.inbox, receive, starts))]
             mail.inbox[starts[me]:][:mail.first[me].outbox.size] = mail.first[me].outbox
             headers = self.read_headers(mail.inbox, starts)
-            mail.received = headers, [at + packet.SIZE for at in starts]
+            mail.received = headers, list(_payloads(mail.inbox, headers, starts))
             return
-        for rank, m in enumerate(mail.first):
-            mail.head_out[rank * packet.SIZE:][:packet.SIZE] = m.outbox[:packet.SIZE]
-        yield [self.wire.alltoall(1, mail.head_out, mail.head_in)]
-        headers = self.read_headers(mail.head_in, range(0, mail.head_in.size, packet.SIZE))
-        receive = self.lengths(headers, [mail.first[me].payload.size] * size)
-        mail.make_room(sum(receive))
-        starts = [sum(receive[:rank]) for rank in range(size)]
-        mail.inbox[starts[me]:][:used[me]] = mail.first[me].payload[:used[me]]
-        mail.received = headers, starts
-        send, arriving = list(used), list(receive)
-        send[me] = arriving[me] = 0
-        payload_starts = [at + packet.SIZE for at in mail.out_starts]
-        yield [self.wire.alltoallv(2, (mail.outbox, send, payload_starts),
-                                   (mail.inbox, arriving, starts))]
+        yield from mail.scatter.run(self, 1, (mail.outbox, mail.out_starts), used)
+        mail.received = mail.scatter.headers, mail.scatter.payloads
 
     def _to_all(self, mail, step, flags):
         """Every owner's packet of its sum to all ranks."""
+        if not mail.fixed:
+            flags |= mail.scatter.hint << packet.HINT
         with self.wire.meter.stage("encode"):
             if mail.second.shared is not None:
                 mail.second.measure(flags)
@@ -94,24 +85,26 @@ class Sharded(Exchange):
             starts = [sum(lengths[:rank]) for rank in range(self.wire.size)]
             yield [self.wire.allgatherv(4, mail.second.outbox, mail.result, lengths)]
             mail.headers = self.read_headers(mail.result, starts)
-            mail.payload_starts = [at + packet.SIZE for at in starts]
+            mail.payloads = list(_payloads(mail.result, mail.headers, starts))
             return
-        yield [self.wire.allgather(3, mail.second.outbox[:packet.SIZE], mail.head_in)]
-        mail.headers = self.read_headers(mail.head_in, range(0, mail.head_in.size, packet.SIZE))
-        lengths = self.lengths(mail.headers, [m.payload.size for m in mail.first])
-        mail.payload_starts = [sum(lengths[:rank]) for rank in range(self.wire.size)]
-        mail.make_room_for_result(sum(lengths))
-        yield [self.wire.allgatherv(4, mail.second.payload[:used], mail.result, lengths)
-               ] if sum(lengths) else []
+        yield from mail.gather_all.run(self, 3, mail.second.outbox, used,
+                                   [m.payload.size for m in mail.first])
+        mail.headers, mail.payloads = mail.gather_all.headers, mail.gather_all.payloads
+        mail.scatter.learn(mail.headers)
 
     def decode(self, mail, step, weight):
         mail.flat[...] = 0
-        for rank, (m, header, at) in enumerate(zip(mail.first, mail.headers, mail.payload_starts)):
-            payload = mail.result[at:at + header.length]
+        for rank, (m, payload) in enumerate(zip(mail.first, mail.payloads)):
             key = mail.second.key(step, rank)
             m.compressor.decode_add(payload, m.grad, m.layout, key, 1.0 if self.adagrad else weight)
         for shard, m in zip(mail.shards, mail.first):
             shard.scatter(m.grad, mail.grad)
+
+
+def _payloads(buffer, headers, starts):
+    """What follows each of the headers at these offsets."""
+    for header, at in zip(headers, starts):
+        yield buffer[at + packet.SIZE:][:header.length]
 
 
 class _Bucket:
@@ -137,7 +130,7 @@ class _Bucket:
         self.history = zeros(own.size) if exchange.adagrad else None
         self.history_ahead = zeros(own.size) if exchange.adagrad else None
         self._take_buffers(wire.size)
-        self.headers = self.received = self.payload_starts = None
+        self.headers = self.received = self.payloads = None
 
     def _take_buffers(self, size):
         """One outbox for all first packets, and room for what comes back."""
@@ -148,23 +141,18 @@ class _Bucket:
         self.outbox = zeros(self.out_starts.pop(), np.uint8)
         for m, at in zip(self.first, self.out_starts):
             m.outbox = self.outbox[at:at + m.outbox.size]
-        own = self.first[self.rank].outbox.size
-        self.inbox = zeros(size * own if self.fixed else 0, np.uint8)
-        self.result = zeros(self.outbox.size if self.fixed else 0, np.uint8)
-        self.head_out, self.head_in = (zeros(size * packet.SIZE, np.uint8) for _ in range(2))
+        sizes = [m.outbox.size for m in self.first]
+        if self.fixed:
+            self.inbox = zeros(size * sizes[self.rank], np.uint8)
+            self.result = zeros(self.outbox.size, np.uint8)
+        else:
+            wire = self.exchange.wire
+            self.scatter = Scatter(wire, sizes, self.grad)
+            self.gather_all = Gather(wire, max(sizes), self.grad)
+            self.second.outbox = zeros(max(sizes), np.uint8)  # slots have one size for all
         measured = [m.shared.size for m in self.first if m.shared is not None]
         self.shared = zeros(sum(measured)) if measured else None
         self.agreed = zeros(sum(measured)) if measured else None
-
-    def make_room(self, size):
-        """Let the inbox take this many bytes; it grows in the first steps."""
-        if size > self.inbox.size:
-            self.inbox = self.zeros(size * 5 // 4, np.uint8)
-
-    def make_room_for_result(self, size):
-        """The same for the packets of the owners."""
-        if size > self.result.size:
-            self.result = self.zeros(size * 5 // 4, np.uint8)
 
     def shared_parts(self):
         """(mail, its slice of `shared`) of each shard."""
@@ -180,7 +168,7 @@ class _Bucket:
 
     def reduce(self, step) -> int:
         """Sum what arrived for this rank's shard, in rank order; returns the flags to pass on."""
-        headers, starts = self.received
+        headers, payloads = self.received
         flags = packet.NONFINITE if any(h.flags & packet.NONFINITE for h in headers) else 0
         if all(h.flags & packet.EMPTY for h in headers):
             flags |= packet.EMPTY
@@ -188,11 +176,10 @@ class _Bucket:
             return flags
         mine, total = self.first[self.rank], self.second.grad
         total[...] = 0
-        for rank, (header, at) in enumerate(zip(headers, starts)):
+        for rank, payload in enumerate(payloads):
             if rank == self.rank and self.exchange.own == "raw":
                 total += mine.grad
             else:
-                payload = self.inbox[at:at + header.length]
                 mine.compressor.decode_add(payload, total, mine.layout, mine.key(step, rank), 1.0)
         if self.history is not None:
             kernels.of(total).adagrad(total, self.history, self.history_ahead)

@@ -52,14 +52,15 @@ class Wire:
                          buffer.nbytes if self.rank else 0)
         return self._stages[stage].Ibcast(buffer, 0)
 
-    def alltoall(self, stage, send, receive):
-        """Block r of `send` to rank r, block r of `receive` from rank r, blocks of equal size.
+    def send(self, stage, array, rank):
+        """`array` to one rank, which must `receive` it; messages keep their order."""
+        self._count("Isend", array.nbytes, 0)
+        return self._stages[stage].Isend(array, rank)
 
-        The block for this rank itself does not travel and is not counted.
-        """
-        share = send.nbytes // self.size
-        self._count("Ialltoall", send.nbytes - share, receive.nbytes - share)
-        return self._stages[stage].Ialltoall(send, receive)
+    def receive(self, stage, array, rank):
+        """What one rank sends, into `array`, which must have its size."""
+        self._count("Isend", 0, array.nbytes)
+        return self._stages[stage].Irecv(array, rank)
 
     def alltoallv(self, stage, send, receive):
         """`send` and `receive` are (uint8 array, lengths, starts), one length and start a rank."""
