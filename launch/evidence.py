@@ -158,8 +158,9 @@ def describe(line, rate, losses, results):
 
 def about(experiment, seeds):
     """Where, when and with what this was run, and the command that does it again."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True,
-                            capture_output=True).stdout.strip()
+    commit = git("rev-parse", "--short", "HEAD") or "unknown"
+    if git("status", "--porcelain", "launch", "mpicomp"):
+        commit += " with changes"
     return dict(
         experiment=experiment.name, claim=experiment.claim, data=experiment.data,
         command=f"launch/reproduce {experiment.name} --seeds {seeds}",
@@ -167,6 +168,12 @@ def about(experiment, seeds):
         machine=f"{os.cpu_count()} cores, {processor()}, no GPU",
         versions={name: metadata.version(name) for name in ("torch", "numpy", "mpi4py")}
         | {"python": platform.python_version()})
+
+
+def git(*words):
+    """What git says about this checkout, or nothing where there is none."""
+    return subprocess.run(["git", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL).stdout.strip()
 
 
 def processor():
