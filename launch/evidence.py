@@ -213,7 +213,7 @@ def main():
     if args.what == ["slice"]:
         import bands
 
-        sys.exit(bands.check())
+        sys.exit(bands.check(args.seeds or 1))
     if args.what != ["report"]:
         for experiment in chosen(args.what):
             kept = carry_out(experiment, args.seeds)
