@@ -10,6 +10,7 @@ import torch
 from mpicomp import kernels, mpi, packet, systems
 from mpicomp.agree import digest
 from mpicomp.bucket import make_buckets
+from mpicomp.delivery import Delivery
 from mpicomp.errors import MismatchError, NonFiniteError, SpecError
 from mpicomp.exchange.pipeline import Pipeline
 from mpicomp.exchange.wire import Wire
@@ -20,7 +21,7 @@ from mpicomp.receipt import Receipt
 _said = set()  # notes that this process has printed
 
 
-class Reducer:
+class Reducer(Delivery):
     """Replaces every gradient by its mean over ranks, exchanged as `method` says.
 
     named_parameters  (name, parameter) pairs, as model.named_parameters() gives them; those that
@@ -66,6 +67,7 @@ class Reducer:
         self._pipeline = Pipeline(self.comm, stall_timeout)
         self._buckets = make_buckets(named, bucket_bytes)
         self._exchange, self._mail = self._open(self.method)
+        self._exchange.restart(self.method.warmup)
         self._warm = self._open(systems.method("dense")) if self.method.warmup else None
         self._receipt = require_ratio and Receipt(self.comm, self.stats, require_ratio,
                                                   ratio_window, stall_timeout)
@@ -175,6 +177,7 @@ class Reducer:
         self._launch_ready()
         with self.stats.stage("post"):
             self._pipeline.poll()
+            self._exchange.poll()
 
     def _reopen(self):
         """A new step begins."""
@@ -238,7 +241,7 @@ class Reducer:
         skipped = any(mail.flagged(packet.NONFINITE) for mail in self._lane[1])
         if skipped:
             self._skip()
-        else:
+        if not skipped or self._lane[0].asynchronous:  # what the others said counts all the same
             self._apply()
         self.step += 1
         self.stats.step(4 * sum(b.layout.size for b in self._buckets), skipped)
@@ -264,40 +267,21 @@ class Reducer:
                     slot.give_back()
 
     def _skip(self):
-        """A gradient is not finite somewhere: nobody applies this step, and all say why."""
-        found = self.comm.allgather(list(self._bad.values()))
-        self._bad.clear()
+        """A gradient is not finite somewhere: nobody applies this step, and all say why.
+
+        With an asynchronous exchange only this rank is concerned: it says nothing in this step.
+        """
+        bad, self._bad = list(self._bad.values()), {}
+        alone = self._lane[0].asynchronous
+        found = [[]] * self.comm.rank + [bad] if alone else self.comm.allgather(bad)
         where = "; ".join(f"rank {r}: {', '.join(names)}" for r, names in enumerate(found) if names)
         if self.nonfinite == "raise":
-            raise NonFiniteError(f"step {self.step}: the gradient holds NaN or Inf ({where}). The "
+            step, self.step = self.step, self.step + alone  # the others have heard of this step
+            raise NonFiniteError(f"step {step}: the gradient holds NaN or Inf ({where}). The "
                                  "residuals are as before this step; nonfinite='skip' goes on")
         for bucket in self._buckets:
             for slot in bucket.slots:
                 slot.parameter.grad = None
-
-    def flush(self):
-        """Make every p.grad the mean (or sum) of what all ranks still owe; residuals become zero.
-
-        Call it on all ranks between two steps, then optimizer.step(): afterwards all that was given
-        has been said (Dryden 2016 does so at the end of each epoch). float32, uncompressed.
-        """
-        if self.method.adagrad:
-            raise SpecError("flush: with adagrad=yes the second residual is no gradient, and "
-                            "cannot be added to the first")
-        from mpi4py import MPI
-
-        weight = 1.0 / self.comm.size if self.average else 1.0
-        for bucket, mail in zip(self._buckets, self._mail):
-            owed = mail.persistent()
-            mine = sum(owed.values(), np.zeros_like(bucket.grad))
-            self.stats.reason = "flush"
-            self.stats.count("Allreduce", mine.nbytes, mine.nbytes)
-            self.comm.Allreduce(mine, bucket.grad, MPI.SUM)
-            bucket.grad *= np.float32(weight)
-            mail.restore({kind: np.zeros_like(array) for kind, array in owed.items()})
-            for slot in bucket.slots:
-                slot.give_back()
-        self._finished = True
 
     def named(self) -> dict:
         """{parameter name: how many of its elements this rank's last packet made non-zero}.
@@ -313,7 +297,11 @@ class Reducer:
     # ---- state ----
 
     def state_dict(self) -> dict:
-        """{"step": int, "error/<name>": tensor}: this rank's residuals, in gradient units."""
+        """{"step": int, "error/<name>": tensor}: this rank's residuals, in gradient units.
+
+        Raises MismatchError where packets are under way: call `deliver` first.
+        """
+        self._require_settled("state_dict()")
         state = {"step": self.step}
         for bucket, mail in zip(self._buckets, self._mail):
             for kind, array in mail.persistent().items():
@@ -346,6 +334,7 @@ class Reducer:
                     for s in bucket.layout.segments])
             mail.restore(arrays)
         self.step = int(state["step"])
+        self._exchange.restart(max(self.step, self.method.warmup))
         if self._receipt:
             self._receipt.restart(self.step)
 

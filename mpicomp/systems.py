@@ -21,6 +21,7 @@ class Method:
     own: str = "quantised"
     adagrad: bool = False
     warmup: int = 0
+    staleness: int = 4
 
     def __post_init__(self):
         if self.exchange not in EXCHANGES:
@@ -35,11 +36,18 @@ class Method:
         if self.exchange != "sharded" and (self.own != "quantised" or self.adagrad):
             raise SpecError(f"{self.name}: own and adagrad belong to exchange=sharded, found "
                             f"exchange={self.exchange}")
+        if self.exchange != "peers" and self.staleness != 4:
+            raise SpecError(f"{self.name}: staleness belongs to exchange=peers, found "
+                            f"exchange={self.exchange}")
 
     def open(self, wire):
         """The exchange object that carries this method's packets over `wire`."""
-        cls = exchange(self.exchange)
-        return cls(wire, self.own, self.adagrad) if self.exchange == "sharded" else cls(wire)
+        return exchange(self.exchange)(wire, **self._carriage())
+
+    def _carriage(self) -> dict:
+        """The options that belong to the exchange."""
+        names = {"sharded": ("own", "adagrad"), "peers": ("staleness",)}
+        return {name: getattr(self, name) for name in names.get(self.exchange, ())}
 
     @property
     def feedback(self) -> bool:
@@ -53,9 +61,7 @@ class Method:
             head, options = f"{self.name}({self.compressor.inner.text(_show_case)})", {}
         else:
             head, options = self.name, _options(self.compressor)
-        options["exchange"] = self.exchange
-        if self.exchange == "sharded":
-            options |= {"own": self.own, "adagrad": self.adagrad}
+        options |= {"exchange": self.exchange, **self._carriage()}
         if self.warmup:
             options["warmup"] = self.warmup
         return spec_text(head, options)
@@ -140,7 +146,7 @@ def _read_case(text):
     name, _, options = split_spec(text)
     if name == "residual":
         return from_spec(text)
-    for key in ("exchange", "own", "adagrad", "warmup"):
+    for key in ("exchange", *_OF_METHOD):
         if key in options:
             raise SpecError(f"rule: {key}={options[key]} found in the case {text!r}, it belongs "
                             f"behind the bracket: rule(...):{key}={options[key]}")
@@ -171,6 +177,11 @@ class _Common:
                       choices=("quantised", "raw"))
     warmup: int = option(0, "steps at the start that are exchanged dense", least=0)
     adagrad: bool = option(False, "sharded: AdaGrad on the sum, between the two quantisations")
+    staleness: int = option(4, "peers: how many steps a rank may be ahead of what it has heard of "
+                               "another; 0 is lock step", least=0)
+
+
+_OF_METHOD = ("own", "adagrad", "warmup", "staleness")
 
 
 def methods() -> dict[str, str]:
@@ -199,7 +210,7 @@ def method(spec) -> Method:
     if inner is not None:
         options["inner"] = Cases.read(inner, _read_case)
     options = parse_options(name, (*fields(cls), *fields(_Common)), options)
-    own = {key: options.pop(key) for key in ("own", "adagrad", "warmup") if key in options}
+    own = {key: options.pop(key) for key in _OF_METHOD if key in options}
     if name in METHODS:
         return replace(METHODS[name](**options), **own)
     feedback = options.pop("feedback", cls.feedback)

@@ -33,11 +33,12 @@ KNOWS = {
     "nn": {"errors", "philox"},
     "receipt": {"errors", "mpi"},
     "advice": {"errors", "layout", "mpi", "philox", "systems"},
-    "reducer": {"", "advice", "agree", "bucket", "exchange", "kernels", "mpi", "plan",
+    "delivery": {"errors"},
+    "reducer": {"", "advice", "agree", "bucket", "delivery", "exchange", "kernels", "mpi", "plan",
                 "receipt", "systems"} | BASE,
 }
 TORCH = {"reducer", "bucket", "broadcast", "plan", "nn", "ddp", "bench"}
-MPI = {"exchange", "mpi", "reducer", "broadcast", "cli", "bench", "ddp"}
+MPI = {"exchange", "mpi", "reducer", "delivery", "broadcast", "cli", "bench", "ddp"}
 TOP = {"cli", "bench", "__main__", "ddp"}  # these may know everything
 
 

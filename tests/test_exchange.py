@@ -10,11 +10,11 @@ from training import (examples, give, network, parameters, replicas_are_identica
 
 import mpicomp
 from mpicomp import Compressor, SpecError, method
-from mpicomp.exchange import EXCHANGES, hierarchical
+from mpicomp.exchange import SYNCHRONOUS, hierarchical
 from mpicomp.philox import words
 
 pytestmark = pytest.mark.mpi
-SUMMING = [name for name in EXCHANGES if name != "silent"]  # silent ranks hear nothing
+SUMMING = [name for name in SYNCHRONOUS if name != "silent"]  # silent ranks hear nothing
 OWN = ["dense", "fp16", "bf16", "terngrad", "onebit", "strom:tau=0.02"]
 SPECS = [f"{spec}{',' if ':' in spec else ':'}exchange={name}" for spec in OWN for name in SUMMING]
 SPECS += ["fp16:feedback=yes", "bf16:exchange=allreduce", "terngrad:packing=planar",

@@ -2,7 +2,9 @@
 
 from mpicomp.errors import SpecError
 
-EXCHANGES = ("allgather", "allreduce", "hierarchical", "sharded", "silent")
+SYNCHRONOUS = ("allgather", "allreduce", "hierarchical", "sharded", "silent")
+ASYNCHRONOUS = ("peers",)
+EXCHANGES = SYNCHRONOUS + ASYNCHRONOUS
 
 
 def exchange(name):

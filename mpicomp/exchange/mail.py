@@ -92,6 +92,8 @@ class Exchange(ABC):
     """Carries one bucket's gradient to the mean over ranks. Replicas stay bit-identical."""
 
     stages = 3  # the most calls that a bucket makes one after the other
+    asynchronous = False  # see asynchronous.py
+    settled = True  # nothing is under way between two steps
 
     def __init__(self, wire):
         self.wire = wire
@@ -108,6 +110,12 @@ class Exchange(ABC):
 
     def prepare(self, mail) -> None:
         """Take the memory that the bucket needs in this exchange."""
+
+    def restart(self, step) -> None:
+        """Steps are counted from here."""
+
+    def poll(self) -> None:
+        """Take in what has arrived; called from gradient hooks."""
 
     @abstractmethod
     def run(self, mail, step, flags):

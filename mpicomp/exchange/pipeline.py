@@ -57,9 +57,10 @@ class Pipeline:
 
     def _stalled(self):
         waiting = next(f for f in self._flights if not f.done)
+        whom = [f" for {r.waits_for()}" for r in waiting.requests if hasattr(r, "waits_for")]
         raise StallError(f"rank {self.comm.rank} waited {self.timeout:g} s in call "
-                         f"{waiting.posted} of {waiting.label}: another rank has ended, or made "
-                         "fewer steps, or is slower than stall_timeout allows")
+                         f"{waiting.posted} of {waiting.label}{''.join(whom)}: another rank has "
+                         "ended, or made fewer steps, or is slower than stall_timeout allows")
 
 
 class _Flight:
