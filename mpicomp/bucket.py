@@ -42,12 +42,15 @@ class Slot:
 
 
 class Bucket:
-    """A flat float32 gradient with its layout, and the slots of its parameters."""
+    """A flat float32 gradient with its layout, and the slots of its parameters.
+
+    `flight` is the array that the exchange works on: `grad` itself, or one that delay.py puts here.
+    """
 
     def __init__(self, index, named_parameters):
         self.index = index
         self.layout = Layout.of((name, p.shape) for name, p in named_parameters)
-        self.grad = np.zeros(self.layout.size, np.float32)
+        self.grad = self.flight = np.zeros(self.layout.size, np.float32)
         flat = torch.from_numpy(self.grad)
         self.slots = [Slot(name, p, flat[s.slice].view(p.shape))
                       for (name, p), s in zip(named_parameters, self.layout.segments)]

@@ -11,8 +11,8 @@ class Delivery:
     def deliver(self):
         """Receive and apply everything that any rank has sent. Collective, between two steps.
 
-        For exchange=peers and exchange=server: call it on all ranks before replicas are compared,
-        evaluated or saved, and before a rank ends; the other exchanges have nothing under way, and
+        For exchange=peers, exchange=server and delay=1: call it on all ranks before replicas are
+        compared, evaluated or saved, and before a rank ends; otherwise nothing is under way, and
         it does nothing. A rank in deliver() holds nobody back, and all ranks go on from the largest
         of their steps.
 
@@ -21,6 +21,8 @@ class Delivery:
 
         Raises StallError, naming the ranks, if they do not come within `stall_timeout`.
         """
+        if self._delay:
+            self._delay.deliver(self._optimizers)
         if not self._exchange.asynchronous:
             return
         self._settle()
@@ -42,6 +44,8 @@ class Delivery:
         if self.method.adagrad:
             raise SpecError("flush: with adagrad=yes the second residual is no gradient, and "
                             "cannot be added to the first")
+        if self._delay:
+            self._delay.require_settled("flush()")
         if self._exchange.asynchronous:
             self._settle()
             self._decode_rest()
@@ -92,6 +96,8 @@ class Delivery:
 
     def _require_settled(self, what):
         """Raise unless nothing is under way."""
+        if self._delay:
+            self._delay.require_settled(what)
         if not self._exchange.settled:
             raise MismatchError(
                 f"rank {self.comm.rank}: {what} while packets are under way, which nobody would "

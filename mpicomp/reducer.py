@@ -10,6 +10,7 @@ import torch
 from mpicomp import kernels, mpi, packet, systems
 from mpicomp.agree import digest
 from mpicomp.bucket import make_buckets
+from mpicomp.delay import Delay
 from mpicomp.delivery import Delivery
 from mpicomp.errors import MismatchError, NonFiniteError, SpecError
 from mpicomp.exchange.pipeline import Pipeline
@@ -66,6 +67,7 @@ class Reducer(Delivery):
         self._wire = Wire(self.comm, self.stats)
         self._pipeline = Pipeline(self.comm, stall_timeout)
         self._buckets = make_buckets(named, bucket_bytes)
+        self._delay = Delay(self) if self.method.delay else None
         self._exchange, self._mail = self._open(self.method)
         self._exchange.restart(self.method.warmup)
         self._warm = self._open(systems.method("dense")) if self.method.warmup else None
@@ -90,7 +92,7 @@ class Reducer(Delivery):
         if refusal:
             raise SpecError(refusal)
         return exchange, [exchange.open(method.compressor, bucket.layout, bucket.index,
-                                        bucket.grad, self._plan, self.seed)
+                                        bucket.flight, self._plan, self.seed)
                           for bucket in self._buckets]
 
     def _choose(self):
@@ -209,6 +211,8 @@ class Reducer(Delivery):
         if not self._checked:
             check_replicas(self.comm, self._named, self._pipeline.timeout)
             self._checked = True
+        if self._delay:
+            self._delay.launch(bucket)
         bad = bucket.first_bad()
         flags = (packet.NONFINITE if bad else 0) | (0 if touched else packet.EMPTY)
         if bad:
@@ -235,6 +239,9 @@ class Reducer(Delivery):
                     touched |= slot.parameter.grad is not None
                     self._fill(bucket, slot)
             self._launch(bucket, touched)
+        if self._delay:
+            self._delay.finish()
+            return
         with self.stats.stage("wait"):
             self._pipeline.drain()
         self._finished = True
@@ -243,6 +250,9 @@ class Reducer(Delivery):
             self._skip()
         if not skipped or self._lane[0].asynchronous:  # what the others said counts all the same
             self._apply()
+        self._end_step(skipped)
+
+    def _end_step(self, skipped):
         self.step += 1
         self.stats.step(4 * sum(b.layout.size for b in self._buckets), skipped)
         if self._receipt:
@@ -267,7 +277,14 @@ class Reducer(Delivery):
                     slot.give_back()
 
     def _skip(self):
-        """A gradient is not finite somewhere: nobody applies this step, and all say why.
+        """A gradient is not finite somewhere: nobody applies this step, and all say why."""
+        self.tell_nonfinite()
+        for bucket in self._buckets:
+            for slot in bucket.slots:
+                slot.parameter.grad = None
+
+    def tell_nonfinite(self):
+        """Raise NonFiniteError that says where, unless such a step is to be skipped.
 
         With an asynchronous exchange only this rank is concerned: it says nothing in this step.
         """
@@ -279,9 +296,6 @@ class Reducer(Delivery):
             step, self.step = self.step, self.step + alone  # the others have heard of this step
             raise NonFiniteError(f"step {step}: the gradient holds NaN or Inf ({where}). The "
                                  "residuals are as before this step; nonfinite='skip' goes on")
-        for bucket in self._buckets:
-            for slot in bucket.slots:
-                slot.parameter.grad = None
 
     def named(self) -> dict:
         """{parameter name: how many of its elements this rank's last packet made non-zero}.

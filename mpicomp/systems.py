@@ -22,6 +22,7 @@ class Method:
     adagrad: bool = False
     warmup: int = 0
     staleness: int = 4
+    delay: int = 0
 
     def __post_init__(self):
         if self.exchange not in EXCHANGES:
@@ -33,6 +34,9 @@ class Method:
         if self.exchange == "allreduce" and self.feedback and "float16" in self.compressor.summable:
             raise SpecError(f"{self.name}: MPI's sum of 16-bit floats rounds, and with "
                             "feedback=yes nobody would owe that: use exchange=allgather")
+        if self.delay and self.exchange in ("server", "peers"):
+            raise SpecError(f"{self.name}: delay=1 belongs to synchronous exchanges, found "
+                            f"exchange={self.exchange}, in which gradients are late anyhow")
         if self.exchange != "sharded" and (self.own != "quantised" or self.adagrad):
             raise SpecError(f"{self.name}: own and adagrad belong to exchange=sharded, found "
                             f"exchange={self.exchange}")
@@ -64,6 +68,8 @@ class Method:
         options |= {"exchange": self.exchange, **self._carriage()}
         if self.warmup:
             options["warmup"] = self.warmup
+        if self.delay:
+            options["delay"] = self.delay
         return spec_text(head, options)
 
 
@@ -177,11 +183,13 @@ class _Common:
                       choices=("quantised", "raw"))
     warmup: int = option(0, "steps at the start that are exchanged dense", least=0)
     adagrad: bool = option(False, "sharded: AdaGrad on the sum, between the two quantisations")
+    delay: int = option(0, "1: a gradient is exchanged while the next step computes, and applied "
+                           "one step late", least=0, most=1)
     staleness: int = option(4, "peers: how many steps a rank may be ahead of what it has heard of "
                                "another; 0 is lock step", least=0)
 
 
-_OF_METHOD = ("own", "adagrad", "warmup", "staleness")
+_OF_METHOD = ("own", "adagrad", "warmup", "staleness", "delay")
 
 
 def methods() -> dict[str, str]:

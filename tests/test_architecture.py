@@ -28,13 +28,14 @@ KNOWS = {
     "mpi": {"errors"},
     "agree": {"errors", "mpi"},
     "bucket": {"kernels", "layout"},
+    "delay": {"", "errors", "packet"},
     "plan": {"", "agree", "bucket", "errors"},
     "broadcast": {"agree", "errors", "mpi"},
     "nn": {"errors", "philox"},
     "receipt": {"errors", "mpi"},
     "advice": {"errors", "layout", "mpi", "philox", "systems"},
     "delivery": {"errors"},
-    "reducer": {"", "advice", "agree", "bucket", "delivery", "exchange", "kernels", "mpi", "plan",
+    "reducer": {"", "advice", "agree", "bucket", "delay", "delivery", "exchange", "kernels", "mpi", "plan",
                 "receipt", "systems"} | BASE,
 }
 TORCH = {"reducer", "bucket", "broadcast", "plan", "nn", "ddp", "bench"}
