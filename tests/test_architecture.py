@@ -35,8 +35,8 @@ KNOWS = {
     "receipt": {"errors", "mpi"},
     "advice": {"errors", "layout", "mpi", "philox", "systems"},
     "delivery": {"errors"},
-    "reducer": {"", "advice", "agree", "bucket", "delay", "delivery", "exchange", "kernels", "mpi", "plan",
-                "receipt", "systems"} | BASE,
+    "reducer": {"", "advice", "agree", "bucket", "delay", "delivery", "exchange", "kernels", "mpi",
+                "plan", "receipt", "systems"} | BASE,
 }
 TORCH = {"reducer", "bucket", "broadcast", "plan", "nn", "ddp", "bench"}
 MPI = {"exchange", "mpi", "reducer", "delivery", "broadcast", "cli", "bench", "ddp"}
