@@ -39,12 +39,21 @@ def test_every_line_names_a_method_and_the_first_is_the_baseline(experiment):
         assert line.like or line.ranks == 4, "a search is made on 4 ranks"
 
 
-def test_the_band_of_every_method_is_a_real_one():
-    for band in bands.BANDS:
-        mpicomp.method(band.method)
-        assert 0 < band.least < band.most <= 100
-        assert band.ratio >= 1
+def test_every_system_has_a_band_and_a_band_can_be_left():
     assert SEVEN <= {mpicomp.method(band.method).name for band in bands.BANDS}
+    for band in bands.BANDS:
+        assert 0 <= band.least < band.most and band.ratio >= 1
+        inside = (band.least + band.most) / 2
+        assert band.fits(inside, band.ratio)
+        assert not band.fits(band.most * 1.01, band.ratio)
+        assert not band.fits(math.nan, band.ratio)
+        assert not band.fits(inside, band.ratio * (1 - 2 * band.spread))
+
+
+def test_the_bands_of_onebit_with_and_without_error_feedback_do_not_meet():
+    with_it, without = (next(b for b in bands.BANDS if b.data == "fsdd" and b.method == spec)
+                        for spec in ("onebit", "onebit:feedback=no"))
+    assert with_it.most <= without.least
 
 
 def test_runs_are_told_apart_by_all_that_they_were_told():
