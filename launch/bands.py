@@ -39,17 +39,17 @@ class Band:
 
 BANDS = (
     Band("mnist5k", 124, "dense", 0.272, 1),
-    Band("mnist5k", 124, "terngrad", 0.20, 15.972),
-    Band("mnist5k", 124, "onebit", 0.179, 20.152),
+    Band("mnist5k", 124, "terngrad", 0.20, 15.971),
+    Band("mnist5k", 124, "onebit", 0.179, 20.151),
     Band("mnist5k", 124, "dorefa:bits=6", 0.26, 5.330),
     Band("mnist5k", 124, "strom:tau=0.05", 0.193, 46.9, SPARSE),
     Band("mnist5k", 124, "dryden", 0.25, 29.1, SPARSE),
     Band("mnist5k", 124, "dropping", 0.189, 35.5, SPARSE),
     Band("mnist5k", 124, "adacomp", 0.196, 91.7, SPARSE),
     Band("fsdd", 504, "dense", 0.587, 1),
-    Band("fsdd", 504, "onebit", 0.597, 25.782),
-    Band("fsdd", 504, "onebit:exchange=sharded", 0.59, 25.665),
-    Band("fsdd", 504, "onebit:feedback=no", 0.667, 25.782, least=0.597),
+    Band("fsdd", 504, "onebit", 0.597, 25.780),
+    Band("fsdd", 504, "onebit:exchange=sharded", 0.59, 25.690),
+    Band("fsdd", 504, "onebit:feedback=no", 0.667, 25.780, least=0.597),
 )
 
 
