@@ -11,3 +11,7 @@ RECIPES = {
     "fashion":     dict(model="cnn",  optimizer="sgd",  lr=0.2,   batch=128, steps=2 * 468),
     "shakespeare": dict(model="lstm", optimizer="adam", lr=0.004, batch=32,  steps=400),
 }
+
+# Instead of the cnn. Its authors train it with Adam, too: on mnist5k (1, 2, 6) gets 97.0 % so, and
+# 96.6 % with SGD at its best step, 0.5.
+DOREFA = dict(model="dorefa", optimizer="adam", lr=0.002, bits=[1, 2, 6])

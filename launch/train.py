@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Train one of four small networks on several MPI ranks, with compressed gradients.
+"""Train one of a few small networks on several MPI ranks, with compressed gradients.
 
     launch/run -n 4 launch/train.py --data mnist5k --method onebit
     launch/run -n 4 launch/train.py --data fsdd --method strom:tau=0.01 --out runs/fsdd
     launch/run -n 4 launch/train.py --data fsdd --method strom:tau=0.01 --out runs/fsdd --resume
+    launch/run -n 4 launch/train.py --model dorefa --bits 1,2,6 --method dorefa:bits=6
     python launch/train.py --data mnist5k                      alone, without mpirun: one rank
 
 Read it from top to bottom: options, data, model, the three lines that make training distributed,
@@ -35,7 +36,8 @@ import checkpoint               # launch/checkpoint.py, data.py and models.py, b
 import data as datasets
 import models
 import mpicomp.mpi
-from recipes import RECIPES
+import mpicomp.nn
+from recipes import DOREFA, RECIPES
 
 try:
     MPI = mpicomp.mpi.load()
@@ -76,6 +78,13 @@ def agreed(work):
 
 # ---------------------------------------------------------------- options
 
+def three_bits(text):
+    """[W, A, G] of "W,A,G"."""
+    if not re.fullmatch(r"\d+,\d+,\d+", text):
+        raise argparse.ArgumentTypeError(f"expected W,A,G such as 1,2,6, found {text!r}")
+    return [int(bits) for bits in text.split(",")]
+
+
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.error = lambda problem: refuse(f"{problem}; --help lists the options")
 if rank:
@@ -84,6 +93,11 @@ parser.add_argument("--data", choices=list(RECIPES), default="mnist5k")
 parser.add_argument("--method", default="dense", metavar="SPEC",
                     help="how gradients travel: dense, onebit, terngrad, strom:tau=0.01 ... "
                          "(python -m mpicomp methods lists them)")
+parser.add_argument("--model", choices=list(models.MODELS),
+                    help="the data set's own, or for pictures dorefa: low-bit weights, activations "
+                         "and gradients inside the network, whatever the method does between ranks")
+parser.add_argument("--bits", type=three_bits, metavar="W,A,G",
+                    help="of --model dorefa, 32 for none (default: 1,2,6)")
 length = parser.add_mutually_exclusive_group()
 length.add_argument("--epochs", type=int, help="passes over the training set")
 length.add_argument("--steps", type=int, help="optimizer steps")
@@ -128,8 +142,15 @@ kept = np.flatnonzero(~held) if args.validate else np.arange(len(data.train))
 scored = (data.train, np.flatnonzero(held)) if args.validate else (
     data.test, np.arange(len(data.test)))
 
-chosen = {key: getattr(args, key, None) for key in RECIPES[args.data]}
-recipe = RECIPES[args.data] | {key: value for key, value in chosen.items() if value is not None}
+recipe = RECIPES[args.data]
+if args.model == "dorefa" and recipe["model"] == "cnn":
+    recipe = recipe | DOREFA
+if args.model not in (None, recipe["model"]):
+    refuse(f"--model {args.model} does not fit --data {args.data}; leave it out")
+if args.bits and "bits" not in recipe:
+    refuse(f"--bits is for --model dorefa, found --model {recipe['model']}")
+chosen = {key: getattr(args, key, None) for key in recipe}
+recipe = recipe | {key: value for key, value in chosen.items() if value is not None}
 batch = recipe["batch"]
 if not ranks <= batch <= len(kept):
     refuse(f"--batch {batch}: expected {ranks} (an example for each rank) to {len(kept)}")
@@ -138,7 +159,8 @@ if args.epochs:
     recipe["steps"] = args.epochs * epoch_steps
 steps = recipe["steps"]
 save_every = min(epoch_steps, 200) if args.save_every is None else args.save_every or steps
-out = args.out or Path("runs", re.sub(r"[^\w.=]+", "-", f"{args.data}-{args.method}"))
+out = args.out or Path("runs", re.sub(r"[^\w.=]+", "-", "-".join(
+    filter(None, (args.data, args.model, args.method)))))
 
 # All that decides the result to the bit, besides the number of ranks and torch itself.
 config = dict(data=args.data, source=data.source[:16], method=repr(method), **recipe,
@@ -158,7 +180,9 @@ if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(max(1, len(cores) // node.size))
 
 torch.manual_seed(args.seed)    # the same on every rank: replicas start equal
-model = models.MODELS[config["model"]](data.classes)
+noise = torch.Generator()       # of the gradients inside a dorefa network, anew in each step
+model = agreed(lambda: models.MODELS[config["model"]](
+    data.classes, *([config["bits"], noise] if "bits" in config else [])))
 if config["optimizer"] == "adam":
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"])
 elif config["optimizer"] == "adagrad":
@@ -352,6 +376,8 @@ for step in range(start, steps):
         datasets.my_rows(len(kept), batch, args.seed, step, rank, ranks)])
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step)
+    if "bits" in config:
+        mpicomp.nn.reseed(noise, args.seed, rank, step)
     optimizer.zero_grad()
     loss = functional.cross_entropy(model(x).flatten(0, -2), y.flatten(), reduction="sum")
     # Slices of a batch can differ by one example. With this scale the mean over ranks, which is

