@@ -61,6 +61,7 @@ class Reducer(Delivery):
             self.comm, self.method, named, problem, seed=seed, average=average,
             nonfinite=nonfinite, bucket_bytes=bucket_bytes, stall_timeout=stall_timeout,
             require_ratio=require_ratio, ratio_window=ratio_window)
+        self.method = self.method.of([name for name, _ in named])
         self._named, self.advice = named, None
         if self.method.name == "auto":
             self._choose()

@@ -53,6 +53,12 @@ class Method:
         names = {"sharded": ("own", "adagrad"), "peers": ("staleness",)}
         return {name: getattr(self, name) for name in names.get(self.exchange, ())}
 
+    def of(self, names):
+        """This method for a model whose parameters have these names, in order of registration."""
+        if not isinstance(self.compressor, Rule):
+            return self
+        return replace(self, compressor=Rule(self.compressor.inner.of(names)))
+
     @property
     def feedback(self) -> bool:
         """Is there a residual?"""

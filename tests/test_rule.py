@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from training import give, parameters
 
 import mpicomp
 from mpicomp.compressor import from_spec
@@ -10,6 +11,7 @@ from mpicomp.compressors.rule import Cases, runs
 from mpicomp.errors import PacketError, SpecError
 from mpicomp.layout import Layout
 from mpicomp.philox import Key
+from mpicomp.systems import METHODS
 
 NETWORK = Layout.of([("conv.weight", (40, 3, 2, 2)), ("conv.bias", (40,)), ("norm.weight", (40,)),
                      ("embed.weight", (50, 7)), ("nothing", (0, 3)), ("head.weight", (33, 5)),
@@ -47,6 +49,75 @@ def test_the_first_case_that_holds():
         "embed.weight": "strom", "nothing": "bf16", "head.weight": "bf16", "head.bias": "dense",
         "gain": "bf16"}
     assert set(chosen("rule(ndim=0:fp16; dense)").values()) == {"fp16", "dense"}
+
+
+def test_shapes():
+    found = chosen("rule(shape=*x2x2:fp16; shape=50x*:bf16; shape=40:strom; dense)")
+    assert {name: spec.split(":")[0] for name, spec in found.items()} == {
+        "conv.weight": "fp16", "conv.bias": "strom", "norm.weight": "strom", "embed.weight": "bf16",
+        "nothing": "dense", "head.weight": "dense", "head.bias": "dense", "gain": "dense"}
+
+
+NAMES = ["conv.weight", "conv.bias", "fc[1].weight", "fc[1].bias"]
+
+
+def test_the_last_two_parameters_of_a_model():
+    """quantize_logits=False of TernGrad's authors: a place in the model becomes a name."""
+    method = mpicomp.method("rule(last<=2:dense; last=4:fp16; terngrad)")
+    assert mpicomp.method(repr(method)) == method
+    resolved = method.of(NAMES)
+    assert [test for test, _ in resolved.compressor.inner] == [
+        "fc[[]1].bias", "fc[[]1].weight", "conv.weight", ""]
+    layout = Layout.of((name, (3, 3)) for name in reversed(NAMES))
+    kinds = {s.name: run.compressor.name for run in runs(resolved.compressor, layout)
+             for s in run.layout.segments}
+    assert kinds == {"fc[1].bias": "dense", "fc[1].weight": "dense", "conv.bias": "terngrad",
+                     "conv.weight": "fp16"}
+    assert mpicomp.method(repr(resolved)) == resolved and resolved.of(NAMES) == resolved
+    with pytest.raises(SpecError, match="only a Reducer knows"):
+        runs(method.compressor, layout)
+    assert mpicomp.method("onebit").of(NAMES) == mpicomp.method("onebit")
+
+
+@pytest.mark.mpi
+def test_a_reducer_counts_from_the_last_parameter(comm):
+    """The last two come back as they were given, over two buckets; others as ternary codes."""
+    named = parameters(conv=(40, 3), bias=(40,), out=(5, 40), logits=(5,))
+    reducer = mpicomp.Reducer(named, "rule(last<=2:dense; terngrad:clip=0)", comm, bucket_bytes=900)
+    gradients = [np.linspace(-1, 1, p.numel()).astype(np.float32).reshape(p.shape)
+                 for _, p in named]
+    give(named, gradients)
+    reducer.finish()
+    for (name, p), gradient in zip(named, gradients):
+        exact = np.allclose(p.grad, gradient, atol=1e-6)
+        assert exact == (name in ("out", "logits"))
+
+
+def test_every_method_can_be_a_case():
+    """The seven systems and the baselines, each for one parameter of one bucket."""
+    names = [name for name in METHODS if name not in ("rule", "auto")]
+    assert len(names) >= 10
+    layout = Layout.of((f"{name}.w", (40, 9)) for name in names)
+    cases = "; ".join(f"{name}.*:{name}" for name in names)
+    rule = mpicomp.method(f"rule({cases}; dense)").compressor
+    state, x = rule.init(layout, gradient(layout=layout)), gradient(layout=layout)
+    said = decode(rule, step(rule, x, layout, state), layout)
+    owed = rule.persistent(state)["error"]
+    for segment, name in zip(layout.segments, names):
+        part, method = segment.slice, mpicomp.method(name)
+        if method.feedback:
+            np.testing.assert_allclose(said[part] + owed[part], x[part], atol=1e-6)
+        assert (np.abs(owed[part]).max() > 0) == method.feedback
+
+
+def test_bins_of_adacomp_by_name():
+    """Recurrent weights in bins of 7, embeddings in bins of 70, the rest as the paper says."""
+    rule = from_spec("rule(embed.*:residual(adacomp:bin=70); head.*:residual(adacomp:bin=7); "
+                     "residual(adacomp))")
+    bins = {s.name: run.compressor.inner.bin_size(s) for run in runs(rule, NETWORK)
+            for s in run.layout.segments}
+    assert bins == {"conv.weight": 50, "conv.bias": 500, "norm.weight": 500, "embed.weight": 70,
+                    "nothing": 500, "head.weight": 7, "head.bias": 7, "gain": 500}
 
 
 def test_bytes_are_those_of_the_parts():

@@ -1,10 +1,11 @@
-"""Rule: another compressor for each parameter, chosen by its name, size or number of dimensions."""
+"""Rule: another compressor for each parameter, chosen by its name, place, size or shape."""
 
 import operator
 import re
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from glob import escape
 
 import numpy as np
 
@@ -16,7 +17,8 @@ from mpicomp.compressors.residual import Residual
 from mpicomp.errors import SpecError
 from mpicomp.layout import Layout
 
-_TEST = re.compile(r"(size|ndim) *(<=|>=|=|<|>) *(\d+)")
+_TEST = re.compile(r"(size|ndim|last) *(<=|>=|=|<|>) *(\d+)")
+_SHAPE = re.compile(r"shape *= *([\dx*?]+)")
 _COMPARE = {"<": operator.lt, "<=": operator.le, "=": operator.eq, ">=": operator.ge,
             ">": operator.gt}
 LARGEST = 2**32  # a length word has 32 bits
@@ -25,8 +27,9 @@ LARGEST = 2**32  # a length word has 32 bits
 class Cases(tuple):
     """Pairs (test, compressor), tried in order; the last has the test "" and takes the rest.
 
-    A test is a pattern on the parameter's name, as in a shell (`*.bias`, `embed.*`), or a
-    comparison such as `size<1000` (elements) or `ndim>2` (dimensions).
+    A test is a pattern on the parameter's name, as in a shell (`*.bias`, `embed.*`), or on its
+    shape (`shape=*x3x3`), or a comparison: `size<1000` (elements), `ndim>2` (dimensions), `last<=2`
+    (the place in the model, counted from its last parameter; a Reducer turns it into names).
     """
 
     @classmethod
@@ -38,15 +41,27 @@ class Cases(tuple):
             test, _, spec = (part.strip() for part in entry.partition(":"))
             if not test or not spec:
                 raise SpecError(f"rule: pattern:compressor expected, found {entry.strip()!r}")
-            if set(test) & set("<=>") and not _TEST.fullmatch(test):
-                raise SpecError("rule: a test such as size<1000 or ndim=2 expected, "
-                                f"found {test!r}")
+            if set(test) & set("<=>") and not (_TEST.fullmatch(test) or _SHAPE.fullmatch(test)):
+                raise SpecError("rule: a test such as size<1000, ndim=2, last<=2 or shape=*x3x3 "
+                                f"expected, found {test!r}")
             pairs.append((test, make(spec)))
         try:
             return cls((*pairs, ("", make(rest.strip()))))
         except SpecError as error:
             raise SpecError("rule: the last entry has no pattern, it is the compressor of all the "
                             f"rest, as in rule(*.bias:dense; onebit). {error}") from None
+
+    def of(self, names):
+        """The cases for a model whose parameters have these names: none counts places any more."""
+        pairs = []
+        for test, compressor in self:
+            counts = _TEST.fullmatch(test)
+            if not counts or counts[1] != "last":
+                pairs.append((test, compressor))
+                continue
+            pairs += [(escape(name), compressor) for place, name in enumerate(reversed(names), 1)
+                      if _COMPARE[counts[2]](place, int(counts[3]))]
+        return type(self)(pairs)
 
     def text(self, show=repr):
         """The inverse of `read`, each compressor as `show` writes it."""
@@ -70,10 +85,15 @@ def _split(text):
 
 def holds(test, segment) -> bool:
     """Does this test hold for the parameter?"""
-    comparison = _TEST.fullmatch(test)
+    shape, comparison = _SHAPE.fullmatch(test), _TEST.fullmatch(test)
+    if shape:
+        return fnmatchcase("x".join(map(str, segment.shape)), shape[1])
     if not comparison:
         return not test or fnmatchcase(segment.name, test)
     what, sign, number = comparison.groups()
+    if what == "last":
+        raise SpecError(f"rule: {test} counts the parameters of a model, which only a Reducer "
+                        "knows: write their names")
     found = segment.size if what == "size" else len(segment.shape)
     return _COMPARE[sign](found, int(number))
 
@@ -110,10 +130,11 @@ def runs(rule, layout) -> tuple[Run, ...]:
 class Rule(Compressor):
     """The first case whose test holds for a parameter says how it is compressed.
 
-    rule(*.bias:dense; embed.*:residual(dropping:rate=0.999); residual(onebit)), or size<1000 and
-    ndim<2 as tests. Error feedback belongs to the cases: where one is residual(...) its parameters
+    rule(*.bias:dense; embed.*:residual(dropping:rate=0.999); residual(onebit)), or size<1000,
+    ndim<2, shape=*x3x3 as tests. rule(last<=2:dense; terngrad) leaves a model's last two parameters
+    alone, as the authors' code of TernGrad does (quantize_logits=False). Error feedback belongs to the cases: where one is residual(...) its parameters
     have a residual, the others have none. Neighbouring parameters of the same case are compressed
-    together, as a bucket of their own; `size` and `ndim` are those of the tensor in the layout,
+    together, as a bucket of their own; `size` and `shape` are those of the tensor in the layout,
     which exchange=sharded cuts.
     """
 
