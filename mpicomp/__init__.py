@@ -28,18 +28,21 @@ _HOME = {
     "methods": "systems",
     "register": "compressor",
 }
+_MODULES = ("checkpoint", "ddp")  # public as mpicomp.checkpoint.save, mpicomp.ddp.comm_hook ...
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name):
-    if name not in _HOME:
+    if name not in _HOME and name not in _MODULES:
         raise AttributeError(f"module 'mpicomp' has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _MODULES:
+        return import_module(f"mpicomp.{name}")
     module = import_module(f"mpicomp.{_HOME[name]}")
     value = globals()[name] = getattr(module, name)
     return value
 
 
 def __dir__():
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_HOME, *_MODULES])

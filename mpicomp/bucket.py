@@ -14,7 +14,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Slot:
-    """One parameter's place in a bucket. `ready` once this step's gradient is in place."""
+    """One parameter's place in a bucket. `ready` once this step's gradient is in place.
+
+    scale  what p.grad is multiplied by outside of the bucket: a loss scale, see amp.py
+    """
+
+    scale = 1.0
 
     def __init__(self, name, parameter, view):
         self.name, self.parameter, self.view = name, parameter, view
@@ -28,11 +33,19 @@ class Slot:
             self.view.zero_()
         elif gradient is not self.view:
             self.view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
+        self.unscale()
         if self.direct and gradient is not None:
             self.parameter.grad = self.view
 
+    def unscale(self):
+        """From the loss's scale to true units."""
+        if self.scale != 1.0:
+            self.view.mul_(1.0 / self.scale)
+
     def give_back(self):
         """Make p.grad what now stands in the bucket."""
+        if self.scale != 1.0:
+            self.view.mul_(self.scale)
         if self.direct:
             self.parameter.grad = self.view
         elif self.parameter.grad is None or self.parameter.grad.is_sparse:

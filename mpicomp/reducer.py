@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from mpicomp import kernels, mpi, packet, systems
+from mpicomp import amp, kernels, mpi, packet, systems
 from mpicomp.agree import digest
 from mpicomp.bucket import make_buckets
 from mpicomp.delay import Delay
@@ -123,12 +123,17 @@ class Reducer(Delivery):
                 _said.add(note)
                 print(f"mpicomp: {note}", file=sys.stderr)
 
-    def attach(self, optimizer):
+    def attach(self, optimizer, scaler=None):
         """Call `finish` before every optimizer.step(), or at the end of its closure. Returns self.
 
         The optimizer stays the user's own object. From now on every rank must call step()
-        equally often, also where a rank had no examples.
+        equally often, also where a rank had no examples. With a torch.amp.GradScaler, give it
+        here: gradients then travel unscaled, and what overflows on one rank all ranks skip.
         """
+        if scaler is not None:
+            amp.refuse_raise(self.nonfinite)
+            amp.follow_scale([slot for bucket in self._buckets for slot in bucket.slots], scaler)
+            amp.finish_before_unscale(self, scaler)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
         self._optimizers.append(optimizer)

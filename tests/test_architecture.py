@@ -29,17 +29,22 @@ KNOWS = {
     "agree": {"errors", "mpi"},
     "bucket": {"kernels", "layout"},
     "delay": {"", "errors", "packet"},
+    "amp": {"errors"},
+    "process_group": {"errors", "mpi"},
+    "checkpoint": {"errors", "mpi"},
     "plan": {"", "agree", "bucket", "errors"},
     "broadcast": {"agree", "errors", "mpi"},
     "nn": {"errors", "philox"},
     "receipt": {"errors", "mpi"},
     "advice": {"errors", "layout", "mpi", "philox", "systems"},
     "delivery": {"errors"},
-    "reducer": {"", "advice", "agree", "bucket", "delay", "delivery", "exchange", "kernels", "mpi",
-                "plan", "receipt", "systems"} | BASE,
+    "reducer": {"", "advice", "agree", "amp", "bucket", "delay", "delivery", "exchange", "kernels",
+                "mpi", "plan", "receipt", "systems"} | BASE,
 }
-TORCH = {"reducer", "bucket", "broadcast", "plan", "nn", "ddp", "bench"}
-MPI = {"exchange", "mpi", "reducer", "delivery", "broadcast", "cli", "bench", "ddp"}
+TORCH = {"reducer", "bucket", "broadcast", "plan", "nn", "ddp", "bench", "amp", "process_group",
+         "checkpoint"}
+MPI = {"exchange", "mpi", "reducer", "delivery", "broadcast", "cli", "bench", "ddp",
+       "process_group"}
 TOP = {"cli", "bench", "__main__", "ddp"}  # these may know everything
 
 

@@ -1,0 +1,59 @@
+"""torch.amp.GradScaler with an exchange: gradients travel unscaled, and all ranks skip alike.
+
+A loss scale moves while a residual waits, so what is owed must be in true units: gradients are
+divided by the scale on their way into the bucket and the mean is multiplied by it on its way out.
+The scaler then does what it does in one process. Scales are powers of two, so this rounds nothing.
+"""
+
+from functools import wraps
+
+import torch
+
+from mpicomp.errors import SpecError
+
+
+def refuse_raise(nonfinite):
+    """A scaler provokes gradients that are not finite: they must not end the training."""
+    if nonfinite != "skip":
+        raise SpecError(f"with a GradScaler a step that overflows is skipped; found nonfinite="
+                        f"{nonfinite!r}, type  nonfinite='skip'")
+
+
+def follow_scale(slots, scaler):
+    """Keep the slots' `scale` equal to the scaler's, from now on."""
+    def take():
+        for slot in slots:
+            slot.scale = float(scaler.get_scale())
+
+    _after(scaler, "update", take)
+    _after(scaler, "load_state_dict", take)
+    take()
+
+
+def finish_before_unscale(reducer, scaler):
+    """Let scaler.unscale_ and scaler.step find the mean gradient, or NaN on all ranks."""
+    inner = scaler.unscale_
+
+    @wraps(inner)
+    def unscale_(optimizer):
+        reducer.finish()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if all(p.grad is None for p in parameters):  # skipped: the scaler wants to see why
+            for p in parameters:
+                p.grad = torch.full_like(p, float("nan"))
+        return inner(optimizer)
+
+    scaler.unscale_ = unscale_
+    _after(scaler, "update", reducer._reopen)  # where the scaler skipped, no optimizer has stepped
+
+
+def _after(scaler, name, then):
+    inner = getattr(scaler, name)
+
+    @wraps(inner)
+    def method(*args, **kwargs):
+        result = inner(*args, **kwargs)
+        then()
+        return result
+
+    setattr(scaler, name, method)

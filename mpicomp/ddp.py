@@ -1,0 +1,196 @@
+"""Gradients of DistributedDataParallel through mpicomp: a communication hook and its state.
+
+    mpicomp.ddp.init_process_group()                  # MPI's ranks, no address, no ports
+    model = torch.nn.parallel.DistributedDataParallel(net)
+    state = mpicomp.ddp.HookState("onebit", named_parameters=net.named_parameters())
+    model.register_comm_hook(state, mpicomp.ddp.comm_hook)
+
+DDP decides when backward hands gradients over; from there on they go the way of Reducer: into its
+own buckets, which do not change when DDP rebuilds its own after the first step, so residuals stay
+with their parameters. The mean is over the ranks of the MPI communicator, whatever DDP's process
+group is.
+"""
+
+import torch
+import torch.distributed as dist
+
+from mpicomp import amp, mpi, systems
+from mpicomp.bucket import Slot
+from mpicomp.errors import SpecError
+from mpicomp.meter import Meter
+from mpicomp.process_group import MpiGroup, init_process_group
+from mpicomp.reducer import Reducer
+
+__all__ = ["HookState", "MpiGroup", "comm_hook", "init_process_group"]
+
+
+class HookState:
+    """What `comm_hook` keeps between steps: a Reducer that DDP feeds.
+
+    method            a Method or its specification; every synchronous method works
+    comm              an MPI communicator; None means COMM_WORLD. A duplicate is used
+    named_parameters  of the module inside of DDP. Without them parameters are called "0", "1", ...
+                      in the order in which DDP first shows them, the ranks are compared in the
+                      first step instead of here, and a rule(...) by name is refused
+    keywords          average, bucket_bytes, seed, nonfinite and stall_timeout, as for Reducer
+
+    bucket_bytes is that of mpicomp's buckets; choose bucket_cap_mb of DDP not larger, or backward
+    is over before the first one is complete. After an error in backward (NonFiniteError with
+    nonfinite="raise", MismatchError, StallError) DDP itself cannot go on.
+    """
+
+    def __init__(self, method="dense", comm=None, *, named_parameters=None, **keywords):
+        self.comm, self._keywords = mpi.communicator(comm), keywords
+        self.method = systems.method(method)
+        self._reducer, self._loaded, self._scaler = None, None, None
+        self._shown, self._stats = [], Meter()
+        self._given = []        # (slot, DDP's view) of this step
+        self._futures = []      # (future, DDP's buffer) of this step
+        if named_parameters is not None:
+            self._make(named_parameters)
+        elif self.method.name == "rule":
+            raise SpecError("HookState: a rule needs the names of parameters; type  "
+                            f"HookState({str(method)!r}, named_parameters=net.named_parameters())")
+
+    def _make(self, named_parameters):
+        """The Reducer, with its hooks taken off and slots that DDP fills."""
+        reducer = Reducer(named_parameters, self.method, self.comm, **self._keywords)
+        reducer.close()
+        self._home = {}
+        for bucket in reducer._buckets:
+            bucket.slots = [_DdpSlot(s.name, s.parameter, s.view) for s in bucket.slots]
+            self._home |= {id(slot.parameter): (bucket, slot) for slot in bucket.slots}
+        self._reducer, self.method = reducer, reducer.method
+        if self._loaded is not None:
+            reducer.load_state_dict(self._loaded)
+        if self._scaler is not None:
+            amp.follow_scale(self._slots, self._scaler)
+
+    @property
+    def _slots(self):
+        return [slot for _, slot in self._home.values()]
+
+    # ---- one step ----
+
+    def _take(self, bucket):
+        """One bucket of DDP; returns a future of its buffer, filled when the last bucket is in."""
+        parameters, gradients = bucket.parameters(), bucket.gradients()
+        future = torch.futures.Future()
+        self._futures.append((future, bucket.buffer()))
+        if self._reducer is None:
+            self._shown.append(list(zip(parameters, gradients)))
+            if bucket.is_last():
+                # until DDP rebuilds its buckets they hold the parameters from the last to the first
+                shown = [pair for part in reversed(self._shown) for pair in part]
+                self._make((str(i), p) for i, (p, _) in enumerate(shown))
+                self._shown.clear()
+                for p, gradient in shown:
+                    self._arrive(p, gradient)
+        else:
+            for p, gradient in zip(parameters, gradients):
+                self._arrive(p, gradient)
+        if bucket.is_last():
+            self._finish()
+        return future
+
+    def _arrive(self, parameter, gradient):
+        if id(parameter) not in self._home:
+            raise SpecError(f"comm_hook: DDP hands over a parameter of shape "
+                            f"{list(parameter.shape)} that HookState does not know: give it the "
+                            "named_parameters() of the module that DDP wraps")
+        bucket, slot = self._home[id(parameter)]
+        slot.gradient = gradient
+        self._given.append(slot)
+        self._reducer._arrived(bucket, slot, parameter)
+
+    def _finish(self):
+        """Every bucket of DDP is in: wait for the mean, and let DDP have it."""
+        skipped = self._reducer.stats.skipped
+        try:
+            self._reducer.finish()
+        finally:
+            given, futures = list(self._given), list(self._futures)
+            self._given.clear()
+            self._futures.clear()
+            for slot in given:
+                slot.gradient = None
+        if self._reducer.stats.skipped > skipped:
+            self._leave_out(futures, [slot.parameter for slot in given])
+        for future, buffer in futures:
+            future.set_result(buffer)
+
+    def _leave_out(self, futures, parameters):
+        """A gradient was not finite somewhere: no optimizer must step on this one."""
+        if self._scaler is not None:
+            for _, buffer in futures:  # the scaler looks for these, and skips and lowers its scale
+                buffer.fill_(float("nan"))
+            return
+
+        def clear():
+            for p in parameters:
+                p.grad = None
+
+        # DDP writes p.grad in a callback at the end of backward; ours comes after that one
+        later = torch.autograd.Variable._execution_engine.queue_callback
+        later(lambda: later(clear))
+
+    # ---- as of a Reducer ----
+
+    def follow(self, scaler):
+        """Exchange unscaled gradients under a torch.amp.GradScaler. Returns self.
+
+        Residuals are then in true units though the scale moves, and a gradient that is not finite
+        on any rank makes the scaler of every rank skip and lower its scale. Needs
+        nonfinite="skip".
+        """
+        amp.refuse_raise(self._keywords.get("nonfinite", "raise"))
+        self._scaler = scaler
+        if self._reducer is not None:
+            amp.follow_scale(self._slots, scaler)
+        return self
+
+    @property
+    def stats(self):
+        """Bytes, ratio, steps and seconds, as Reducer.stats."""
+        return self._stats if self._reducer is None else self._reducer.stats
+
+    def state_dict(self) -> dict:
+        """This rank's residuals by parameter name, as Reducer.state_dict: save one a rank."""
+        if self._reducer is None:
+            return dict(self._loaded or {"step": 0})
+        return self._reducer.state_dict()
+
+    def load_state_dict(self, state) -> None:
+        """Go on from what `state_dict` gave on this rank, to the bit.
+
+        Raises MismatchError where it does not fit: here, or in the first step where
+        named_parameters were not given.
+        """
+        if self._reducer is None:
+            self._loaded = dict(state)
+        else:
+            self._reducer.load_state_dict(state)
+
+
+def comm_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """For DistributedDataParallel.register_comm_hook(state, comm_hook)."""
+    return state._take(bucket)
+
+
+class _DdpSlot(Slot):
+    """A slot that takes from DDP's bucket and gives back to it; p.grad is DDP's affair."""
+
+    gradient = None
+
+    def fill(self):
+        if self.gradient is None:  # DDP leaves this parameter out
+            self.view.zero_()
+        else:
+            self.view.copy_(self.gradient)
+            self.unscale()
+
+    def give_back(self):
+        if self.gradient is not None:
+            self.gradient.copy_(self.view)
+            if self.scale != 1.0:
+                self.gradient.mul_(self.scale)
