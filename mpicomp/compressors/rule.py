@@ -132,10 +132,10 @@ class Rule(Compressor):
 
     rule(*.bias:dense; embed.*:residual(dropping:rate=0.999); residual(onebit)), or size<1000,
     ndim<2, shape=*x3x3 as tests. rule(last<=2:dense; terngrad) leaves a model's last two parameters
-    alone, as the authors' code of TernGrad does (quantize_logits=False). Error feedback belongs to the cases: where one is residual(...) its parameters
-    have a residual, the others have none. Neighbouring parameters of the same case are compressed
-    together, as a bucket of their own; `size` and `shape` are those of the tensor in the layout,
-    which exchange=sharded cuts.
+    alone, as the authors' code of TernGrad does (quantize_logits=False). Error feedback belongs to
+    the cases: where one is residual(...) its parameters have a residual, the others have none.
+    Neighbouring parameters of the same case are compressed together, as a bucket of their own;
+    `size` and `shape` are those of the tensor in the layout, which exchange=sharded cuts.
     """
 
     name = "rule"
