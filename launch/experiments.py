@@ -77,6 +77,7 @@ ONEBIT = (
         (DENSE,
          Line("onebit", "onebit"),
          Line("onebit, no error feedback", "onebit:feedback=no"),
+         Line("the same at the rate of onebit", "onebit:feedback=no", like="onebit"),
          Line("onebit, two stages (the paper's)", "onebit:exchange=sharded"),
          Line("onebit, two stages, raw own stripe", "onebit:exchange=sharded,own=raw",
               like="onebit, two stages (the paper's)"),

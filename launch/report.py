@@ -82,8 +82,19 @@ def losses(axes, lines):
             axes.plot(steps, values, color=COLOURS[i % len(COLOURS)], linewidth=1.5,
                       label=line["label"])
     axes.set(yscale="log", xlabel="step")
+    plain_numbers(axes.yaxis)
     axes.set_title("Training loss, first seed", pad=10)
     axes.legend(fontsize=8, frameon=False)
+
+
+def plain_numbers(axis):
+    """0.5 and 30 at the ticks of a logarithmic axis, not powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogFormatter
+
+    few = LogFormatter(minor_thresholds=(2, 0.5))
+    few.set_axis(axis)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(FuncFormatter(lambda v, at: f"{v:g}" if few(v, at) else ""))
 
 
 def rates(axes, line):
@@ -95,6 +106,7 @@ def rates(axes, line):
                   for step, counts in line["layers"]]
         axes.plot(*zip(*points), linewidth=1.5, label=name, color=COLOURS[i % len(COLOURS)])
     axes.set(yscale="log", xlabel="step")
+    plain_numbers(axes.yaxis)
     axes.set_title("Rate by layer, rank 0's packets", pad=10)
     axes.legend(fontsize=8, frameon=False)
 
