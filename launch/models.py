@@ -1,6 +1,7 @@
 """The small networks of launch/train.py: each takes the rows of its data set and gives logits."""
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn import functional
 
@@ -66,4 +67,64 @@ def dorefa(classes, bits, noise):
         nn.Linear(128, classes)), *bits, generator=noise)
 
 
-MODELS = {"cnn": CNN, "dorefa": dorefa, "dnn": dnn, "lstm": LSTM}
+class G2P(nn.Module):
+    """Spelling to phonemes: a GRU reads letters both ways, another attends to them and writes.
+
+    x [n, 32]: 16 letters, then 0 and the phonemes so far -> logits [n, 16, classes] for the next
+    phoneme at each place. 183,144 parameters. Attention is Luong's "general": softmax over letters
+    of d W e, then tanh of a linear map of [d, context].
+    """
+
+    def __init__(self, classes, size=128):
+        super().__init__()
+        self.letters, self.phonemes = nn.Embedding(27, 64), nn.Embedding(classes, 64)
+        self.reader = nn.GRU(64, size // 2, batch_first=True, bidirectional=True)
+        self.writer = nn.GRU(64, size, batch_first=True)
+        self.attention = nn.Linear(size, size, bias=False)
+        self.context, self.logits = nn.Linear(2 * size, size), nn.Linear(size, classes)
+
+    def forward(self, x):
+        return self.write(x[:, 16:], *self.read(x[:, :16]))[0]
+
+    def read(self, letters):
+        """(state to write from, what was read at each letter, which places are empty)."""
+        encoded, ends = self.reader(self.letters(letters.long()))
+        return ends.transpose(0, 1).flatten(1)[None], encoded, letters == 0
+
+    def write(self, phonemes, state, encoded, empty):
+        """(logits for what follows each phoneme, state after the last)."""
+        written, state = self.writer(self.phonemes(phonemes.long()), state)
+        scores = self.attention(written) @ encoded.transpose(1, 2)
+        attended = scores.masked_fill(empty[:, None], -torch.inf).softmax(2) @ encoded
+        return self.logits(torch.tanh(self.context(torch.cat([written, attended], 2)))), state
+
+    @torch.no_grad()
+    def edits(self, x, y):
+        """(edits, phonemes): Levenshtein from what it writes, hearing only itself, to y."""
+        state, *read = self.read(x[:, :16])
+        said, spoken = x.new_zeros(len(x), 1), []
+        for _ in range(16):
+            logits, state = self.write(said, state, *read)
+            said = logits.argmax(2)
+            spoken.append(said)
+        pairs = [(until_end(s), until_end(t)) for s, t in zip(torch.cat(spoken, 1), y)]
+        return sum(levenshtein(*pair) for pair in pairs), sum(len(right) for _, right in pairs)
+
+
+def until_end(codes):
+    """What stands before the first 0."""
+    codes = codes.tolist()
+    return codes[:codes.index(0)] if 0 in codes else codes
+
+
+def levenshtein(a, b):
+    """The least number of insertions, deletions and substitutions that make b of a."""
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, 1):
+        above, row[0] = row[0], i
+        for j, right in enumerate(b, 1):
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (left != right))
+    return row[-1]
+
+
+MODELS = {"cnn": CNN, "dorefa": dorefa, "dnn": dnn, "lstm": LSTM, "g2p": G2P}

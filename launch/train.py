@@ -326,21 +326,37 @@ def rows_of(split, rows):
     return torch.from_numpy(split.x[rows]), torch.from_numpy(split.y[rows]).long()
 
 
+def count(y):
+    """How many targets there are, without padding."""
+    return int((y != datasets.PADDING).sum())
+
+
 @torch.no_grad()
 def evaluate():
     """(mean loss, accuracy) over the test set, or what was held out; each rank takes a share."""
     split, rows = scored
     mine = rows[datasets.share(len(rows), rank, ranks)]
-    loss, correct, count = 0.0, 0, 0
+    loss, correct, targets = 0.0, 0, 0
     for at in range(0, len(mine), 250):
         x, y = rows_of(split, mine[at:at + 250])
         logits, y = model(x).flatten(0, -2), y.flatten()
-        loss += functional.cross_entropy(logits, y, reduction="none").double().sum().item()
+        loss += functional.cross_entropy(logits, y, reduction="none",
+                                         ignore_index=datasets.PADDING).double().sum().item()
         correct += (logits.argmax(1) == y).sum().item()
-        count += y.numel()
-    parts = comm.allgather((loss, correct, count))
-    loss, correct, count = (sum(column) for column in zip(*parts, strict=True))
-    return loss / count, correct / count
+        targets += count(y)
+    parts = comm.allgather((loss, correct, targets))
+    loss, correct, targets = (sum(column) for column in zip(*parts, strict=True))
+    return loss / targets, correct / targets
+
+
+def phoneme_error_rate():
+    """{that: edits per phoneme} where the model writes words of its own, hearing itself; else {}."""
+    if not hasattr(model, "edits"):
+        return {}
+    split, rows = scored
+    x, y = rows_of(split, rows[datasets.share(len(rows), rank, ranks)])
+    edits, length = (sum(column) for column in zip(*comm.allgather(model.edits(x, y))))
+    return dict(phoneme_error_rate=edits / length)
 
 
 def within_ratio(work):
@@ -379,15 +395,16 @@ for step in range(start, steps):
     if "bits" in config:
         mpicomp.nn.reseed(noise, args.seed, rank, step)
     optimizer.zero_grad()
-    loss = functional.cross_entropy(model(x).flatten(0, -2), y.flatten(), reduction="sum")
+    loss = functional.cross_entropy(model(x).flatten(0, -2), y.flatten(), reduction="sum",
+                                    ignore_index=datasets.PADDING)
     # Slices of a batch can differ by one example. With this scale the mean over ranks, which is
-    # what the reducer takes, is exactly the mean over the global batch.
+    # what the reducer takes, is exactly the mean over the global batch (padding counts as 0).
     (loss * (ranks / (batch * y[0].numel()))).backward()
     within_ratio(optimizer.step)
     times.append(time.perf_counter() - began)
 
     seconds += times[-1]
-    for key, value in dict(loss=loss.item(), targets=y.numel(), steps=1, seconds=times[-1],
+    for key, value in dict(loss=loss.item(), targets=count(y), steps=1, seconds=times[-1],
                            sent=reducer.stats.last["sent"]).items():
         tally[key] += value
     if bar:
@@ -419,6 +436,7 @@ for step in range(start, steps):
 within_ratio(reducer.check_ratio)
 
 loss, accuracy = scores or evaluate()
+errors = phoneme_error_rate()
 weights = hashlib.sha256()
 for name, value in model.state_dict().items():
     weights.update(name.encode() + value.numpy().tobytes())
@@ -429,7 +447,7 @@ if rank == 0:
     if bar:
         bar.close()
     counted = bytes_so_far()
-    result = dict(accuracy=accuracy, loss=loss, bytes_per_step=counted["sent"] / steps,
+    result = dict(accuracy=accuracy, loss=loss, **errors, bytes_per_step=counted["sent"] / steps,
                   ratio=counted["dense"] / max(1, counted["sent"]), steps=steps, ranks=ranks,
                   bytes_by_reason=counted["reasons"],
                   seconds_per_step=statistics.median(times or [seconds / steps]), seconds=seconds,
@@ -439,5 +457,6 @@ if rank == 0:
     checkpoint.write(out / "result.json.part", json.dumps(result, indent=1).encode())
     (out / "result.json.part").replace(out / "result.json")
     say(f"{what} accuracy {accuracy:.2%}  {what} loss {loss:.4f}  "
+        + "".join(f"{name} {value:.2%}  " for name, value in errors.items()) +
         f"{result['bytes_per_step']:,.0f} bytes/step  ratio {result['ratio']:.1f}  "
         f"{1000 * result['seconds_per_step']:.1f} ms/step\nparameters {replicas[0]}")

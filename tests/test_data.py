@@ -43,14 +43,15 @@ def load(name):
 
 @pytest.mark.parametrize("name, train, test, classes, row", [
     ("mnist5k", 4000, 1000, 10, (28, 28)), ("fashion", 60000, 10000, 10, (28, 28)),
-    ("fsdd", 43261, 10738, 30, (143,)), ("shakespeare", 33424, 1759, 77, (128,))])
+    ("fsdd", 43261, 10738, 30, (143,)), ("shakespeare", 33424, 1759, 77, (128,)),
+    ("cmudict", 112370, 5000, 40, (32,))])
 def test_each_set_loads(own_cache, name, train, test, classes, row):
     got = load(name)
     assert (len(got.train), len(got.test), got.classes) == (train, test, classes)
     for split in got.train, got.test:
         assert split.x.shape == (len(split), *row) and len(split.y) == len(split)
         assert isinstance(split.x, np.memmap) and not split.x.flags.writeable
-        assert int(split.y.max()) < classes
+        assert int(split.y[split.y != data.PADDING].max()) < classes
         assert not isinstance(split.x[[0, 1]], np.memmap), "rows are copied out of the map"
 
 
@@ -149,6 +150,29 @@ def test_shakespeare_predicts_the_next_character_and_tests_on_the_end(own_cache)
     folder = next(own_cache.glob("shakespeare-*-v*"))
     text = "".join(map(chr, np.load(folder / "symbols.npy")[got.train.x[:2].reshape(-1)]))
     assert "\n\n" in text and "**" not in text
+
+
+def test_cmudict_is_split_by_word_and_says_the_next_phoneme(own_cache):
+    got = load("cmudict")
+    folder = next(own_cache.glob("cmudict-*-v*"))
+    names = np.load(folder / "phonemes.npy")
+
+    def words(split):
+        return [bytes(row[row > 0] + 96).decode() for row in split.x[:, :16]]
+
+    train, test = words(got.train), words(got.test)
+    assert len(set(train)) == len(train) and len(set(test)) == len(test) == 5000
+    assert not set(train) & set(test), "test words are unseen"
+    for split in got.train, got.test:
+        ends = (split.y == 0).argmax(1)
+        assert ((split.y == 0).sum(1) == 1).all() and (ends > 0).all()
+        places = np.arange(16)
+        assert ((split.y == data.PADDING) == (places > ends[:, None])).all()
+        told, said = split.x[:, 17:], split.y[:, :-1]
+        spoken = places[:-1] < ends[:, None]
+        assert (split.x[:, 16] == 0).all() and (told == np.where(spoken, said, 0)).all()
+    spoken = got.train.y[train.index("chance")].tolist()
+    assert [names[code - 1] for code in spoken[:spoken.index(0)]] == ["CH", "AE", "N", "S"]
 
 
 # ---------------------------------------------------------------- order
