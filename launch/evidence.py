@@ -16,7 +16,7 @@ from pathlib import Path
 
 import sources
 from experiments import GRID, SEARCH_SEED, SYSTEMS
-from recipes import RECIPES
+from recipes import DOREFA, RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "reproduce"
@@ -74,7 +74,7 @@ def base_rate(experiment, line):
     words = [*experiment.words, *line.words]
     if "--lr" in words:
         return float(words[words.index("--lr") + 1])
-    return RECIPES[experiment.data]["lr"]
+    return (DOREFA if "dorefa" in words else RECIPES[experiment.data])["lr"]
 
 
 def search(experiment):

@@ -350,7 +350,7 @@ def evaluate():
 
 
 def phoneme_error_rate():
-    """{that: edits per phoneme} where the model writes words of its own, hearing itself; else {}."""
+    """{that: edits per phoneme} where the model writes words, hearing itself; otherwise {}."""
     if not hasattr(model, "edits"):
         return {}
     split, rows = scored
