@@ -101,20 +101,10 @@ def advise(options) -> int:
 
 
 def show_methods() -> int:
-    """Each method, what it is, and its options with their defaults."""
-    from dataclasses import fields
+    """The seven systems with their sources, variants and options; then all other methods."""
+    from mpicomp import variants
 
-    from mpicomp.compressor import find
-    from mpicomp.exchange import EXCHANGES
-
-    for name, summary in mpicomp.methods().items():
-        print(f"{name:10} {summary}")
-        print(f"{'':10}   {mpicomp.method(name)!r}")
-        for f in fields(find(name)) if name != "auto" else ():
-            choices = f.metadata["choices"]
-            print(f"{'':10}   {f.name}: {f.metadata['doc']}"
-                  + (f" ({', '.join(choices)})" if choices else ""))
-    print(f"\nfor all: exchange={'|'.join(EXCHANGES)}, feedback=yes|no")
+    print(variants.listing())
     return 0
 
 

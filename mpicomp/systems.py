@@ -195,6 +195,11 @@ class _Common:
                                "another; 0 is lock step", least=0)
 
 
+def common_options():
+    """The dataclass fields of what every method may be told."""
+    return fields(_Common)
+
+
 _OF_METHOD = ("own", "adagrad", "warmup", "staleness", "delay")
 
 

@@ -38,6 +38,7 @@ KNOWS = {
     "receipt": {"errors", "mpi"},
     "advice": {"errors", "layout", "mpi", "philox", "systems"},
     "delivery": {"errors"},
+    "variants": {"compressor", "exchange", "systems"},
     "reducer": {"", "advice", "agree", "amp", "bucket", "delay", "delivery", "exchange", "kernels",
                 "mpi", "plan", "receipt", "systems"} | BASE,
 }

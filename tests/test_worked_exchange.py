@@ -157,8 +157,7 @@ def test_dryden_two_stages(pair):
     rest = sum(pair.allgather(owed(reducer) + owed(reducer, "error2")))
     assert (said + rest == np.add(DRYDEN_A, DRYDEN_B)).all()
     used = 4 + 8 + 8  # count, two means, two words
-    assert reducer.stats.calls == {"Ialltoall": 32, "Ialltoallv": used, "Iallgather": 32,
-                                   "Iallgatherv": used}
+    assert reducer.stats.sent == 32 + used + 32 + used
 
 
 # ---- gradient dropping ------------------------------------------------------------------------
