@@ -367,6 +367,23 @@ def within_ratio(work):
         refuse(problem)
 
 
+def settle():
+    """With an asynchronous method: apply all that is under way, and have equal replicas."""
+    reducer.deliver()
+    if method.exchange == "peers":
+        # Replicas have added the same packets in another order, and with momentum or Adam in
+        # other steps. What is evaluated and saved is rank 0's, and from there all go on.
+        size = 4 * sum(value.numel() for value in model.state_dict().values())
+        reducer.stats.count("Bcast", 0 if rank else size, size if rank else 0)
+        mpicomp.broadcast_parameters(model, comm)
+
+
+# A rank that waits in a collective of ours must serve its shard all the same. Where no thread does
+# that, there must be nothing under way.
+unattended = method.exchange == "server" and not (
+    method.thread and MPI.Query_thread() == MPI.THREAD_MULTIPLE)
+
+
 # ---------------------------------------------------------------- the loop
 
 def learning_rate(step):
@@ -412,16 +429,21 @@ for step in range(start, steps):
     if args.flush_epochs and (step + 1) % epoch_steps == 0:
         reducer.flush()
         optimizer.step()
-    if (step + 1) % args.log_every == 0 or step + 1 == steps:
+    logs = (step + 1) % args.log_every == 0 or step + 1 == steps
+    evaluates = (step + 1) % epoch_steps == 0 or step + 1 == steps
+    saves = (step + 1) % save_every == 0 or step + 1 == steps
+    if evaluates or saves or logs and unattended:
+        settle()
+    if logs:
         log()
         tally = dict.fromkeys(tally, 0)
-    if (step + 1) % epoch_steps == 0 or step + 1 == steps:
+    if evaluates:
         scores = evaluate()
         if rank == 0:
             record("eval", loss=scores[0], accuracy=scores[1])
             (bar.write if bar else say)(f"step {step + 1:5}/{steps}  {what} accuracy "
                                         f"{scores[1]:.2%}  {what} loss {scores[0]:.4f}")
-    if (step + 1) % save_every == 0 or step + 1 == steps:
+    if saves:
         checkpoint.save(
             out / "checkpoint", comm, step + 1,
             shared=dict(step=step + 1, seconds=seconds, model=model.state_dict(),

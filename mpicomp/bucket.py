@@ -53,6 +53,12 @@ class Slot:
         else:
             self.parameter.grad.copy_(self.view)
 
+    def move(self):
+        """Add what now stands in the bucket to the parameter itself; there is no gradient left."""
+        with torch.no_grad():
+            self.parameter += self.view.to(self.parameter.device)
+        self.parameter.grad = None
+
 
 class Bucket:
     """A flat float32 gradient with its layout, and the slots of its parameters.

@@ -119,6 +119,24 @@ class Compressor(ABC):
         """{case: bytes} of a payload whose parts have other reasons than the method itself."""
         return {}
 
+    @property
+    def core(self):
+        """The compressor that writes the payloads: what Residual wraps, or this one."""
+        return self
+
+    @property
+    def can_split(self) -> bool:
+        """Does `split` know how to cut a payload of this configuration?"""
+        return False
+
+    def split(self, packet, layout, borders) -> list:
+        """The payload cut at these elements: one for every pair of neighbours in `borders`.
+
+        Each part is a payload by itself, of the elements from its border on, which count from 0.
+        Only where `can_split`.
+        """
+        raise NotImplementedError(f"{self.name} has no split")
+
     def persistent(self, state) -> dict:
         """The arrays (one element a gradient) that a checkpoint must hold: {"error": owed} ..."""
         return {}

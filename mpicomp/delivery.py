@@ -1,12 +1,16 @@
 """Delivery: what a Reducer does where a stretch of steps ends, so that nothing is under way."""
 
 import numpy as np
+import torch
 
 from mpicomp.errors import MismatchError, SpecError
+from mpicomp.shard_optimizer import ShardOptimizer
 
 
 class Delivery:
     """The part of the Reducer that says and applies what is left: `deliver` and `flush`."""
+
+    _saved_shard = None  # of a checkpoint, until the shard's optimizer is made
 
     def deliver(self):
         """Receive and apply everything that any rank has sent. Collective, between two steps.
@@ -18,6 +22,7 @@ class Delivery:
 
         peers: what had not been applied is applied by one more step() of the attached optimizers;
         without one the sum is left in p.grad. Replicas then agree up to rounding, with plain SGD.
+        server: all parameters are taken over from their owners. Replicas are the same bits.
 
         Raises StallError, naming the ranks, if they do not come within `stall_timeout`.
         """
@@ -25,7 +30,10 @@ class Delivery:
             self._delay.deliver(self._optimizers)
         if not self._exchange.asynchronous:
             return
-        self._settle()
+        self._settle("deliver")
+        if self._exchange.owns:
+            self._take_over()
+            return
         if not self._decode_rest():
             return
         self._finished = True  # p.grad is what step() is to use
@@ -39,7 +47,8 @@ class Delivery:
 
         Call it on all ranks between two steps, then optimizer.step(): afterwards all that was given
         has been said (Dryden 2016 does so at the end of each epoch). float32, uncompressed. With an
-        asynchronous exchange what is under way is delivered first, and added.
+        asynchronous exchange what is under way is delivered first. peers: it is added to p.grad.
+        server: the owners apply what is owed as one more push; nothing is left for step().
         """
         if self.method.adagrad:
             raise SpecError("flush: with adagrad=yes the second residual is no gradient, and "
@@ -47,38 +56,52 @@ class Delivery:
         if self._delay:
             self._delay.require_settled("flush()")
         if self._exchange.asynchronous:
-            self._settle()
+            self._settle("flush")
+        if self._exchange.owns:
+            self._push_owed()
+            self._take_over()
+            self._finished = True
+            return
+        if self._exchange.asynchronous:
             self._decode_rest()
         from mpi4py import MPI
 
         weight = np.float32(1.0 / self.comm.size if self.average else 1.0)
+        self.stats.reason = "flush"
         for bucket, mail in zip(self._buckets, self._mail):
-            owed = mail.persistent()
-            mine, total = sum(owed.values(), np.zeros_like(bucket.grad)), np.zeros_like(bucket.grad)
-            self.stats.reason = "flush"
+            mine = self._owed(bucket, mail)
+            total = np.zeros_like(mine)
             self.stats.count("Allreduce", mine.nbytes, mine.nbytes)
             self.comm.Allreduce(mine, total, MPI.SUM)
             total *= weight
             if self._exchange.asynchronous:
-                bucket.grad += total
-            else:
-                bucket.grad[...] = total
-            mail.restore({kind: np.zeros_like(array) for kind, array in owed.items()})
+                total += bucket.grad
+            bucket.grad[...] = total
             for slot in bucket.slots:
                 slot.give_back()
         self._finished = True
 
-    def _settle(self):
+    def _owed(self, bucket, mail):
+        """The sum of this rank's residuals of a bucket, which become zero."""
+        owed = mail.persistent()
+        total = sum(owed.values(), np.zeros_like(bucket.grad))
+        mail.restore({kind: np.zeros_like(array) for kind, array in owed.items()})
+        return total
+
+    def _settle(self, reason):
         """Everything sent is received, and all ranks are at the same step."""
         if not self._finished and any(s.ready for b in self._buckets for s in b.slots):
-            raise MismatchError(f"rank {self.comm.rank}: deliver() or flush() in the middle of "
-                                "a step: call it after optimizer.step()")
-        self.stats.reason = "deliver"
+            raise MismatchError(f"rank {self.comm.rank}: {reason}() in the middle of a step: call "
+                                "it after optimizer.step()")
+        self._resume()
+        self.stats.reason = reason
         with self.stats.stage("wait"):
             self.step = self._exchange.settle(self.step, self._pipeline.timeout)
 
+    # ---- peers ----
+
     def _decode_rest(self) -> bool:
-        """What was received and not applied becomes p.grad; False if there is nothing on any."""
+        """What was received and not applied becomes p.grad; False if there is nothing."""
         weight = 1.0 / self.comm.size if self.average else 1.0
         self._forget_gradients()
         found = False
@@ -94,6 +117,43 @@ class Delivery:
             for slot in bucket.slots:
                 slot.parameter.grad = None
 
+    # ---- server ----
+
+    def _resume(self):
+        """Let exchange=server begin to serve, from the parameters as they are now."""
+        exchange = self._exchange
+        if not (exchange.owns and exchange.settled):
+            return
+        if exchange.optimizer is None:
+            exchange.optimizer = self._make_shard(exchange.latest, exchange.grad)
+        if self._saved_shard is not None:
+            exchange.optimizer.load_state_dict(self._saved_shard)
+            self._saved_shard = None
+        exchange.optimizer.read()
+        exchange.resume(1.0 / self.comm.size if self.average else 1.0)
+
+    def _make_shard(self, values, gradient):
+        own = self._exchange.own
+        return ShardOptimizer(self._buckets[0], own.start, own.stop, self._optimizers, values,
+                              gradient)
+
+    def _push_owed(self):
+        """The owners apply what all ranks owe, if there are residuals at all."""
+        bucket, mail = self._buckets[0], self._mail[0]
+        if mail.persistent():
+            self._exchange.apply_sum(self._owed(bucket, mail))
+
+    def _take_over(self):
+        """Every parameter becomes what its owner has, to the bit."""
+        bucket = self._buckets[0]
+        self._exchange.shares(bucket.grad)
+        with torch.no_grad():
+            for slot in bucket.slots:
+                slot.parameter.copy_(slot.view)
+        self._forget_gradients()
+
+    # ---- state ----
+
     def _require_settled(self, what):
         """Raise unless nothing is under way."""
         if self._delay:
@@ -102,3 +162,23 @@ class Delivery:
             raise MismatchError(
                 f"rank {self.comm.rank}: {what} while packets are under way, which nobody would "
                 "have after a restart: call reducer.deliver() on all ranks first")
+
+    def _shard_state(self) -> dict:
+        """{"shard": the state of this rank's shard}; {} unless parameters have owners."""
+        exchange = self._exchange
+        if not exchange.owns:
+            return {}
+        if self._saved_shard is not None:
+            return {"shard": self._saved_shard}
+        shard = exchange.optimizer or self._make_shard(exchange.latest, exchange.grad)
+        return {"shard": shard.state_dict()}
+
+    def _restore_shard(self, state):
+        """Keep the state of a shard for the next step, when its optimizer is made."""
+        if not self._exchange.owns:
+            return
+        own = self._make_shard(self._exchange.latest, self._exchange.grad).pieces
+        if state["pieces"] != own:
+            raise MismatchError(f"rank {self.comm.rank}: the saved shard holds {state['pieces']}, "
+                                f"expected {own}: load on as many ranks as it was saved on")
+        self._saved_shard = state

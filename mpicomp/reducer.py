@@ -67,7 +67,9 @@ class Reducer(Delivery):
             self._choose()
         self._wire = Wire(self.comm, self.stats)
         self._pipeline = Pipeline(self.comm, stall_timeout)
-        self._buckets = make_buckets(named, bucket_bytes)
+        # a server cuts parameters into one shard a rank, and a worker has one threshold for all
+        whole = self.method.exchange == "server"
+        self._buckets = make_buckets(named, float("inf") if whole else bucket_bytes)
         self._delay = Delay(self) if self.method.delay else None
         self._exchange, self._mail = self._open(self.method)
         self._exchange.restart(self.method.warmup)
@@ -217,6 +219,7 @@ class Reducer(Delivery):
         if not self._checked:
             check_replicas(self.comm, self._named, self._pipeline.timeout)
             self._checked = True
+        self._resume()
         if self._delay:
             self._delay.launch(bucket)
         bad = bucket.first_bad()
@@ -280,7 +283,7 @@ class Reducer(Delivery):
                 exchange.decode(mail, self.step, weight)
                 mail.commit()
                 for slot in bucket.slots:
-                    slot.give_back()
+                    slot.move() if exchange.owns else slot.give_back()
 
     def _skip(self):
         """A gradient is not finite somewhere: nobody applies this step, and all say why."""
@@ -328,7 +331,7 @@ class Reducer(Delivery):
                 for segment in bucket.layout.segments:
                     flat = torch.from_numpy(array[segment.slice].copy())
                     state[f"{kind}/{segment.name}"] = flat.view(segment.shape)
-        return state
+        return state | self._shard_state()
 
     def load_state_dict(self, state) -> None:
         """Go on from what `state_dict` gave on this rank: the same packets follow, to the bit.
@@ -343,9 +346,10 @@ class Reducer(Delivery):
                 f"{odd[0]!r}, which this model with method {self.method!r} "
                 f"{'needs' if odd[0] in now else 'does not know'}")
         for key, tensor in now.items():
-            if key != "step" and state[key].shape != tensor.shape:
+            if key not in ("step", "shard") and state[key].shape != tensor.shape:
                 raise MismatchError(f"rank {self.comm.rank}: saved {key!r} has shape "
                                     f"{list(state[key].shape)}, expected {list(tensor.shape)}")
+        self._restore_shard(state.get("shard"))
         for bucket, mail in zip(self._buckets, self._mail):
             arrays = mail.persistent()
             for kind in arrays:
@@ -362,6 +366,7 @@ class Reducer(Delivery):
         """Take the hooks off the parameters: this Reducer does nothing from now on."""
         for hook in self._hooks:
             hook.remove()
+        self._exchange.rest()
         self._hooks.clear()
 
 

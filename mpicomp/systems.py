@@ -23,6 +23,7 @@ class Method:
     warmup: int = 0
     staleness: int = 4
     delay: int = 0
+    thread: bool = True
 
     def __post_init__(self):
         if self.exchange not in EXCHANGES:
@@ -43,6 +44,21 @@ class Method:
         if self.exchange != "peers" and self.staleness != 4:
             raise SpecError(f"{self.name}: staleness belongs to exchange=peers, found "
                             f"exchange={self.exchange}")
+        self._check_server()
+
+    def _check_server(self):
+        if self.exchange != "server":
+            if not self.thread:
+                raise SpecError(f"{self.name}: thread belongs to exchange=server, found "
+                                f"exchange={self.exchange}")
+            return
+        if not self.compressor.core.feedback:
+            raise SpecError(f"{self.name}: exchange=server keeps what a worker was not told, and "
+                            f"{self.compressor.core.name} does not declare that this stays "
+                            "bounded: use exchange=peers")
+        if self.warmup:
+            raise SpecError(f"{self.name}: warmup={self.warmup} found, exchange=server has no "
+                            "warm-up: its optimizers would start anew after it")
 
     def open(self, wire):
         """The exchange object that carries this method's packets over `wire`."""
@@ -50,7 +66,8 @@ class Method:
 
     def _carriage(self) -> dict:
         """The options that belong to the exchange."""
-        names = {"sharded": ("own", "adagrad"), "peers": ("staleness",)}
+        names = {"sharded": ("own", "adagrad"), "peers": ("staleness",),
+                 "server": ("thread",)}
         return {name: getattr(self, name) for name in names.get(self.exchange, ())}
 
     def of(self, names):
@@ -193,6 +210,7 @@ class _Common:
                            "one step late", least=0, most=1)
     staleness: int = option(4, "peers: how many steps a rank may be ahead of what it has heard of "
                                "another; 0 is lock step", least=0)
+    thread: bool = option(True, "server: a thread serves this rank's shard while it computes")
 
 
 def common_options():
@@ -200,7 +218,7 @@ def common_options():
     return fields(_Common)
 
 
-_OF_METHOD = ("own", "adagrad", "warmup", "staleness", "delay")
+_OF_METHOD = ("own", "adagrad", "warmup", "staleness", "delay", "thread")
 
 
 def methods() -> dict[str, str]:

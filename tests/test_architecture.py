@@ -37,13 +37,14 @@ KNOWS = {
     "nn": {"errors", "philox"},
     "receipt": {"errors", "mpi"},
     "advice": {"errors", "layout", "mpi", "philox", "systems"},
-    "delivery": {"errors"},
+    "shard_optimizer": {"errors"},
+    "delivery": {"errors", "shard_optimizer"},
     "variants": {"compressor", "exchange", "systems"},
     "reducer": {"", "advice", "agree", "amp", "bucket", "delay", "delivery", "exchange", "kernels",
                 "mpi", "plan", "receipt", "systems"} | BASE,
 }
-TORCH = {"reducer", "bucket", "broadcast", "plan", "nn", "ddp", "bench", "amp", "process_group",
-         "checkpoint"}
+TORCH = {"reducer", "delivery", "shard_optimizer", "bucket", "broadcast", "plan", "nn", "ddp",
+         "bench", "amp", "process_group", "checkpoint"}
 MPI = {"exchange", "mpi", "reducer", "delivery", "broadcast", "cli", "bench", "ddp",
        "process_group"}
 TOP = {"cli", "bench", "__main__", "ddp"}  # these may know everything

@@ -101,6 +101,19 @@ class Dropping(Compressor):
         return fused(grad, owed, owed if out is None else out, self._scopes(layout), self.rate,
                      self._sample(), packet)
 
+    can_split = property(lambda self: self.survivors == "value")
+
+    def split(self, packet, layout, borders):
+        count, parts = len(packet) // 8, []
+        index, value = packet[:4 * count].view("int32"), packet[4 * count:].view("int32")
+        ends = index.searchsorted(borders)
+        for border, a, b in zip(borders, ends, ends[1:]):
+            part = kernels.of(packet).zeros(2 * (b - a), "int32")
+            part[:b - a] = index[a:b] - border
+            part[b - a:] = value[a:b]
+            parts.append(part.view("uint8"))
+        return parts
+
     def decode_sum(self, payloads, out, layout, keys, weight=1.0):
         fused = getattr(kernels.of(out), "drop_decode_sum", None)
         if fused is None or self.survivors != "value" or any(len(p) % 8 for p in payloads):

@@ -64,6 +64,11 @@ class Residual(Compressor):
         state.owed, state.ahead = state.ahead, state.owed
         self.inner.commit(state.inner)
 
+    def split(self, packet, layout, borders):
+        return self.inner.split(packet, layout, borders)
+
+    core = property(lambda self: self.inner)
+    can_split = property(lambda self: self.inner.can_split)
     fixed = property(lambda self: self.inner.fixed)
     summable = property(lambda self: self.inner.summable)
     most_ranks = property(lambda self: self.inner.most_ranks)

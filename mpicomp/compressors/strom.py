@@ -133,6 +133,18 @@ class Strom(Compressor):
                               f"found {len(packet)} bytes")
         return tau, codes
 
+    can_split = property(lambda self: self.coding == "words")
+
+    def split(self, packet, layout, borders):
+        words, head, parts = packet.view("uint32"), self._head // 4, []
+        ends = head + (words[head:] >> 1).searchsorted(borders)
+        for border, a, b in zip(borders, ends, ends[1:]):
+            part = kernels.of(packet).zeros(head + b - a, "uint32")
+            part[:head] = words[:head]
+            part[head:] = words[a:b] - (border << 1)
+            parts.append(part.view("uint8"))
+        return parts
+
     def decode_sum(self, payloads, out, layout, keys, weight=1.0):
         fused = getattr(kernels.of(out), "strom_decode_sum", None)
         if fused is not None and self.coding == "words":

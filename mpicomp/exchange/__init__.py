@@ -3,7 +3,7 @@
 from mpicomp.errors import SpecError
 
 SYNCHRONOUS = ("allgather", "allreduce", "hierarchical", "sharded", "silent")
-ASYNCHRONOUS = ("peers",)
+ASYNCHRONOUS = ("peers", "server")
 EXCHANGES = SYNCHRONOUS + ASYNCHRONOUS
 
 

@@ -129,9 +129,6 @@ class Asynchronous(Exchange):
         self.settled = True
         return step
 
-    def rest(self):
-        """Take nothing in from now on, until the next step."""
-
     @property
     def gone(self):
         """The ranks that have sent their last message: nobody waits for them."""

