@@ -94,9 +94,10 @@ class Delivery:
             raise MismatchError(f"rank {self.comm.rank}: {reason}() in the middle of a step: call "
                                 "it after optimizer.step()")
         self._resume()
-        self.stats.reason = reason
+        self.stats.reason = self.method.name  # also of answers to those who are still on the way
         with self.stats.stage("wait"):
             self.step = self._exchange.settle(self.step, self._pipeline.timeout)
+        self.stats.reason = reason
 
     # ---- peers ----
 

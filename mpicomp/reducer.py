@@ -363,7 +363,10 @@ class Reducer(Delivery):
             self._receipt.restart(self.step)
 
     def close(self) -> None:
-        """Take the hooks off the parameters: this Reducer does nothing from now on."""
+        """Take the hooks off the parameters: this Reducer does nothing from now on.
+
+        With an asynchronous exchange call `deliver` first: others may need this rank's answers.
+        """
         for hook in self._hooks:
             hook.remove()
         self._exchange.rest()

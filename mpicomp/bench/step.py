@@ -49,6 +49,7 @@ class Contender:
             self.stages = {s: (reducer.stats.seconds[s] - before.get(s, 0)) / self.steps
                            for s in STAGES}
             self.ratio, self.sent = reducer.stats.ratio, reducer.stats.last["sent"]
+            reducer.deliver()
             reducer.close()
         return summary(times[2:])["median"]
 

@@ -49,7 +49,7 @@ class Asynchronous(Exchange):
         self.lock = threading.RLock()
         self.settled, self.plan = True, None
         self._base, self._next, self._last = 0, {}, {}
-        self._problem = None
+        self._problem, self._marked = None, False
 
     def restart(self, step):
         """The next message of every rank will be of this step."""
@@ -111,12 +111,8 @@ class Asynchronous(Exchange):
 
         Returns the largest step of all ranks, from which all go on.
         """
-        marker = self.post.parcel(packet.SIZE)
-        Header(step, 0, self.plan, 0, packet.LAST).write(marker.data)
-        with self.lock:
-            for rank in self.post.others:
-                self.post.send(marker, rank, 0)
-            marker.release()
+        if not self._marked:  # it may have been interrupted by a StallError before
+            self._mark(step)
         self._wait(lambda: [r for r in self.post.others if r not in self._last]
                    or ([] if self.post.idle else self.post.others), timeout, self.poll)
         self.rest()
@@ -126,8 +122,18 @@ class Asynchronous(Exchange):
         step = max([step, *self._last.values()])
         self._last.clear()
         self.restart(step)
-        self.settled = True
+        self.settled, self._marked = True, False
         return step
+
+    def _mark(self, step):
+        """Tell all others that nothing more comes from this rank."""
+        with self.lock:
+            marker = self.post.parcel(packet.SIZE)
+            Header(step, 0, self.plan, 0, packet.LAST).write(marker.data)
+            for rank in self.post.others:
+                self.post.send(marker, rank, 0)
+            marker.release()
+            self._marked = True
 
     @property
     def gone(self):
