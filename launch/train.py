@@ -350,7 +350,7 @@ def evaluate():
 
 
 def phoneme_error_rate():
-    """{that: edits per phoneme} where the model writes words, hearing itself; otherwise {}."""
+    """{that: edits per phoneme} of words that the model writes alone; {} if it writes none."""
     if not hasattr(model, "edits"):
         return {}
     split, rows = scored
