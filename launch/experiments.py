@@ -125,7 +125,8 @@ STROM = (
         "on an acoustic model (abstract)",
         "fsdd",
         (DENSE, *(Line(f"strom, tau {tau}", f"strom:tau={tau}")
-                  for tau in (0.003, 0.01, 0.03, 0.1))),
+                  for tau in (0.003, 0.01, 0.03, 0.1)),
+         Line("strom, tau 0.03, peers", "strom:tau=0.03,exchange=peers")),
         words=SHORT),
 )
 
@@ -157,6 +158,23 @@ DROPPING = (
          Line("99 %, global, 1-bit survivors", "dropping:survivors=onebit"),
          Line("99 %, global, no residual", "dropping:feedback=no"),
          Line("99.9 %, global", "dropping:rate=0.999"))),
+    Experiment(
+        "dropping-server",
+        "The paper's own setting: asynchronous, sharded parameter servers with Adam, 99 % of pushes "
+        "and of pulls dropped",
+        "mnist5k",
+        (Line("dense, synchronous, Adam", "dense", ADAM),
+         Line("dense, server", "dense:exchange=server", ADAM),
+         Line("99 %, server", "dropping:exchange=server", ADAM),
+         Line("99 %, synchronous", "dropping", ADAM))),
+    Experiment(
+        "dropping-cmudict",
+        "Translation (here: spelling to phonemes): no loss of quality with 99 % dropped, where a "
+        "global threshold needs layer normalisation (section 4, from memory)",
+        "cmudict",
+        (DENSE,
+         Line("99 %, global", "dropping", like="dense"),
+         Line("99 %, local", "dropping:scope=layer", like="dense")), seeds=3),
 )
 
 ADACOMP = (

@@ -427,6 +427,7 @@ for step in range(start, steps):
     if bar:
         bar.update()
     if args.flush_epochs and (step + 1) % epoch_steps == 0:
+        settle()
         reducer.flush()
         optimizer.step()
     logs = (step + 1) % args.log_every == 0 or step + 1 == steps
