@@ -42,6 +42,7 @@ def _ranks(label, method, like, words=()):
 
 DENSE = Line("dense", "dense")
 SHORT = ("--epochs", "4")  # fsdd: half of the recipe's, enough to tell methods apart
+BRIEF = ("--epochs", "3")  # mnist5k, likewise
 ADAM = ("--optimizer", "adam", "--lr", "0.001")
 BETWEEN = "onebit:exchange=sharded,adagrad=yes"
 ADAGRAD = ("--optimizer", "adagrad", "--lr", "0.02")
@@ -63,9 +64,9 @@ TERNGRAD = (
         "The same on ten thousand test pictures, where a difference of half a point shows",
         "fashion",
         (DENSE,
-         Line("terngrad", "terngrad"),
-         Line("terngrad, no clipping", "terngrad:clip=0", like="terngrad")),
-        seeds=3),
+         Line("terngrad", "terngrad", like="dense"),
+         Line("terngrad, no clipping", "terngrad:clip=0", like="dense")),
+        words=("--epochs", "1"), seeds=3),
 )
 
 ONEBIT = (
@@ -103,7 +104,10 @@ DOREFA = (
         "Gradients need more bits than activations and weights: 6 lose 0.2 points on ImageNet, 4 "
         "lose 7.4 (the official README)",
         "mnist5k",
-        (DENSE, *(Line(f"dorefa, {k} bits", f"dorefa:bits={k}") for k in (1, 2, 4, 6, 8)))),
+        (DENSE, Line("dorefa, 4 bits", "dorefa:bits=4"),
+         *(Line(f"dorefa, {k} bit" + "s" * (k > 1), f"dorefa:bits={k}", like="dorefa, 4 bits")
+           for k in (1, 2, 6, 8))),
+        words=BRIEF),
     Experiment(
         "dorefa-network",
         "The network itself: (W, A, G) = (1, 2, 6) loses 6.5 points on ImageNet against float32, "
@@ -112,10 +116,11 @@ DOREFA = (
         (Line("32, 32, 32 and dense", "dense", ("--bits", "32,32,32")),
          Line("1, 2, 32 and dense", "dense", ("--bits", "1,2,32")),
          Line("1, 2, 6 and dense", "dense", ("--bits", "1,2,6"), "1, 2, 32 and dense"),
-         Line("1, 2, 6 and dorefa, 6 bits", "dorefa:bits=6", ("--bits", "1,2,6")),
+         Line("1, 2, 6 and dorefa, 6 bits", "dorefa:bits=6", ("--bits", "1,2,6"),
+              "1, 2, 32 and dense"),
          Line("1, 2, 4 and dorefa, 4 bits", "dorefa:bits=4", ("--bits", "1,2,4"),
-              "1, 2, 6 and dorefa, 6 bits")),
-        words=("--model", "dorefa")),
+              "1, 2, 32 and dense")),
+        words=("--model", "dorefa", *BRIEF)),
 )
 
 STROM = (
@@ -138,12 +143,13 @@ DRYDEN = (
         "mnist5k",
         (DENSE,
          Line("dryden 2016", "dryden"),
-         Line("dryden 2017", "dryden:version=2017"),
+         Line("dryden 2017", "dryden:version=2017", like="dryden 2016"),
          Line("dryden 2016, two stages", "dryden:exchange=sharded,own=raw"),
          Line("dryden 2016, two stages, epoch flush", "dryden:exchange=sharded,own=raw",
               ("--flush-epochs",), "dryden 2016, two stages"),
-         Line("onebit, two stages, AdaGrad", BETWEEN, ("--lr", "0.01")),
-         Line("strom, tau 0.05", "strom:tau=0.05"))),
+         Line("onebit", "onebit", like="dryden 2016"),
+         Line("strom, tau 0.05", "strom:tau=0.05", like="dryden 2016")),
+        words=BRIEF),
 )
 
 DROPPING = (
@@ -154,10 +160,11 @@ DROPPING = (
         "mnist5k",
         (DENSE,
          Line("99 %, global", "dropping"),
-         Line("99 %, local", "dropping:scope=layer"),
-         Line("99 %, global, 1-bit survivors", "dropping:survivors=onebit"),
-         Line("99 %, global, no residual", "dropping:feedback=no"),
-         Line("99.9 %, global", "dropping:rate=0.999"))),
+         Line("99 %, local", "dropping:scope=layer", like="99 %, global"),
+         Line("99 %, global, 1-bit survivors", "dropping:survivors=onebit", like="99 %, global"),
+         Line("99 %, global, no residual", "dropping:feedback=no", like="99 %, global"),
+         Line("99.9 %, global", "dropping:rate=0.999", like="99 %, global")),
+        words=BRIEF),
     Experiment(
         "dropping-server",
         "The paper's own setting: asynchronous, sharded parameter servers with Adam, 99 % of pushes "
@@ -166,15 +173,17 @@ DROPPING = (
         (Line("dense, synchronous, Adam", "dense", ADAM),
          Line("dense, server", "dense:exchange=server", ADAM),
          Line("99 %, server", "dropping:exchange=server", ADAM),
-         Line("99 %, synchronous", "dropping", ADAM))),
+         Line("99 %, synchronous", "dropping", ADAM)),
+        words=BRIEF),
     Experiment(
         "dropping-cmudict",
         "Translation (here: spelling to phonemes): no loss of quality with 99 % dropped, where a "
         "global threshold needs layer normalisation (section 4, from memory)",
         "cmudict",
         (DENSE,
-         Line("99 %, global", "dropping", like="dense"),
-         Line("99 %, local", "dropping:scope=layer", like="dense")), seeds=3),
+         Line("99 %, global", "dropping"),
+         Line("99 %, local", "dropping:scope=layer")),
+        words=("--steps", "400"), seeds=3, searched=False),
 )
 
 ADACOMP = (
@@ -187,17 +196,18 @@ ADACOMP = (
          Line("adacomp", "adacomp"),
          Line("adacomp, soft threshold off", "adacomp:factor=1", like="adacomp"),
          *_ranks("adacomp", "adacomp", "adacomp")),
-        words=("--log-layers",)),
+        words=("--log-layers", *BRIEF)),
     Experiment(
         "adacomp-fsdd",
         "Speech (BN50): no degradation at about 200x",
         "fsdd",
-        (DENSE, Line("adacomp", "adacomp")), words=("--log-layers",)),
+        (DENSE, Line("adacomp", "adacomp")), words=("--log-layers", *SHORT)),
     Experiment(
         "adacomp-shakespeare",
         "Character LSTM: test loss 1.73 dense, 1.75 AdaComp, about 200x in recurrent layers",
         "shakespeare",
-        (DENSE, Line("adacomp", "adacomp", like="dense")), words=("--log-layers",), seeds=3),
+        (DENSE, Line("adacomp", "adacomp")), words=("--log-layers", "--steps", "250"), seeds=3,
+        searched=False),
 )
 
 # Every system by its name and no other option, but dorefa, which needs 6 bits (its paper's number).
