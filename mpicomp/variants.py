@@ -29,8 +29,9 @@ SEVEN = {  # method: (publication, {variant: specification})
         "LBANN, January 2017": "dryden:exchange=sharded,own=raw,version=2017",
         "with AdaGrad": "dryden:exchange=sharded,own=raw,adagrad=yes"}),
     "dropping": ("Aji & Heafield, Sparse Communication, EMNLP 2017", {
+        "paper": "dropping:exchange=server",
         "Marian, by MPI": "dropping",
-        "Marian, Feb. 2017": "dropping:cut=marian-feb2017",
+        "Marian, Feb. 2017": "dropping:exchange=server,cut=marian-feb2017",
         "local thresholds": "dropping:scope=layer",
         "1-bit survivors": "dropping:survivors=onebit"}),
     "adacomp": ("Chen et al., AdaComp, AAAI 2018", {
