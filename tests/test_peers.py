@@ -15,7 +15,7 @@ from mpicomp.exchange import SYNCHRONOUS
 pytestmark = pytest.mark.mpi
 two = pytest.mark.mpi(min_size=2)
 SPECS = ["dense", "onebit", "strom:tau=0.05", "dropping:rate=0.9", "strom:tau=0.05,coding=rice",
-         "adacomp", "dryden:proportion=8", "bf16:feedback=yes",
+         "strom:density=0.1", "adacomp", "dryden:proportion=8", "bf16:feedback=yes",
          "rule(*.bias:dense; w:strom:tau=0.02; onebit)"]
 SHAPES = dict(w=(40, 5), b=(40,), k=(5, 2, 3), s=())
 

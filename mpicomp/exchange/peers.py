@@ -35,6 +35,7 @@ class Peers(Asynchronous):
             parcel.data[:] = mail.outbox[:parcel.size]
             for rank in self.post.others:
                 self.post.send(parcel, rank, mail.index)
+                self.book(mail, used)
             mail.put(step, self.wire.rank, parcel)
         yield [Promise(self.poll, lambda: self._behind(mail.index, step))]
         mail.headers = mail.due(self._horizon(step))
