@@ -7,6 +7,8 @@
     launch/run -n 4 launch/train.py --model dorefa --bits 1,2,6 --method dorefa:bits=6
     python launch/train.py --data mnist5k                      alone, without mpirun: one rank
 
+SIGTERM and SIGUSR1 to any rank make all of them save after the same step and end with status 75.
+
 Read it from top to bottom: options, data, model, the three lines that make training distributed,
 where it goes on from, the loop, the result. All that it writes lies in the folder --out:
 
@@ -23,6 +25,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -32,11 +35,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-import checkpoint               # launch/checkpoint.py, data.py and models.py, beside this file
-import data as datasets
+import data as datasets         # launch/data.py, models.py and recipes.py, beside this file
 import models
 import mpicomp.mpi
 import mpicomp.nn
+from mpicomp import checkpoint
 from recipes import DOREFA, RECIPES
 
 try:
@@ -223,14 +226,35 @@ finished, found = comm.bcast(agreed(lambda: None if rank else (
 if found and not finished and not args.resume:
     refuse(f"{out} holds an unfinished run; add --resume to go on with it, or delete the folder")
 
+
+def divided(everyone, mine):
+    """This rank's part of what another number of ranks knew.
+
+    The reducer takes the mean over ranks, and slices of the batch are scaled to suit, so it is the
+    mean of the residuals that says what the parameters will still get.
+    """
+    holders = [r for r, keys in enumerate(comm.allgather(len(reducer.state_dict()))) if keys > 1]
+    states = checkpoint.repartition([other["reducer"] for other in everyone], ranks,
+                                    keep="mean", holders=holders or range(ranks))
+    added = {key: sum(other["tally"][key] for other in everyone) * (rank == 0)
+             for key in ("loss", "targets")}
+    owed = {key: sum(other["squares"][key] for other in everyone) / len(everyone)
+            for key in mine["squares"]}
+    return mine | dict(reducer=states[rank], tally=mine["tally"] | added, squares=owed)
+
+
 start, seconds = 0, 0.0
 earlier = dict(sent=0, dense=0, reasons={})                         # bytes before a resumption
 tally = dict(loss=0.0, targets=0, steps=0, seconds=0.0, sent=0)     # since the last log line
 if found and args.resume:
     path, manifest = found
-    if problem := checkpoint.objection(manifest, ranks, config):
+    if problem := checkpoint.objection(manifest, config):
         refuse(f"{path}: {problem}, or choose another --out")
-    shared, mine = agreed(lambda: checkpoint.load(path, rank))
+    shared, mine = agreed(lambda: checkpoint.load(path, rank % manifest["ranks"]))
+    if manifest["ranks"] != ranks:
+        say(f"written by {manifest['ranks']} ranks, now {ranks}: what they owe is shared out anew "
+            "and nothing of it is lost, but the run is not bit-identical to an undisturbed one")
+        mine = agreed(lambda: divided(checkpoint.each_rank(path), mine))
     model.load_state_dict(shared["model"])
     optimizer.load_state_dict(shared["optimizer"])
     reducer.load_state_dict(mine["reducer"])
@@ -402,9 +426,14 @@ if rank == 0:
         f"{ranks} ranks x {torch.get_num_threads()} threads  out={out}"
         + (f"  from step {start}" if start else ""))
 
+# Asynchronous ranks must not meet in every step: there a signal is heard at the next checkpoint.
+together = method.exchange not in ("peers", "server")
+signals = checkpoint.Signals(comm)
 times, scores, what = [], None, "validation" if args.validate else "test"
 for step in range(start, steps):
     began = time.perf_counter()
+    if together:
+        signals.post()
     x, y = rows_of(data.train, kept[
         datasets.my_rows(len(kept), batch, args.seed, step, rank, ranks)])
     for group in optimizer.param_groups:
@@ -432,9 +461,13 @@ for step in range(start, steps):
         optimizer.step()
     logs = (step + 1) % args.log_every == 0 or step + 1 == steps
     evaluates = (step + 1) % epoch_steps == 0 or step + 1 == steps
-    saves = (step + 1) % save_every == 0 or step + 1 == steps
+    stopped_by = signals.agreed() * (step + 1 < steps) if together else 0
+    saves = stopped_by or (step + 1) % save_every == 0 or step + 1 == steps
     if evaluates or saves or logs and unattended:
         settle()
+    if saves and not together:
+        signals.post()
+        stopped_by = signals.agreed() * (step + 1 < steps)
     if logs:
         log()
         tally = dict.fromkeys(tally, 0)
@@ -452,6 +485,15 @@ for step in range(start, steps):
             mine=dict(reducer=reducer.state_dict(), rng=torch.get_rng_state(),
                       bytes=bytes_so_far(), tally=tally, squares=squares),
             about=dict(config=config, digest=digest, threads=torch.get_num_threads()))
+    if stopped_by:
+        say(f"{signal.Signals(stopped_by).name}: saved after step {step + 1}, ending with status "
+            f"{checkpoint.RESUME}; --resume goes on from there")
+        if bar:
+            bar.close()
+        metrics and metrics.close()
+        MPI.Finalize()
+        sys.exit(checkpoint.RESUME)
+signals.close()
 
 
 # ---------------------------------------------------------------- the result

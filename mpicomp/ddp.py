@@ -17,6 +17,7 @@ import torch.distributed as dist
 from mpicomp import amp, mpi, systems
 from mpicomp.bucket import Slot
 from mpicomp.errors import SpecError
+from mpicomp.exchange import exchange
 from mpicomp.meter import Meter
 from mpicomp.process_group import MpiGroup, init_process_group
 from mpicomp.reducer import Reducer
@@ -42,6 +43,9 @@ class HookState:
     def __init__(self, method="dense", comm=None, *, named_parameters=None, **keywords):
         self.comm, self._keywords = mpi.communicator(comm), keywords
         self.method = systems.method(method)
+        if self.method.delay or exchange(self.method.exchange).asynchronous:
+            raise SpecError(f"HookState: {self.method!r} applies a gradient in another step than "
+                            "the one it is of, which a hook of DDP cannot; use mpicomp.Reducer")
         self._reducer, self._loaded, self._scaler = None, None, None
         self._shown, self._stats = [], Meter()
         self._given = []        # (slot, DDP's view) of this step

@@ -9,6 +9,10 @@ class SpecError(MpicompError, ValueError):
     """A method or compressor specification that cannot be understood."""
 
 
+class CheckpointError(MpicompError, OSError):
+    """A rank could not write its part of a checkpoint. Raised on every rank."""
+
+
 class LaunchError(MpicompError, RuntimeError):
     """The job was not started the way MPI needs it, or MPI itself is missing."""
 

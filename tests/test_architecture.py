@@ -30,8 +30,10 @@ KNOWS = {
     "bucket": {"kernels", "layout"},
     "delay": {"", "errors", "packet"},
     "amp": {"errors"},
+    "signals": set(),
+    "repartition": {"errors", "exchange", "layout"},
+    "checkpoint": {"errors", "repartition", "signals"},
     "process_group": {"errors", "mpi"},
-    "checkpoint": {"errors", "mpi"},
     "plan": {"", "agree", "bucket", "errors"},
     "broadcast": {"agree", "errors", "mpi"},
     "nn": {"errors", "philox"},
@@ -44,9 +46,9 @@ KNOWS = {
                 "mpi", "plan", "receipt", "systems"} | BASE,
 }
 TORCH = {"reducer", "delivery", "shard_optimizer", "bucket", "broadcast", "plan", "nn", "ddp",
-         "bench", "amp", "process_group", "checkpoint"}
+         "bench", "amp", "process_group", "checkpoint", "repartition"}
 MPI = {"exchange", "mpi", "reducer", "delivery", "broadcast", "cli", "bench", "ddp",
-       "process_group"}
+       "process_group", "signals"}
 TOP = {"cli", "bench", "__main__", "ddp"}  # these may know everything
 
 

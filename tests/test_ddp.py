@@ -240,6 +240,9 @@ def test_a_dummy_process_group_of_one(comm):
 def test_errors_that_name_what_to_type(group, comm):
     with pytest.raises(SpecError, match="named_parameters=net.named_parameters"):
         ddp.HookState("rule(*.bias:dense; onebit)", comm)
+    for spec in "onebit:delay=1", "strom:exchange=peers":
+        with pytest.raises(SpecError, match="use mpicomp.Reducer"):
+            ddp.HookState(spec, comm)
     with pytest.raises(SpecError, match="nonfinite='skip'"):
         ddp.HookState("onebit", comm).follow(torch.amp.GradScaler("cpu"))
     with pytest.raises(mpicomp.LaunchError, match="exists already"):

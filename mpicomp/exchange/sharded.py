@@ -214,6 +214,7 @@ class _Bucket:
             shard.scatter(array, found[kind])
 
     def restore(self, arrays):
+        arrays = self._within_reach(arrays)
         for shard, m in zip(self.shards, self.first):
             for kind, array in m.persistent().items():
                 shard.gather(arrays[kind], array)
@@ -222,3 +223,27 @@ class _Bucket:
             own.gather(arrays[f"{kind}2"], array)
         if self.history is not None:
             own.gather(arrays["adagrad"], self.history)
+
+    def _within_reach(self, arrays):
+        """Residuals that another cut of the bucket, or another number of ranks, left elsewhere.
+
+        A second residual of elements that this rank does not own is owed by it all the same: it
+        becomes part of the first. With own="raw" the first residual of its own elements is never
+        looked at, and becomes part of the second. Nothing changes for a state of this same cut.
+        """
+        if "error2" not in arrays or self.history is not None:
+            return arrays
+        mine = np.zeros(self.layout.size, np.float32)
+        own = self.shards[self.rank]
+        own.scatter(np.ones(own.layout.size, np.float32), mine)
+        moved = {kind: array.copy() for kind, array in arrays.items()}
+        self._move(moved, "error2", "error", mine == 0)
+        if self.exchange.own == "raw":
+            self._move(moved, "error", "error2", mine != 0)
+        return moved
+
+    @staticmethod
+    def _move(arrays, source, target, where):
+        where = where & (arrays[source] != 0)
+        arrays[target][where] += arrays[source][where]
+        arrays[source][where] = 0

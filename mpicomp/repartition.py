@@ -1,0 +1,103 @@
+"""What P ranks owe, divided among another number of ranks, with nothing lost and nothing added."""
+
+import numpy as np
+import torch
+
+from mpicomp.errors import MismatchError
+from mpicomp.exchange.shards import cut
+from mpicomp.layout import Layout
+
+
+def repartition(states, ranks, *, keep="sum", holders=None) -> list[dict]:
+    """The states of `ranks` Reducers that go on from those of len(states) others.
+
+    states   Reducer.state_dict() of every rank that there was, in the order of the ranks
+    keep     "sum": the sum over ranks of "error" and "error2" stays, element by element. "mean":
+             the sum divided by the number of ranks does, which is what a Reducer with average=True
+             will still add to the parameters; the sum then changes by ranks / len(states)
+    holders  the ranks that have residuals: all, or with exchange=hierarchical the first of each
+             node, whose state_dict() tells
+
+    First-stage residuals are shared out evenly. Each share is rounded to float32, and each knows
+    what the ones before it lost, so that a sum is off by less than one unit in the last place of
+    the largest residual involved. Second-stage residuals go, unrounded where keep="sum", to the
+    rank that owns the element (exchange/shards.py). AdaGrad's history goes to all: each loads the
+    part that it owns. Pure: the states are left as they are. The same P is no special case, so
+    load the states themselves then: only that continues to the bit. MismatchError if the states
+    are of different steps or parameters.
+    """
+    step, shapes = _common(states)
+    holders = list(range(ranks)) if holders is None else list(holders)
+    factor = 1.0 if keep == "sum" else ranks / len(states)
+    stepped = any(key.startswith("adagrad/") for key in shapes)
+    owners = _owners(shapes, ranks)
+    new = [{"step": step} for _ in range(ranks)]
+    for key, shape in shapes.items():
+        kind, _, name = key.partition("/")
+        total = torch.zeros(shape, dtype=torch.float64)
+        for state in states:
+            if key in state:
+                total += state[key].double()
+        if kind == "error":
+            shares = _even(total * factor, len(holders))
+        elif kind == "error2":
+            # behind AdaGrad it is a piece of a step, which does not grow with the number of ranks
+            second = (total * (1.0 if stepped else factor)).float()
+            shares = [torch.where(owners[name] == rank, second, 0.0) for rank in holders]
+        else:
+            shares = [(total * factor**2).float() for _ in holders]  # squares of a sum over ranks
+        for rank, share in zip(holders, shares, strict=True):
+            new[rank][key] = share
+    return new
+
+
+def _common(states):
+    """(step, {key: shape}) of all states. A rank that is no leader of its node has no residuals."""
+    fullest = max(states, key=len)
+    shapes = {key: value.shape for key, value in fullest.items() if key != "step"}
+    for rank, state in enumerate(states):
+        if state["step"] != states[0]["step"]:
+            raise MismatchError(
+                f"the state of rank {rank} is of step {state['step']}, that of rank 0 of step "
+                f"{states[0]['step']}: take them from one checkpoint")
+        for key, value in state.items():
+            if key != "step" and (key not in shapes or shapes[key] != value.shape):
+                raise MismatchError(f"the state of rank {rank} has {key!r} of shape "
+                                    f"{list(value.shape)}, others have "
+                                    f"{list(shapes[key]) if key in shapes else 'nothing'}")
+    return states[0]["step"], shapes
+
+
+def _even(total, count):
+    """`total` (float64) as so many float32 shares, equal but for rounding."""
+    shares = []
+    for left in range(count, 0, -1):
+        shares.append((total / left).float())
+        total = total - shares[-1].double()
+    return shares
+
+
+def _owners(shapes, ranks):
+    """{name: int tensor, the owner of each element} of parameters with second-stage residuals.
+
+    A state lists bucket after bucket, and in each all of "error" before all of "error2": that
+    tells where a bucket ends, and with it how `cut` divides it.
+    """
+    owners, bucket, before = {}, {}, None
+    for key in [*shapes, None]:
+        kind, _, name = (key or "").partition("/")
+        if before == "error2" and kind != "error2":
+            owners |= _cut(bucket, ranks)
+            bucket = {}
+        if kind == "error2":
+            bucket[name] = shapes[key]
+        before = kind
+    return owners
+
+
+def _cut(bucket, ranks):
+    layout = Layout.of(bucket.items())
+    flat = np.zeros(layout.size, np.int64)
+    for rank, shard in enumerate(cut(layout, ranks)):
+        shard.scatter(np.full(shard.layout.size, rank), flat)
+    return {s.name: torch.from_numpy(flat[s.slice].copy()).view(s.shape) for s in layout.segments}

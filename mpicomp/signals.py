@@ -1,0 +1,52 @@
+"""A signal to one rank becomes a decision of all ranks, in the same step."""
+
+import os
+import signal
+
+import numpy as np
+
+RESUME = os.EX_TEMPFAIL  # 75: "ended early and saved; start it again to go on"
+
+
+class Signals:
+    """SIGTERM and SIGUSR1 ask a training to save and end: all ranks do so after the same step.
+
+        signals = mpicomp.checkpoint.Signals(comm)
+        for step in ...:
+            signals.post()
+            ...                                    # backward and optimizer.step()
+            if signals.agreed():
+                ...                                # checkpoint.save, leave the loop
+        MPI.Finalize(); sys.exit(mpicomp.checkpoint.RESUME)
+
+    `post` starts a MAX over ranks of 8 bytes that travels while the step is computed, so that
+    `agreed` finds it done. Signals that come after `post` count in the next step. A second signal
+    of the same kind does what it did before: it ends the process. Uses a duplicate of `comm`.
+    """
+
+    def __init__(self, comm, signals=(signal.SIGTERM, signal.SIGUSR1)):
+        self.comm = comm.Dup()
+        self._before = {number: signal.signal(number, self._heard) for number in signals}
+        self._mine, self._all = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        self._seen, self._request = 0, None
+
+    def _heard(self, number, frame):
+        self._seen = number
+        signal.signal(number, self._before[number])
+
+    def post(self):
+        """Tell the others what this rank has heard so far. Collective."""
+        from mpi4py import MPI
+
+        self._mine[0] = self._seen
+        self._request = self.comm.Iallreduce(self._mine, self._all, MPI.MAX)
+
+    def agreed(self) -> int:
+        """The signal that any rank had heard when it posted, the same on all ranks, or 0."""
+        self._request.Wait()
+        return int(self._all[0])
+
+    def close(self):
+        """Signals do again what they did before."""
+        for number, before in self._before.items():
+            signal.signal(number, before)
