@@ -48,8 +48,8 @@ class HookState:
                             "the one it is of, which a hook of DDP cannot; use mpicomp.Reducer")
         self._reducer, self._loaded, self._scaler = None, None, None
         self._shown, self._stats = [], Meter()
-        self._given = []        # (slot, DDP's view) of this step
-        self._futures = []      # (future, DDP's buffer) of this step
+        self._given = []        # slots that DDP has filled in this step
+        self._futures = []      # (future, DDP's buffer, its parameters) of this step
         if named_parameters is not None:
             self._make(named_parameters)
         elif self.method.name == "rule":
@@ -78,11 +78,12 @@ class HookState:
 
     def _take(self, bucket):
         """One bucket of DDP; returns a future of its buffer, filled when the last bucket is in."""
-        parameters, gradients = bucket.parameters(), bucket.gradients()
+        buffer, parameters = bucket.buffer(), bucket.parameters()
+        gradients = [buffer] if buffer.is_sparse else bucket.gradients()
         future = torch.futures.Future()
-        self._futures.append((future, bucket.buffer()))
+        self._futures.append((future, buffer, parameters))
         if self._reducer is None:
-            self._shown.append(list(zip(parameters, gradients)))
+            self._shown.append(list(zip(parameters, gradients, strict=True)))
             if bucket.is_last():
                 # until DDP rebuilds its buckets they hold the parameters from the last to the first
                 shown = [pair for part in reversed(self._shown) for pair in part]
@@ -91,7 +92,7 @@ class HookState:
                 for p, gradient in shown:
                     self._arrive(p, gradient)
         else:
-            for p, gradient in zip(parameters, gradients):
+            for p, gradient in zip(parameters, gradients, strict=True):
                 self._arrive(p, gradient)
         if bucket.is_last():
             self._finish()
@@ -116,23 +117,27 @@ class HookState:
             given, futures = list(self._given), list(self._futures)
             self._given.clear()
             self._futures.clear()
-            for slot in given:
-                slot.gradient = None
         if self._reducer.stats.skipped > skipped:
-            self._leave_out(futures, [slot.parameter for slot in given])
-        for future, buffer in futures:
+            self._leave_out(given)
+        for slot in given:
+            slot.gradient = None
+        for future, buffer, parameters in futures:
+            if buffer.is_sparse:  # a bucket of one parameter; DDP takes what the future holds
+                view = self._home[id(parameters[0])][1].view
+                buffer = view.to_sparse(buffer.sparse_dim()).to(buffer.device, buffer.dtype)
             future.set_result(buffer)
 
-    def _leave_out(self, futures, parameters):
+    def _leave_out(self, slots):
         """A gradient was not finite somewhere: no optimizer must step on this one."""
         if self._scaler is not None:
-            for _, buffer in futures:  # the scaler looks for these, and skips and lowers its scale
-                buffer.fill_(float("nan"))
+            for slot in slots:  # the scaler looks for these, and skips and lowers its scale
+                slot.view.fill_(float("nan"))
+                slot.give_back()
             return
 
         def clear():
-            for p in parameters:
-                p.grad = None
+            for slot in slots:
+                slot.parameter.grad = None
 
         # DDP writes p.grad in a callback at the end of backward; ours comes after that one
         later = torch.autograd.Variable._execution_engine.queue_callback
@@ -190,11 +195,12 @@ class _DdpSlot(Slot):
         if self.gradient is None:  # DDP leaves this parameter out
             self.view.zero_()
         else:
-            self.view.copy_(self.gradient)
+            dense = self.gradient.to_dense() if self.gradient.is_sparse else self.gradient
+            self.view.copy_(dense)
             self.unscale()
 
     def give_back(self):
-        if self.gradient is not None:
+        if self.scale != 1.0:
+            self.view.mul_(self.scale)
+        if self.gradient is not None and not self.gradient.is_sparse:
             self.gradient.copy_(self.view)
-            if self.scale != 1.0:
-                self.gradient.mul_(self.scale)

@@ -294,6 +294,34 @@ def test_static_graph(group, comm):
     assert runs[0].everything == plain.everything and runs[1].everything[1] == plain.everything[1]
 
 
+@pytest.mark.parametrize("spec", ["dense", "onebit", "strom:tau=0.05"])
+def test_sparse_gradients_of_an_embedding(spec, group, comm):
+    """DDP gives them a bucket of their own and takes a sparse mean back."""
+    results = []
+    for hook in True, False:
+        torch.manual_seed(1)
+        table = torch.nn.Embedding(30, 4, sparse=True)
+        optimizer = torch.optim.SGD(table.parameters(), lr=0.125)  # exact
+        model = DistributedDataParallel(table) if hook else table
+        state = ddp.HookState(spec, comm, named_parameters=table.named_parameters(),
+                              nonfinite="skip") if hook else \
+            mpicomp.Reducer(table.named_parameters(), spec, comm, nonfinite="skip"
+                            ).attach(optimizer)
+        if hook:
+            model.register_comm_hook(state, ddp.comm_hook)
+        for step in range(4):
+            optimizer.zero_grad()
+            rows = torch.tensor([[1, 1, step], [2 + comm.rank, 7, 7]])
+            loss = (model(rows) * (torch.arange(24.0).view(2, 3, 4) - 9)).sum()
+            (loss * (np.nan if step == 2 and comm.rank == 0 else 1.0)).backward()
+            optimizer.step()
+        assert hook == bool(table.weight.grad.is_sparse)
+        replicas_are_identical(comm, table)
+        results.append((digest(table.parameters()), state.stats.skipped,
+                        digest(v for k, v in state.state_dict().items() if k != "step")))
+    assert results[0] == results[1] and results[0][1] == 1
+
+
 # ---- the process group ----------------------------------------------------------------------
 
 
