@@ -7,8 +7,14 @@ from time import perf_counter, sleep
 
 from mpicomp.errors import LaunchError, StallError
 
-_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE",
-                   "SLURM_STEP_NUM_TASKS")
+# What launchers tell each rank about how many there are, and whose habit it is.
+_SIZE_VARIABLES = {
+    "OMPI_COMM_WORLD_SIZE": "mpirun of Open MPI",
+    "MV2_COMM_WORLD_SIZE": "mpirun_rsh of MVAPICH2",
+    "FLUX_JOB_SIZE": "flux run",
+    "SLURM_STEP_NUM_TASKS": "srun of Slurm",
+    "PMI_SIZE": "mpiexec of MPICH or Intel MPI",
+}
 
 
 _abandoned = []
@@ -33,15 +39,17 @@ def _refuse_singletons(MPI):
     """Ranks that were started together must not train alone, each on all of the data."""
     if MPI.COMM_WORLD.size > 1:
         return
-    for variable in _SIZE_VARIABLES:
+    for variable, launcher in _SIZE_VARIABLES.items():
         told = os.environ.get(variable, "")
         if told.isdigit() and int(told) > 1:
             library = MPI.Get_library_version().splitlines()[0].split(",")[0].strip(" \0")
+            plugin = "pmix" if "Open MPI" in library else "pmi2"
             raise LaunchError(
-                f"{variable}={told} says that {told} ranks were started, but this process is alone "
-                f"in COMM_WORLD: the launcher does not belong to the MPI library of mpi4py "
-                f"({library}). Use the mpirun of that library (launch/run finds it), or under "
-                "Slurm  srun --mpi=pmix  for Open MPI and  srun --mpi=pmi2  for MPICH")
+                f"{launcher} started {told} ranks ({variable}={told}), but this process is alone "
+                f"in COMM_WORLD: the launcher does not belong to the MPI library that mpi4py has "
+                f"loaded ({library}). Under Slurm type  srun --mpi={plugin}  (srun --mpi=list "
+                "shows what there is); elsewhere use the mpirun of that library, which launch/run "
+                "finds")
 
 
 def communicator(comm=None):

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from mpi4py import MPI
 
 ROOT = Path(__file__).resolve().parent.parent
-LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MV2_", "SLURM_")
+LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MV2_", "SLURM_", "FLUX_")
 USER = """
 import torch, mpicomp
 model = torch.nn.Linear(4, 3)
@@ -39,15 +40,19 @@ def test_eight_lines_run_alone():
 LOAD = "from mpicomp import mpi; mpi.load()"
 
 
-@pytest.mark.parametrize("code, variable", [(USER, "OMPI_COMM_WORLD_SIZE"), (LOAD, "PMI_SIZE"),
-                                            (LOAD, "SLURM_STEP_NUM_TASKS")])
-def test_ranks_that_believe_to_be_alone_are_refused(code, variable):
+@pytest.mark.parametrize("code, variable, launcher", [
+    (USER, "OMPI_COMM_WORLD_SIZE", "mpirun of Open MPI"), (LOAD, "PMI_SIZE", "mpiexec of MPICH"),
+    (LOAD, "SLURM_STEP_NUM_TASKS", "srun of Slurm"), (LOAD, "FLUX_JOB_SIZE", "flux run")])
+def test_ranks_that_believe_to_be_alone_are_refused(code, variable, launcher):
     """Started by a launcher of another MPI library: that would be N trainings on all the data."""
     status, out, err = python(code, **{variable: "4"})
     assert status == 1 and out == ""
     last = err.strip().splitlines()[-1]
     assert last.startswith("mpicomp.errors.LaunchError: ")
-    for word in (f"{variable}=4", "alone", "launch/run", "srun --mpi=pmix"):
+    library = MPI.Get_library_version().splitlines()[0].split(",")[0].strip(" \0")
+    plugin = "pmix" if "Open MPI" in library else "pmi2"
+    for word in (f"{launcher}", f"{variable}=4", "alone", library, f"srun --mpi={plugin} ",
+                 "launch/run"):
         assert word in last
 
 
