@@ -53,6 +53,9 @@ def repartition(states, ranks, *, keep="sum", holders=None) -> list[dict]:
 
 def _common(states):
     """(step, {key: shape}) of all states. A rank that is no leader of its node has no residuals."""
+    if any("shard" in state for state in states):
+        raise MismatchError(f"exchange=server keeps the optimizer's state of a shard with its "
+                            f"owner, which cannot be divided: go on with {len(states)} ranks")
     fullest = max(states, key=len)
     shapes = {key: value.shape for key, value in fullest.items() if key != "step"}
     for rank, state in enumerate(states):

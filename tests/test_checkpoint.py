@@ -176,6 +176,8 @@ def test_states_that_do_not_belong_together_are_refused():
         checkpoint.repartition([a, b | {"step": 6}], 3)
     with pytest.raises(MismatchError, match=r"rank 1 has 'error/w' of shape \[5, 12\]"):
         checkpoint.repartition([a, b | {"error/w": torch.zeros(5, 12)}], 3)
+    with pytest.raises(MismatchError, match="exchange=server .* go on with 2 ranks"):
+        checkpoint.repartition([a, b | {"shard": {}}], 3)
 
 
 SPECS = ["onebit", "strom:tau=2", "dryden:proportion=8", "adacomp", "onebit:exchange=sharded",
