@@ -167,8 +167,8 @@ DROPPING = (
         words=BRIEF),
     Experiment(
         "dropping-server",
-        "The paper's own setting: asynchronous, sharded parameter servers with Adam, 99 % of pushes "
-        "and of pulls dropped",
+        "The paper's own setting: asynchronous, sharded parameter servers with Adam, 99 % of "
+        "pushes and of pulls dropped",
         "mnist5k",
         (Line("dense, synchronous, Adam", "dense", ADAM),
          Line("dense, server", "dense:exchange=server", ADAM),

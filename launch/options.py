@@ -1,0 +1,71 @@
+"""The options of launch/train.py."""
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import models
+from recipes import RECIPES
+
+
+def three_bits(text):
+    """[W, A, G] of "W,A,G"."""
+    if not re.fullmatch(r"\d+,\d+,\d+", text):
+        raise argparse.ArgumentTypeError(f"expected W,A,G such as 1,2,6, found {text!r}")
+    return [int(bits) for bits in text.split(",")]
+
+
+def parse(about, refuse, rank):
+    """The arguments that train.py was given. `refuse` ends all ranks with one line."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.error = lambda problem: refuse(f"{problem}; --help lists the options")
+    if rank:
+        parser.print_help = lambda: None
+    parser.add_argument("--data", choices=list(RECIPES), default="mnist5k")
+    parser.add_argument("--method", default="dense", metavar="SPEC",
+                        help="how gradients travel: dense, onebit, terngrad, strom:tau=0.01 ... "
+                             "(python -m mpicomp methods lists them)")
+    parser.add_argument("--model", choices=list(models.MODELS),
+                        help="the data set's own, or for pictures dorefa: low-bit weights, "
+                             "activations and gradients inside the network, whatever the method "
+                             "does between ranks")
+    parser.add_argument("--bits", type=three_bits, metavar="W,A,G",
+                        help="of --model dorefa, 32 for none (default: 1,2,6)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=int, help="passes over the training set")
+    length.add_argument("--steps", type=int, help="optimizer steps")
+    parser.add_argument("--batch", type=int, help="examples per step, over all ranks together")
+    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--optimizer", choices=["sgd", "adam", "adagrad"])
+    parser.add_argument("--momentum", type=float, default=0.0, help="of sgd (default: %(default)s)")
+    parser.add_argument("--local-adagrad", action="store_true",
+                        help="AdaGrad on each rank's own gradient, before it is exchanged")
+    parser.add_argument("--flush-epochs", action="store_true",
+                        help="exchange all residuals in full at each epoch's end (Dryden 2016)")
+    parser.add_argument("--validate", action="store_true",
+                        help="train on nine tenths of the training set and score on the tenth: for "
+                             "choosing options without a look at the test set")
+    parser.add_argument("--log-layers", action="store_true",
+                        help="log how many elements of each layer the rank's last packet named")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of initial weights and order of examples")
+    parser.add_argument("--nonfinite", choices=["raise", "skip"], default="raise",
+                        help="what NaN or Inf in a gradient does to the step "
+                             "(default: %(default)s)")
+    parser.add_argument("--require-ratio", type=float, metavar="R",
+                        help="end with status 2 where R times less than dense is not kept: over "
+                             "every 100 steps, warm-up included, and over what remains at the end")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATA-METHOD")
+    parser.add_argument("--log-every", type=int, default=20, metavar="STEPS")
+    parser.add_argument("--save-every", type=int, metavar="STEPS",
+                        help="checkpoint interval (default: an epoch, at most 200; 0: at the end)")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from the newest checkpoint in --out; start if there is none")
+    args = parser.parse_args()
+    for name, least in dict(epochs=1, steps=1, batch=1, lr=0, momentum=0, seed=0, log_every=1,
+                            save_every=0).items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            refuse(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+    return args
