@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 _HOME = {
     "CheckpointError": "errors",
     "Compressor": "compressor",
+    "DeviceError": "errors",
     "DistributedOptimizer": "reducer",
     "Key": "philox",
     "LaunchError": "errors",

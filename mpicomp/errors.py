@@ -35,3 +35,7 @@ class RatioError(MpicompError, RuntimeError):
 
 class StallError(MpicompError, TimeoutError):
     """A collective waited longer than `stall_timeout` for the other ranks."""
+
+
+class DeviceError(MpicompError, RuntimeError):
+    """A GPU, its driver or CuPy is missing, does not fit, or has no memory left."""

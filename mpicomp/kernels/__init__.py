@@ -3,7 +3,7 @@
 `of(array)` is the module whose functions take that array. `reference` (NumPy, slow and obvious) is
 the specification: every other backend has functions of the same names and writes the same bytes.
 `cpu` (compiled, several times faster) serves NumPy arrays wherever it was built; `use` or the
-environment variable MPICOMP_KERNELS=reference|cpu chooses.
+environment variable MPICOMP_KERNELS=reference|cpu chooses. `gpu` serves arrays on a CUDA device.
 """
 
 import os
@@ -16,7 +16,11 @@ _chosen = None
 
 
 def of(array):
-    """The kernels for arrays of this kind."""
+    """The kernels for arrays of this kind: NumPy's or, in memory of a device, CuPy's."""
+    if hasattr(array, "__cuda_array_interface__"):
+        from mpicomp.kernels import gpu
+
+        return gpu
     return _chosen or use(os.environ.get("MPICOMP_KERNELS") or None)
 
 

@@ -1,0 +1,48 @@
+// Gradient dropping: indices, then values, of what is larger than the cut.
+#pragma once
+
+// Of one scope of x, or of x + more, whose remainder goes to `out` (0 where a value was sent). The
+// scope's tiles are first_tile, first_tile + 1 ...; indices, and values unless that is null, go to
+// each tile's own place, and their number to counts[tile].
+KERNEL drop_select(const float* x, const float* more, float* out, i64 n, const float* cut,
+                   i64 start, i64 first_tile, u32* room, float* values, i64* counts, u32* fault) {
+    __shared__ u32 cells[CELLS + 1];
+    const i64 own = blockIdx.x, at = (first_tile + own) * TILE;
+    u32 sent = 0, place[ITEMS];
+    float v[ITEMS];
+    for (int k = 0; k < ITEMS; k++) {
+        const i64 i = item(own, k);
+        if (i >= n) break;
+        v[k] = value(x, more, i);
+        const bool goes = fabsf(v[k]) > *cut;
+        sent |= u32(goes) << k;
+        if (out) {
+            out[i] = goes ? 0.0f : v[k];
+            say(fault, goes && !finite(v[k]));
+        }
+    }
+    const u32 all = places(sent, place, cells);
+    for (int k = 0; k < ITEMS; k++)
+        if (sent >> k & 1) {
+            room[at + place[k]] = u32(start + item(own, k));
+            if (values) values[at + place[k]] = v[k];
+        }
+    if (threadIdx.x == 0) counts[first_tile + own] = all;
+}
+
+// Indices to the front of data and values behind the last of them, tile by tile as gather_words.
+KERNEL gather_pairs(const u32* room, const float* values, const i64* before, i64 tiles,
+                    const i64* all, u32* data) {
+    const i64 tile = blockIdx.x, at = before[tile], total = *all;
+    const i64 count = (tile + 1 < tiles ? before[tile + 1] : total) - at;
+    for (i64 j = threadIdx.x; j < count; j += THREADS) {
+        data[at + j] = room[tile * TILE + j];
+        data[total + at + j] = bits_of(values[tile * TILE + j]);
+    }
+}
+
+// x[index] behind the `count` indices at the front of data.
+KERNEL drop_values(const float* x, i64 count, u32* data) {
+    const i64 k = thread_number();
+    if (k < count) data[count + k] = bits_of(x[data[k]]);
+}

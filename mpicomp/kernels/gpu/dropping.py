@@ -1,0 +1,100 @@
+"""Gradient dropping, on the device."""
+
+import numpy as np
+
+from mpicomp.kernels import reference
+from mpicomp.kernels.gpu import device
+from mpicomp.kernels.gpu.arguments import (checked, floats, new_fault, or_host, payload, refusal,
+                                           refusals, room, scalar)
+from mpicomp.kernels.gpu.sums import SWEEP, host
+from mpicomp.kernels.gpu.tiles import TILE, compact, gather, scanned, tiles_of
+
+
+def _drop_cut(x, more, rate, sample):
+    """The cut as float32[1] on the device."""
+    d, n = device.current(), x.size
+    cut = d.zeros(1, np.float32)
+    if n < 2:
+        return cut
+    size = min(sample, n) if sample else n
+    state = d.array(np.array([0, max(0, int(size * rate) - 1)], np.int64))
+    histogram = d.zeros(256, np.uint32)
+    for shift in (24, 16, 8, 0):
+        d.launch("select_count", min(size, SWEEP), x, more, size, n // size, state, shift,
+                 histogram)
+        d.launch("select_digit", device.THREADS, state, shift, histogram, cut)
+    return cut
+
+
+@or_host
+def drop_cut(x, rate, sample):
+    return _drop_cut(floats(x), None, rate, sample)[0]
+
+
+@or_host
+def drop_select(x, cut, start, data):
+    n, cut = floats(x).size, scalar(cut)
+    with room(data, 4, 4 * n) as packet:
+        def select(words, counts):
+            device.current().launch("drop_select", counts.size * device.THREADS, x, None, None, n,
+                                    cut, start, 0, words, None, counts, None)
+
+        words, counts, total = compact(n, select)
+        gather(words, counts, total, packet)
+    return int(host(total)[0])
+
+
+@or_host
+def drop_values(x, count, data):
+    with room(data, 4, 8 * count) as packet:
+        device.current().launch("drop_values", count, floats(x), count, packet)
+
+
+def drop_encode_owed(grad, owed, out, scopes, rate, sample, data):
+    """Cut, indices and values of owed + grad in one pass; what is then still owed goes to `out`.
+
+    `scopes` are the (start, stop) that have a cut of their own; `data` has 8 * n bytes. Returns
+    the bytes used, the only thing that is read back, once for all scopes.
+    """
+    d, n, fault = device.current(), grad.size, new_fault()
+    floats(grad), floats(owed, n), floats(out, n)
+    tiles = sum(tiles_of(stop - start) for start, stop in scopes)
+    words, values = d.empty(tiles * TILE, np.uint32), d.empty(tiles * TILE, np.float32)
+    counts, first = d.empty(tiles, np.int64), 0
+    with room(data, 4, 8 * n) as packet:
+        for start, stop in scopes:
+            x, more, rest = owed[start:stop], grad[start:stop], out[start:stop]
+            own = tiles_of(stop - start)
+            d.launch("drop_select", own * device.THREADS, x, more, rest, stop - start,
+                     _drop_cut(x, more, rate, sample), start, first, words, values, counts, fault)
+            first += own
+        total = scanned(counts)
+        d.launch("gather_pairs", tiles * device.THREADS, words, values, counts, tiles, total,
+                 packet)
+    used = 8 * int(host(total)[0])
+    checked(fault, refusal(reference.drop_decode_add, data[:used], -1.0, out))
+    return used
+
+
+def _drop_add(data, weight, out, fault):
+    words = payload(data, 8 if data.size % 8 else 4)
+    count = words.size // 8
+    device.current().launch("values_add", count, words[:4 * count], words[4 * count:], count,
+                            weight, out, out.size, fault)
+
+
+@or_host
+def drop_decode_add(data, weight, out):
+    fault = new_fault()
+    _drop_add(data, weight, floats(out), fault)
+    checked(fault, refusal(reference.drop_decode_add, data, weight, out))
+
+
+def drop_decode_sum(payloads, weight, out):
+    """out = the sum of weight * value at the indices named, over the payloads in their order."""
+    fault = new_fault()
+    out[...] = 0
+    for data in payloads:
+        _drop_add(data, weight, floats(out), fault)
+    checked(fault, refusals(lambda _, data, out: reference.drop_decode_add(data, weight, out),
+                            payloads, out))

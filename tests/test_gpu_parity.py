@@ -1,0 +1,94 @@
+"""The CUDA kernels, run on the CPU by tests/shim, give the bytes and floats of the reference.
+
+The checks are those of the compiled CPU kernels (test_kernel_parity), at modest sizes: every
+function, special values, payloads that nobody wrote, buffers at odd addresses with guards around
+them. Threads and blocks run in shuffled order, and another one in every launch.
+"""
+
+import numpy as np
+import pytest
+import test_kernel_parity as parity
+from shim import arrays
+from shim.arrays import DeviceArray
+from shim.device import COMPILER, Shim
+
+from mpicomp.kernels import gpu, reference
+from mpicomp.kernels.gpu import device
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (c++, g++ or clang++): "
+                                "the CUDA source cannot be run on the CPU")
+SIZES = (0, 1, 2, 7, 33, 257, 4099)
+SMALL = {"adacomp": (0, 1, 33, 700)}  # a warp takes a bin, which may be a single element
+MATRICES = ((1, 1), (1, 5), (33, 9), (1100, 3), (40, 60), (2051, 1))
+
+
+@pytest.fixture
+def shim():
+    """A device whose kernels run on the CPU."""
+    yield device.use(Shim())
+    device.use(None)
+    arrays.check()
+
+
+class Copying:
+    """The GPU's functions for NumPy arrays: copied there at the same odd address, and back."""
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            moved = [_there(a) for a in arguments]
+            result = getattr(gpu, name)(*moved)
+            for here, there in zip(arguments, moved):
+                if isinstance(here, np.ndarray):
+                    here[...] = there.get()
+            return _back(result)
+
+        return call
+
+
+def _there(value):
+    return DeviceArray.of(value, value.ctypes.data % 8) if isinstance(value, np.ndarray) else value
+
+
+def _back(value):
+    if isinstance(value, tuple):
+        return tuple(map(_back, value))
+    if isinstance(value, DeviceArray):
+        return value.get() if value.shape else value.get()[()]
+    return value
+
+
+def less_damaged(data, rng):
+    """The payload as it is, and with one byte that nobody wrote."""
+    yield data
+    if data.size:
+        wrong = data.copy()
+        wrong[rng.integers(0, data.size)] = rng.integers(0, 256)
+        yield wrong
+
+
+def check_5trit():
+    for _, x, rng in parity.each_gradient():
+        level, scale = reference.ternary_scale(x, 2.5)
+        for start in (0, 3):
+            data = np.full(reference.ternary_size(x.size, "5trit"), 255, np.uint8)
+            data = parity.same("ternary_encode_5trit", x, level, scale, parity.Key(1, 2, 3, 4),
+                               start, data)
+        if scale < 1e36:
+            parity.packed(data, rng, scale, -0.25, x.size, name="ternary_decode_add_5trit")
+
+
+CHECKS = {**parity.CHECKS, check_5trit: ["ternary_encode_5trit", "ternary_decode_add_5trit"]}
+
+
+@pytest.mark.limit(120)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__[6:])
+def test_functions_agree(check, shim, monkeypatch):
+    monkeypatch.setattr(parity, "cpu", Copying())
+    sizes, every = SMALL.get(check.__name__[6:], SIZES), parity.each_gradient
+    monkeypatch.setattr(parity, "SIZES", sizes)
+    monkeypatch.setattr(parity, "each_gradient", lambda own=sizes: every(own))
+    monkeypatch.setattr(parity, "MATRICES", MATRICES)
+    monkeypatch.setattr(parity, "damaged", less_damaged)
+    with np.errstate(all="ignore"):
+        check()
+    assert shim.launches
