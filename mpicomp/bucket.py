@@ -94,17 +94,19 @@ class Bucket:
         return next(s.name for s in self.layout.segments if not finite(self.grad[s.slice]))
 
 
-def make_buckets(named_parameters, bucket_bytes) -> list[Bucket]:
-    """Cut parameters into buckets of at most `bucket_bytes` of float32 (or one parameter).
-
-    In reverse order of registration: backward reaches the last layers first.
-    """
-    groups, room = [], 0
-    for name, parameter in reversed(named_parameters):
+def groups(named_parameters, bucket_bytes) -> list[list]:
+    """Parameters in this order, cut into groups of at most `bucket_bytes` of float32 (or one)."""
+    found, room = [], 0
+    for name, parameter in named_parameters:
         size = 4 * parameter.numel()
-        if not groups or size > room:
-            groups.append([])
+        if not found or size > room:
+            found.append([])
             room = bucket_bytes
-        groups[-1].append((name, parameter))
+        found[-1].append((name, parameter))
         room -= size
-    return [Bucket(i, group) for i, group in enumerate(groups)]
+    return found
+
+
+def make_buckets(named_parameters, bucket_bytes) -> list[Bucket]:
+    """A bucket for each of the `groups`."""
+    return [Bucket(i, group) for i, group in enumerate(groups(named_parameters, bucket_bytes))]

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from contextlib import contextmanager
+from threading import local
 from time import perf_counter
 
 
@@ -28,7 +29,8 @@ class Meter:
         self.reasons, self.reason, self.notes = Counter(), "", []
         self.last = {"sent": 0, "received": 0, "dense": 0}
         self.last_reasons = Counter()
-        self._before, self._reasons_before, self._inner = (0, 0, 0), Counter(), 0.0
+        self._before, self._reasons_before = (0, 0, 0), Counter()
+        self._here = local()  # stages nest within one thread
 
     @property
     def ratio(self) -> float:
@@ -52,13 +54,14 @@ class Meter:
     @contextmanager
     def stage(self, name):
         """Book the seconds of a `with` block, less those of the stages inside of it."""
-        start, outer, self._inner = perf_counter(), self._inner, 0.0
+        here = self._here
+        start, outer, here.inner = perf_counter(), getattr(here, "inner", 0.0), 0.0
         try:
             yield
         finally:
             elapsed = perf_counter() - start
-            self.seconds[name] += elapsed - self._inner
-            self._inner = outer + elapsed
+            self.seconds[name] += elapsed - here.inner
+            here.inner = outer + elapsed
 
     def step(self, dense, skipped=False):
         """Close a step in which `dense` bytes of float32 gradient were exchanged."""

@@ -55,7 +55,8 @@ def trainable(named_parameters):
     return named, None
 
 
-def bad_option(bucket_bytes, seed, nonfinite, stall_timeout, require_ratio=None, ratio_window=1):
+def bad_option(bucket_bytes, seed, nonfinite, stall_timeout, require_ratio=None, ratio_window=1,
+               progress="auto"):
     """What is wrong with these arguments of Reducer, or None."""
     require_ratio = 1.0 if require_ratio is None else require_ratio
     for name, value, kind, fits, expected in (
@@ -64,6 +65,8 @@ def bad_option(bucket_bytes, seed, nonfinite, stall_timeout, require_ratio=None,
             ("bucket_bytes", bucket_bytes, Integral, lambda v: v > 0, "a whole number above 0"),
             ("stall_timeout", stall_timeout, Real, lambda v: v > 0, "seconds, more than 0"),
             ("require_ratio", require_ratio, Real, lambda v: v > 0, "a number above 0"),
+            ("progress", progress, str, lambda v: v in ("auto", "poll", "thread"),
+             "'auto', 'poll' or 'thread'"),
             ("ratio_window", ratio_window, Integral, lambda v: v > 0, "a whole number above 0")):
         if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
             return SpecError(f"{name}={value!r} found, expected {expected}")

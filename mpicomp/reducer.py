@@ -16,13 +16,15 @@ from mpicomp.errors import MismatchError, NonFiniteError, SpecError
 from mpicomp.exchange.pipeline import Pipeline
 from mpicomp.exchange.wire import Wire
 from mpicomp.meter import Meter
+from mpicomp.order import Order
+from mpicomp.persistence import Persistence
 from mpicomp.plan import agree_on_plan, bad_option, check_replicas, trainable
 from mpicomp.receipt import Receipt
 
 _said = set()  # notes that this process has printed
 
 
-class Reducer(Delivery):
+class Reducer(Delivery, Persistence):
     """Replaces every gradient by its mean over ranks, exchanged as `method` says.
 
     named_parameters  (name, parameter) pairs, as model.named_parameters() gives them; those that
@@ -37,6 +39,7 @@ class Reducer(Delivery):
     stall_timeout     seconds without progress after which a wait raises StallError
     require_ratio     RatioError on all ranks where dense / sent stays below, see `Receipt`:
     ratio_window      judged after every so many steps, and by check_ratio()
+    progress          who moves exchanges on during backward: "poll", "thread" or "auto"
 
     Every rank must make one with the same arguments and the same model; MismatchError names the
     first difference on all ranks otherwise. The order of a step is in docs/design.md.
@@ -44,7 +47,7 @@ class Reducer(Delivery):
 
     def __init__(self, named_parameters, method, comm=None, *, average=True,
                  bucket_bytes=25 << 20, seed=0, nonfinite="raise", stall_timeout=600.0,
-                 require_ratio=None, ratio_window=100):
+                 require_ratio=None, ratio_window=100, progress="auto"):
         self.comm = mpi.communicator(comm)
         mpi.end_all_on_exception(self.comm)
         self.average, self.seed, self.nonfinite = bool(average), seed, nonfinite
@@ -54,7 +57,7 @@ class Reducer(Delivery):
         try:
             self.method = systems.method(method)
             problem = problem or bad_option(bucket_bytes, seed, nonfinite, stall_timeout,
-                                            require_ratio, ratio_window)
+                                            require_ratio, ratio_window, progress)
         except SpecError as error:
             self.method, problem = None, error
         self._plan = agree_on_plan(
@@ -66,14 +69,19 @@ class Reducer(Delivery):
         if self.method.name == "auto":
             self._choose()
         self._wire = Wire(self.comm, self.stats)
-        self._pipeline = Pipeline(self.comm, stall_timeout)
+        self._pipeline = Pipeline(self.comm, stall_timeout, progress)
         # a server cuts parameters into one shard a rank, and a worker has one threshold for all
         whole = self.method.exchange == "server"
-        self._buckets = make_buckets(named, float("inf") if whole else bucket_bytes)
+        # backward ends with the first parameters
+        self._buckets = make_buckets(named[::-1], float("inf") if whole else bucket_bytes)
+        self._order = Order(self, bucket_bytes)
         self._delay = Delay(self) if self.method.delay else None
         self._exchange, self._mail = self._open(self.method)
+        if self._exchange.asynchronous:
+            self._pipeline.only_poll()
         self._exchange.restart(self.method.warmup)
-        self._warm = self._open(systems.method("dense")) if self.method.warmup else None
+        self._warm_method = systems.method("dense")
+        self._warm = self._open(self._warm_method) if self.method.warmup else None
         self._receipt = require_ratio and Receipt(self.comm, self.stats, require_ratio,
                                                   ratio_window, stall_timeout)
         self._say_notes()
@@ -82,9 +90,8 @@ class Reducer(Delivery):
         self._optimizers, self._stepped = [], set()
         self._synchronising, self._checked = True, False
         self._bad = {}
-        self._hooks = [slot.parameter.register_post_accumulate_grad_hook(
-            partial(self._arrived, bucket, slot)) for bucket in self._buckets
-            for slot in bucket.slots]
+        self._hooks = [parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
+                       for name, parameter in named]
 
     # ---- setting up ----
 
@@ -94,9 +101,11 @@ class Reducer(Delivery):
         refusal = exchange.check(method.compressor)
         if refusal:
             raise SpecError(refusal)
-        return exchange, [exchange.open(method.compressor, bucket.layout, bucket.index,
-                                        bucket.flight, self._plan, self.seed)
-                          for bucket in self._buckets]
+        return exchange, self._open_mail(exchange, method)
+
+    def _open_mail(self, exchange, method):
+        return [exchange.open(method.compressor, bucket.layout, bucket.index, bucket.flight,
+                              self._plan, self.seed) for bucket in self._buckets]
 
     def _choose(self):
         """method="auto": measure links and codecs, and take what is predicted to be fastest."""
@@ -115,8 +124,7 @@ class Reducer(Delivery):
 
     def _say_notes(self):
         """Name what is slower or larger than asked for, once in a program."""
-        if kernels.note():
-            self.stats.notes.append(kernels.note())
+        self.stats.notes += filter(None, (kernels.note(), self._pipeline.note))
         if self.method.warmup:
             self.stats.notes.append(f"{self.method.name}: the first {self.method.warmup} steps are "
                                     "exchanged dense (warmup)")
@@ -136,7 +144,7 @@ class Reducer(Delivery):
             amp.refuse_raise(self.nonfinite)
             if self._exchange.asynchronous:
                 raise SpecError(f"a GradScaler needs a synchronous exchange, found {self.method!r}")
-            amp.follow_scale([slot for bucket in self._buckets for slot in bucket.slots], scaler)
+            amp.follow_scale(self._order.slots, scaler)
             amp.finish_before_unscale(self, scaler)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
@@ -176,8 +184,15 @@ class Reducer(Delivery):
 
     # ---- one step ----
 
-    def _arrived(self, bucket, slot, parameter):
+    def _on_gradient(self, name, parameter):
         """The gradient of one parameter is complete (called by autograd)."""
+        self._reopen()
+        if self._synchronising:
+            self._order.note(name)
+        self._arrived(*self._order.place[name], parameter)
+
+    def _arrived(self, bucket, slot, parameter):
+        """The gradient of one parameter is complete and can go into its bucket."""
         self._reopen()
         if not self._synchronising:
             return
@@ -197,6 +212,7 @@ class Reducer(Delivery):
         if self._finished:
             self._finished = False
             self._next = 0
+            self._order.apply()
             for bucket in self._buckets:
                 bucket.reset()
 
@@ -268,6 +284,7 @@ class Reducer(Delivery):
         self.stats.step(4 * sum(b.layout.size for b in self._buckets), skipped)
         if self._receipt:
             self._receipt.after(self.step - 1, self.method)
+        self._order.agree()
 
     def check_ratio(self):
         """At the end of a run: hold the steps since the last judgement to require_ratio, too."""
@@ -318,51 +335,6 @@ class Reducer(Delivery):
             said = mail.own(self.step - 1, self.comm.rank)
             counts |= {s.name: int(np.count_nonzero(said[s.slice])) for s in bucket.layout.segments}
         return counts
-
-    # ---- state ----
-
-    def state_dict(self) -> dict:
-        """{"step": int, "error/<name>": tensor}: this rank's residuals, in gradient units.
-
-        Raises MismatchError where packets are under way: call `deliver` first.
-        """
-        self._require_settled("state_dict()")
-        state = {"step": self.step}
-        for bucket, mail in zip(self._buckets, self._mail):
-            for kind, array in mail.persistent().items():
-                for segment in bucket.layout.segments:
-                    flat = torch.from_numpy(array[segment.slice].copy())
-                    state[f"{kind}/{segment.name}"] = flat.view(segment.shape)
-        return state | self._shard_state()
-
-    def load_state_dict(self, state) -> None:
-        """Go on from what `state_dict` gave on this rank: the same packets follow, to the bit.
-
-        Raises MismatchError, with nothing changed, if names or shapes do not fit this model.
-        """
-        now = self.state_dict()
-        odd = sorted(set(now) ^ set(state))
-        if odd:
-            raise MismatchError(
-                f"rank {self.comm.rank}: the saved state {'lacks' if odd[0] in now else 'has'} "
-                f"{odd[0]!r}, which this model with method {self.method!r} "
-                f"{'needs' if odd[0] in now else 'does not know'}")
-        for key, tensor in now.items():
-            if key not in ("step", "shard") and state[key].shape != tensor.shape:
-                raise MismatchError(f"rank {self.comm.rank}: saved {key!r} has shape "
-                                    f"{list(state[key].shape)}, expected {list(tensor.shape)}")
-        self._restore_shard(state.get("shard"))
-        for bucket, mail in zip(self._buckets, self._mail):
-            arrays = mail.persistent()
-            for kind in arrays:
-                arrays[kind] = np.concatenate([
-                    state[f"{kind}/{s.name}"].reshape(-1).float().numpy()
-                    for s in bucket.layout.segments])
-            mail.restore(arrays)
-        self.step = int(state["step"])
-        self._exchange.restart(max(self.step, self.method.warmup))
-        if self._receipt:
-            self._receipt.restart(self.step)
 
     def close(self) -> None:
         """Take the hooks off the parameters: this Reducer does nothing from now on.

@@ -31,7 +31,8 @@ def repartition(states, ranks, *, keep="sum", holders=None) -> list[dict]:
     factor = 1.0 if keep == "sum" else ranks / len(states)
     stepped = any(key.startswith("adagrad/") for key in shapes)
     owners = _owners(shapes, ranks)
-    new = [{"step": step} for _ in range(ranks)]
+    order = {"order": states[0]["order"]} if "order" in states[0] else {}  # of the buckets
+    new = [{"step": step, **order} for _ in range(ranks)]
     for key, shape in shapes.items():
         kind, _, name = key.partition("/")
         total = torch.zeros(shape, dtype=torch.float64)
@@ -57,14 +58,15 @@ def _common(states):
         raise MismatchError(f"exchange=server keeps the optimizer's state of a shard with its "
                             f"owner, which cannot be divided: go on with {len(states)} ranks")
     fullest = max(states, key=len)
-    shapes = {key: value.shape for key, value in fullest.items() if key != "step"}
+    shapes = {key: value.shape for key, value in fullest.items()
+              if key not in ("step", "order")}
     for rank, state in enumerate(states):
         if state["step"] != states[0]["step"]:
             raise MismatchError(
                 f"the state of rank {rank} is of step {state['step']}, that of rank 0 of step "
                 f"{states[0]['step']}: take them from one checkpoint")
         for key, value in state.items():
-            if key != "step" and (key not in shapes or shapes[key] != value.shape):
+            if key not in ("step", "order") and (key not in shapes or shapes[key] != value.shape):
                 raise MismatchError(f"the state of rank {rank} has {key!r} of shape "
                                     f"{list(value.shape)}, others have "
                                     f"{list(shapes[key]) if key in shapes else 'nothing'}")

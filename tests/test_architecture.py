@@ -40,14 +40,15 @@ KNOWS = {
     "receipt": {"errors", "mpi"},
     "advice": {"errors", "layout", "mpi", "philox", "systems"},
     "shard_optimizer": {"errors"},
-    "delivery": {"errors", "shard_optimizer"},
+    "delivery": {"errors", "shard_optimizer"}, "persistence": {"errors"},
+    "order": {"agree", "bucket", "mpi"},
     "variants": {"compressor", "exchange", "systems"},
     "reducer": {"", "advice", "agree", "amp", "bucket", "delay", "delivery", "exchange", "kernels",
-                "mpi", "plan", "receipt", "systems"} | BASE,
+                "mpi", "order", "persistence", "plan", "receipt", "systems"} | BASE,
 }
-TORCH = {"reducer", "delivery", "shard_optimizer", "bucket", "broadcast", "plan", "nn", "ddp",
+TORCH = {"reducer", "order", "persistence", "delivery", "shard_optimizer", "bucket", "broadcast", "plan", "nn", "ddp",
          "bench", "amp", "process_group", "checkpoint", "repartition"}
-MPI = {"exchange", "mpi", "reducer", "delivery", "broadcast", "cli", "bench", "ddp",
+MPI = {"exchange", "mpi", "reducer", "order", "delivery", "broadcast", "cli", "bench", "ddp",
        "process_group", "signals"}
 CUPY = {"device.py", "staging.py"}
 TOP = {"cli", "bench", "__main__", "ddp"}  # these may know everything

@@ -3,7 +3,11 @@
 import os
 from time import perf_counter, sleep
 
-from mpicomp.errors import StallError
+from mpicomp.errors import SpecError, StallError
+from mpicomp.exchange.progress import Progress
+
+WAYS = ("auto", "poll", "thread")
+AUTO = "poll"  # which of them won: docs/results.md
 
 
 class Pipeline:
@@ -11,25 +15,46 @@ class Pipeline:
 
     A generator is resumed when its requests are done. The one rule that keeps ranks from posting
     in different orders: a bucket makes its n-th posting only after the bucket before it has made
-    its own n-th. Nonblocking collectives move only while somebody calls Test, so `poll` is called
-    from the gradient hooks, and `drain` sleeps between two looks where ranks share cores.
+    its own n-th. Nonblocking collectives move only while somebody calls Test. progress="poll":
+    `poll` is called from the gradient hooks; "thread": a thread looks every millisecond, and
+    encodes, too; "auto", or the environment variable MPICOMP_PROGRESS, chooses. `drain` is done by
+    the caller either way, and sleeps between two looks where ranks share cores.
     """
 
-    def __init__(self, comm, timeout):
+    def __init__(self, comm, timeout, progress="auto"):
         self.comm, self.timeout = comm, timeout
         self._flights = []
         self._crowded = _ranks_here(comm) > len(os.sched_getaffinity(0))
+        self.progress, self.note = _way(progress)
+        self._thread = Progress(self) if self.progress == "thread" else None
 
     def launch(self, label, generator):
         """Add a bucket, after all that were launched before it."""
         self._flights.append(_Flight(label, generator))
-        self.poll()
+        if self._thread:
+            self._thread.wake()
+        else:
+            self.move()
 
-    def poll(self) -> bool:
+    def poll(self):
+        """Move on whatever can move on, unless a thread does."""
+        if not self._thread:
+            self.move()
+
+    def only_poll(self):
+        """Have no thread: for exchanges that use MPI between two gradients themselves."""
+        self.progress, self._thread = "poll", None
+
+    @property
+    def busy(self) -> bool:
+        """Is any bucket under way?"""
+        return not all(flight.done for flight in list(self._flights))
+
+    def move(self) -> bool:
         """Move on whatever can move on; True if anything did."""
         moved = False
         ahead = None
-        for flight in self._flights:
+        for flight in list(self._flights):
             while not flight.done and flight.ready(ahead):
                 flight.resume()
                 moved = True
@@ -38,9 +63,11 @@ class Pipeline:
 
     def drain(self):
         """Return when all buckets are through; StallError after `timeout` seconds of nothing."""
+        if self._thread:
+            self._thread.rest()
         quiet, pause = perf_counter(), 0.0
-        while not all(flight.done for flight in self._flights):
-            if self.poll():
+        while self.busy:
+            if self.move():
                 quiet, pause = perf_counter(), 0.0
             elif perf_counter() - quiet > self.timeout:
                 self._stalled()
@@ -82,6 +109,21 @@ class _Flight:
         self.requests = next(self.generator, None)
         self.done = self.requests is None
         self.posted += not self.done
+
+
+def _way(progress):
+    """("poll" or "thread", a note if it is not what was asked for)."""
+    way = os.environ.get("MPICOMP_PROGRESS", "auto") if progress == "auto" else progress
+    if way not in WAYS:
+        raise SpecError(f"MPICOMP_PROGRESS={way} found, expected one of {', '.join(WAYS)}")
+    way = AUTO if way == "auto" else way
+    if way == "thread":
+        from mpi4py import MPI
+
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            return "poll", ("progress=thread needs MPI_THREAD_MULTIPLE, which this MPI does not "
+                            "give: gradient hooks poll instead")
+    return way, None
 
 
 def _ranks_here(comm):
