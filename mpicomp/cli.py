@@ -43,6 +43,7 @@ def _bench_commands(parser):
     step = kinds.add_parser("step", help="seconds per training step, against torch's DDP on gloo")
     step.add_argument("--model", default="cnn", choices=("cnn", "transformer", "mlp"))
     step.add_argument("--steps", type=int, default=4, help="timed steps in each round")
+    step.add_argument("--plot", metavar="FILE", help="draw the stages of a step there (matplotlib)")
     step.add_argument("--no-peers", dest="peers", action="store_false", help="leave out DDP")
     codec = kinds.add_parser("kernels", help="what each codec costs, against memcpy; one process")
     codec.add_argument("--elements", type=lambda text: int(float(text)), default=25_030_656,
@@ -83,6 +84,10 @@ def bench(options) -> int:
 
         result = step.run(options.model, options.methods, options.rounds, options.steps,
                           options.peers)
+        if options.plot and mpi.load().COMM_WORLD.rank == 0:
+            from mpicomp.bench.picture import draw
+
+            print(draw(result, options.plot), flush=True)
     if options.json and mpi.load().COMM_WORLD.rank == 0:
         timing.write_json(options.json, {**timing.surroundings(), **result})
     return 0

@@ -3,10 +3,16 @@
 Contenders, in turn: the step with no communication at all (the floor); DDP on gloo without a hook,
 with the fp16 hook, with PowerSGD; and mpicomp's methods, split into stages. All train the same
 network on the same batches with SGD and momentum.
+
+Stages of a step, which add up to it: forward, backward (less what follows inside of it), encode,
+post (MPI calls and polling), wait (for what backward did not hide), decode, optimizer. DDP hides
+its communication in backward. wire is beside them: the seconds in which a call was under way. With
+MPICOMP_PROGRESS=thread encode runs beside backward, and the sum exceeds the step.
 """
 
 import os
 import socket
+from collections import Counter
 from time import perf_counter
 
 import torch
@@ -20,7 +26,8 @@ from mpicomp.bench.timing import (in_turn, noise_warning, quiet_barrier, ratios,
 
 FLOOR, DENSE = "no communication", "ddp gloo"
 PEERS = (DENSE, "ddp gloo fp16", "ddp gloo powersgd")
-STAGES = ("encode", "post", "wait", "decode")
+INNER = ("encode", "post", "wait", "decode")  # what the Reducer books
+STAGES = ("forward", "backward", *INNER, "optimizer")  # a step, in its order
 
 
 class Contender:
@@ -28,26 +35,44 @@ class Contender:
 
     def __init__(self, name, model, steps, comm):
         self.name, self.model, self.steps, self.comm = name, model, steps, comm
-        self.stages, self.ratio, self.sent = {}, None, None
+        self.rounds, self.ratio, self.sent = [], None, None
+
+    @property
+    def stages(self):
+        """{stage: median over rounds of the mean seconds a step}, on this rank."""
+        names = self.rounds[0] if self.rounds else ()
+        return {name: summary([r[name] for r in self.rounds])["median"] for name in names}
 
     def __call__(self):
         """Median seconds of a step on this rank, after two steps to warm up."""
         torch.manual_seed(0)
         model, x, y = MODELS[self.model]()
         net, optimizer, reducer = self._distribute(model)
-        times = []
+        times, split = [], Counter()
+
+        def booked():
+            """The Reducer's clocks."""
+            return Counter({s: reducer.stats.seconds[s] for s in INNER} |
+                           {"wire": reducer._pipeline.under_way} if reducer else {})
+
         for step in range(2 + self.steps):
             if step == 2:
-                before = dict(reducer.stats.seconds) if reducer else {}
+                split.clear()
             quiet_barrier(self.comm)
-            start = perf_counter()
+            marks = [(perf_counter(), booked())]
             optimizer.zero_grad()
-            cross_entropy(net(x), y).backward()
+            loss = cross_entropy(net(x), y)
+            marks.append((perf_counter(), booked()))
+            loss.backward()
+            marks.append((perf_counter(), booked()))
             optimizer.step()
-            times.append(perf_counter() - start)
+            marks.append((perf_counter(), booked()))
+            times.append(marks[3][0] - marks[0][0])
+            _split(split, marks, threaded=reducer and reducer._pipeline.progress == "thread")
+        self.rounds.append({name: split[name] / self.steps
+                            for name in (*STAGES, "wire") if reducer or name not in
+                            (*INNER, "wire")})
         if reducer:
-            self.stages = {s: (reducer.stats.seconds[s] - before.get(s, 0)) / self.steps
-                           for s in STAGES}
             self.ratio, self.sent = reducer.stats.ratio, reducer.stats.last["sent"]
             reducer.deliver()
             reducer.close()
@@ -77,6 +102,19 @@ class Contender:
         return net, sgd(), None
 
 
+def _split(split, marks, threaded):
+    """Add the parts of one step, of which `marks` has clock and booked seconds at the borders."""
+    for name, (start, before), (end, after) in zip(("forward", "backward", "optimizer"), marks,
+                                                   marks[1:]):
+        inside = 0.0
+        for stage in after:
+            seconds = after[stage] - before[stage]
+            split[stage] += seconds
+            # what a thread does beside backward takes nothing from it
+            inside += seconds if stage in INNER and not (threaded and name != "optimizer") else 0.0
+        split[name] += end - start - inside
+
+
 def join_gloo(comm):
     """Make torch's process group of these ranks; rank 0's address unless MASTER_ADDR says other."""
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -98,22 +136,28 @@ def run(model, methods, rounds, steps, peers=True) -> dict:
     if peers:
         dist.destroy_process_group()
     base = DENSE if peers else next((n for n in methods if n.startswith("dense")), FLOOR)
+    dense = [n for n in names if n == DENSE or n.split(":")[0] == "dense"] or [base]
+    best = min(dense, key=lambda name: summary(seconds[name])["median"])
     figures, rows = {}, []
     for name, values in seconds.items():
         c, gain = contenders[name], ratios(seconds[base], values)
-        cap = ratios(seconds[FLOOR], values)
+        cap, over_best = ratios(seconds[FLOOR], values), ratios(seconds[best], values)
         figures[name] = {"seconds": summary(values), "gain": gain, "of_cap": cap,
+                         "over_best_dense": over_best,
                          "stages": c.stages, "ratio": c.ratio, "bytes": c.sent}
         s = figures[name]["seconds"]
         rows.append((name, f"{s['median']:.3f}", f"{s['low']:.3f} .. {s['high']:.3f}",
-                     f"{gain['median']:.2f}x", f"{cap['median']:.2f}",
-                     *(f"{1e3 * c.stages[k]:.0f}" if c.stages else "" for k in STAGES),
+                     f"{gain['median']:.2f}x", f"{over_best['median']:.2f}x",
+                     f"{cap['median']:.2f}", *(f"{1e3 * c.stages[k]:.0f}" if k in c.stages else ""
+                                               for k in (*STAGES, "wire")),
                      f"{c.ratio:.1f}" if c.ratio else ""))
     if comm.rank == 0:
-        print(f"\n{model}, {comm.size} ranks, seconds per step; gain over {base}; of cap = seconds "
-              f"with no communication / seconds")
-        print(table(("", "s", "quartiles", "gain", "of cap", *(f"{k} ms" for k in STAGES),
+        print(f"\n{model}, {comm.size} ranks, seconds per step; gain over {base}; over dense: over "
+              f"{best}, the fastest dense; of cap = seconds with no communication / seconds; then "
+              "ms by stage")
+        print(table(("", "s", "quartiles", "gain", "over dense", "of cap", *STAGES, "wire",
                      "ratio"), rows), flush=True)
         if warning := noise_warning(seconds):
             print(warning, flush=True)
-    return {"model": model, "ranks": comm.size, "base": base, "contenders": figures}
+    return {"model": model, "ranks": comm.size, "base": base, "best_dense": best,
+            "links": os.environ.get("MPICOMP_LINKS"), "contenders": figures}

@@ -24,6 +24,7 @@ class Pipeline:
     def __init__(self, comm, timeout, progress="auto"):
         self.comm, self.timeout = comm, timeout
         self._flights = []
+        self.under_way, self._since = 0.0, None  # seconds with a call open, as seen by looking
         self._crowded = _ranks_here(comm) > len(os.sched_getaffinity(0))
         self.progress, self.note = _way(progress)
         self._thread = Progress(self) if self.progress == "thread" else None
@@ -59,7 +60,15 @@ class Pipeline:
                 flight.resume()
                 moved = True
             ahead = flight
+        self._clock(any(flight.requests for flight in list(self._flights)))
         return moved
+
+    def _clock(self, open_calls):
+        """Count the seconds during which calls are under way."""
+        now = perf_counter()
+        if self._since is not None:
+            self.under_way += now - self._since
+        self._since = now if open_calls else None
 
     def drain(self):
         """Return when all buckets are through; StallError after `timeout` seconds of nothing."""
