@@ -7,6 +7,7 @@ to all ranks. What the ranks agreed on before (shared scales) does not travel ag
 import numpy as np
 
 from mpicomp import kernels, packet
+from mpicomp.exchange import ring
 from mpicomp.exchange.mail import Exchange
 
 
@@ -29,7 +30,10 @@ class Allreduce(Exchange):
                     f"has {self.wire.size}: use wider codes (packing=) or exchange=allgather")
 
     def prepare(self, mail):
-        mail.inbox = kernels.of(mail.grad).zeros(mail.payload.size, np.uint8)
+        zeros = kernels.of(mail.grad).zeros
+        mail.inbox, mail.ring = zeros(mail.payload.size, np.uint8), None
+        if ring.suits(self.wire, mail.payload, mail.compressor.summable):
+            mail.ring = ring.Ring(self.wire, mail.grad.size, zeros)
 
     def run(self, mail, step, flags):
         yield from self.agree(mail, flags)
@@ -42,10 +46,12 @@ class Allreduce(Exchange):
         mail.inbox[:shared] = payload[:shared]
         dtype, op = self._op(mail.compressor.summable)
         requests = [self.wire.allgather(1, mail.outbox[:packet.SIZE], mail.header_box)]
-        if used > shared:
+        if used > shared and mail.ring is None:
             requests.append(self.wire.allreduce(2, payload[shared:].view(dtype),
                                                 mail.inbox[shared:used].view(dtype), op))
         yield requests
+        if mail.ring is not None:
+            yield from mail.ring.run(2, mail.index, payload.view(dtype), mail.inbox.view(dtype))
         mail.headers = self.read_headers(mail.header_box,
                                          range(0, mail.header_box.size, packet.SIZE))
 

@@ -52,15 +52,15 @@ class Wire:
                          buffer.nbytes if self.rank else 0)
         return self._stages[stage].Ibcast(buffer, 0)
 
-    def send(self, stage, array, rank):
+    def send(self, stage, array, rank, tag=0):
         """`array` to one rank, which must `receive` it; messages keep their order."""
         self._count("Isend", array.nbytes, 0)
-        return self._stages[stage].Isend(array, rank)
+        return self._stages[stage].Isend(array, rank, tag)
 
-    def receive(self, stage, array, rank):
+    def receive(self, stage, array, rank, tag=0):
         """What one rank sends, into `array`, which must have its size."""
         self._count("Isend", 0, array.nbytes)
-        return self._stages[stage].Irecv(array, rank)
+        return self._stages[stage].Irecv(array, rank, tag)
 
     def alltoallv(self, stage, send, receive):
         """`send` and `receive` are (uint8 array, lengths, starts), one length and start a rank."""
