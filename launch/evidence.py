@@ -94,7 +94,7 @@ def search(experiment):
                                                losses[line.label][r]))
     for line in experiment.lines:
         if line.like:
-            found[line.label] = found[line.like]
+            found[line.label] = found[line.like] * line.times
     return found, losses
 
 
