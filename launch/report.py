@@ -88,13 +88,12 @@ def losses(axes, lines):
 
 
 def plain_numbers(axis):
-    """0.5 and 30 at the ticks of a logarithmic axis, not powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogFormatter
+    """1, 2, 5, 10 ... at the ticks of a logarithmic axis, not powers of ten."""
+    from matplotlib.ticker import FuncFormatter
 
-    few = LogFormatter(minor_thresholds=(2, 0.5))
-    few.set_axis(axis)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(FuncFormatter(lambda v, at: f"{v:g}" if few(v, at) else ""))
+    axis.set_minor_formatter(FuncFormatter(
+        lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
 
 
 def rates(axes, line):
