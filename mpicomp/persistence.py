@@ -7,7 +7,13 @@ from mpicomp.errors import MismatchError
 
 
 class Persistence:
-    """The part of the Reducer that is saved and loaded."""
+    """The part of the Reducer that is saved, loaded and reported."""
+
+    def report(self) -> str:
+        """What the exchange took a step, by stage; with method="auto" beside what was predicted."""
+        from mpicomp.advice import report
+
+        return report(self.method, self.stats, self.advice)
 
     def state_dict(self) -> dict:
         """{"step": int, "error/<name>": tensor}: this rank's residuals, in gradient units.

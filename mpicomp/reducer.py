@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
-import torch
 
 from mpicomp import amp, kernels, mpi, packet, systems
 from mpicomp.agree import digest
@@ -90,8 +89,8 @@ class Reducer(Delivery, Persistence):
         self._optimizers, self._stepped = [], set()
         self._synchronising, self._checked = True, False
         self._bad = {}
-        self._hooks = [parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
-                       for name, parameter in named]
+        self._hooks = [p.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
+                       for name, p in named]
 
     # ---- setting up ----
 
@@ -115,12 +114,6 @@ class Reducer(Delivery, Persistence):
         self.method = systems.method(self.advice.choice)
         self._plan ^= digest(self.advice.choice)
         self.stats.notes.append(f"auto took {self.method!r}: {self.advice.reason}")
-
-    def report(self) -> str:
-        """What the exchange took a step, by stage; with method="auto" beside what was predicted."""
-        from mpicomp.advice import report
-
-        return report(self.method, self.stats, self.advice)
 
     def _say_notes(self):
         """Name what is slower or larger than asked for, once in a program."""

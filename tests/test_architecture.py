@@ -40,14 +40,14 @@ KNOWS = {
     "receipt": {"errors", "mpi"},
     "advice": {"errors", "layout", "mpi", "philox", "systems"},
     "shard_optimizer": {"errors"},
-    "delivery": {"errors", "shard_optimizer"}, "persistence": {"errors"},
+    "delivery": {"errors", "shard_optimizer"}, "persistence": {"advice", "errors"},
     "order": {"agree", "bucket", "mpi"},
     "variants": {"compressor", "exchange", "systems"},
     "reducer": {"", "advice", "agree", "amp", "bucket", "delay", "delivery", "exchange", "kernels",
                 "mpi", "order", "persistence", "plan", "receipt", "systems"} | BASE,
 }
-TORCH = {"reducer", "order", "persistence", "delivery", "shard_optimizer", "bucket", "broadcast", "plan", "nn", "ddp",
-         "bench", "amp", "process_group", "checkpoint", "repartition"}
+TORCH = {"reducer", "order", "persistence", "delivery", "shard_optimizer", "bucket", "broadcast",
+         "plan", "nn", "ddp", "bench", "amp", "process_group", "checkpoint", "repartition"}
 MPI = {"exchange", "mpi", "reducer", "order", "delivery", "broadcast", "cli", "bench", "ddp",
        "process_group", "signals"}
 CUPY = {"device.py", "staging.py"}

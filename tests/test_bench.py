@@ -1,4 +1,4 @@
-"""What `mpicomp bench step` books: the stages of a step add up to it, and the picture shows them."""
+"""What `mpicomp bench step` books: stages that add up to a step, and the picture of them."""
 
 import pytest
 
