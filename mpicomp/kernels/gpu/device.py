@@ -60,7 +60,8 @@ def signatures() -> dict:
 
 def address(array) -> int:
     """Where a device array lies."""
-    return array.__cuda_array_interface__["data"][0]
+    memory = getattr(array, "data", None)  # CuPy's short way
+    return array.__cuda_array_interface__["data"][0] if memory is None else memory.ptr
 
 
 def arguments(name, given):
