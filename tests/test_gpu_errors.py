@@ -96,7 +96,7 @@ def test_kernels_that_cannot_be_compiled(found):
         raise RuntimeError("CuPy failed to load libnvrtc.so.12")
 
     found(cupy(RawModule=module))
-    with pytest.raises(DeviceError, match="cannot be compiled.*libnvrtc.so.12.*CuPy 14.2.0.*cuda12"):
+    with pytest.raises(DeviceError, match="cannot be compiled.*libnvrtc.so.12.*14.2.0.*cuda12"):
         device.current().launch("write_count", 1, None, None)
 
 
