@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -130,8 +131,18 @@ def carry_out(experiment, seeds):
         lines.append(describe(line, rates[line.label], losses.get(line.label), results))
     kept = {**about(experiment, len(seeds)), "lines": lines}
     path = RESULTS / f"reproduce-{experiment.name}.json"
-    path.write_text(json.dumps(kept, indent=1) + "\n")
+    kept = without_nan(kept)
+    path.write_text(json.dumps(kept, indent=1, allow_nan=False) + "\n")
     return kept
+
+
+def without_nan(found):
+    """The same with None for NaN and Inf, which JSON does not have: a loss that diverged."""
+    if isinstance(found, dict):
+        return {key: without_nan(value) for key, value in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [without_nan(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def describe(line, rate, losses, results):

@@ -2,7 +2,7 @@
 
 import json
 import re
-from math import prod
+from math import nan, prod
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,10 +18,11 @@ def table(kept):
            "| bytes/step | ratio |")
     yield "|---|---|---|---|---|---|---|"
     for line in kept["lines"]:
+        lost = line["loss"].count(None)
+        loss = f"{lost} of {len(line['loss'])} diverged" if lost else f"{line['loss_mean']:.3f}"
         yield (f"| {line['label']} | {line['ranks']} | {line['learning_rate']:g} "
                f"| {line['accuracy_mean']:.2f} ± {line['accuracy_half_width']:.2f} "
-               f"| {line['loss_mean']:.3f} | {line['bytes_per_step']:,.0f} "
-               f"| {line['ratio']:.1f} |")
+               f"| {loss} | {line['bytes_per_step']:,.0f} | {line['ratio']:.1f} |")
 
 
 def style():
@@ -78,7 +79,8 @@ def losses(axes, lines):
     """Training loss against the step, lines on 4 ranks only."""
     for i, line in enumerate(lines):
         if line["ranks"] == 4:
-            steps, values = zip(*line["curve"])
+            steps, values = zip(*((step, nan if loss is None else loss)
+                                  for step, loss in line["curve"]))
             axes.plot(steps, values, color=COLOURS[i % len(COLOURS)], linewidth=1.5,
                       label=line["label"])
     axes.set(yscale="log", xlabel="step")

@@ -96,6 +96,15 @@ def fake(steps=(50, 100)):
                 config={"method": "dense"}, shapes={})
 
 
+def test_what_diverged_is_said_and_the_file_is_strict_json():
+    lost = fake() | {"loss": math.nan}
+    line = evidence.describe(experiments.Line("x", "dense"), 1.0, {1.0: math.inf}, [fake(), lost])
+    kept = evidence.without_nan(dict(data="mnist5k", seeds=2, lines=[line]))
+    json.dumps(kept, allow_nan=False)
+    assert kept["lines"][0]["searched"] == {1.0: None}
+    assert "1 of 2 diverged" in list(report.table(kept))[-1]
+
+
 def test_a_page_is_brought_up_to_date_where_its_marks_are(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     line = experiments.Line("dense", "dense")
