@@ -48,10 +48,11 @@ def _bench_commands(parser):
     codec = kinds.add_parser("kernels", help="what each codec costs, against memcpy; one process")
     codec.add_argument("--elements", type=lambda text: int(float(text)), default=25_030_656,
                        metavar="N")
-    codec.add_argument("--backend", help="reference or cpu (default: the fastest)")
+    codec.add_argument("--backend", help="reference or cpu (default: all that are here)")
     codec.add_argument("--only", default="", help="methods whose name holds this")
     codec.add_argument("--rounds", type=int, default=15, help="turns of each case")
     codec.add_argument("--json", metavar="FILE", help="write the figures there")
+    codec.add_argument("--plot", metavar="FILE", help="draw the ratios there (matplotlib)")
     codec.set_defaults(run=bench, methods=())
     for kind, rounds in ((allreduce, 10), (step, 5)):
         kind.add_argument("--methods", nargs="+", metavar="SPEC",
@@ -71,7 +72,8 @@ def bench(options) -> int:
     if options.kind == "kernels":
         from mpicomp.bench import kernels
 
-        result = kernels.run(options.elements, options.rounds, options.backend, options.only)
+        result = kernels.run(options.elements, options.rounds, options.backend, options.only,
+                             options.plot)
         if options.json:
             timing.write_json(options.json, {**timing.surroundings(), **result})
         return 0

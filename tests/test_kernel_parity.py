@@ -6,6 +6,8 @@ Whole compressors follow, over layouts. Buffers have guards on both sides and be
 addresses.
 """
 
+import subprocess
+import sys
 from types import FunctionType
 
 import material
@@ -368,3 +370,17 @@ def test_what_does_not_fit_goes_to_the_reference():
     assert cpu.strom_encode(gaps, 3.0, True, data) == 4 * 8
     with pytest.raises(ValueError, match="without gaps"):
         cpu.strom_encode_owed(gaps, gaps, gaps, 3.0, True, data)
+
+
+@pytest.mark.parametrize("variable, vectors, threads", [("", None, 1), ("MPICOMP_AVX2=0", 0, 1),
+                                                        ("OMP_NUM_THREADS=3", None, 3)])
+def test_the_environment_chooses_instructions_and_threads(variable, vectors, threads, monkeypatch):
+    monkeypatch.delenv("MPICOMP_AVX2", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv(*variable.split("="))
+    program = ("from mpicomp.kernels import cpu; print(cpu.vectors(), cpu.threads(), "
+               "cpu.vectors(9))")
+    out = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True)
+    found = [int(word) for word in out.stdout.split()]
+    assert found[:2] == [found[2] if vectors is None else vectors, threads]

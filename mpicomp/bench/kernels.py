@@ -2,8 +2,10 @@
 
 encode is what a step asks of the compressor: owed + gradient, selection or quantisation, packing
 and the new residual, where the method has one; measure what ranks agree on first; decode the sum of
-four peers' packets. memcpy takes turns with each of them; ratio = memcpy / case.
+four peers' packets. memcpy takes turns with each of them; ratio = memcpy / case, turn by turn.
 """
+
+from time import perf_counter
 
 import numpy as np
 
@@ -13,10 +15,12 @@ from mpicomp.layout import Layout
 from mpicomp.philox import Key
 
 PEERS = 4
-CASES = (("strom:tau=3.3", "vector"), ("dropping:rate=0.999", "vector"), ("onebit", "1024 rows"),
-         ("onebit", "4096 rows"), ("terngrad", "vector"), ("dorefa:bits=4", "vector"),
-         ("dryden", "1024 rows"), ("adacomp:bin=512", "vector"), ("adacomp:bin=64", "vector"),
-         ("fp16", "vector"), ("bf16", "vector"), ("dense", "vector"))
+CASES = (("strom:tau=3.3", "vector"), ("dropping:rate=0.999", "vector"), ("onebit", "256 rows"),
+         ("onebit", "1024 rows"), ("onebit", "4096 rows"), ("terngrad", "vector"),
+         ("dorefa:bits=4", "vector"), ("dryden", "1024 rows"), ("adacomp:bin=512", "vector"),
+         ("adacomp:bin=64", "vector"), ("fp16", "vector"), ("bf16", "vector"), ("dense", "vector"))
+SMALL, FEW = 2**18, 3  # elements and rounds for the reference, which is meant to be slow
+HEAD = ("", "", "bytes", "ms", "quartiles", "GB/s", "ratio", "quartiles")
 
 
 class Case:
@@ -57,33 +61,121 @@ class Case:
         return found
 
 
-def run(n, rounds, backend=None, only="") -> dict:
-    """{"cases": {label: {what: {...}}}}; prints a table."""
-    kernels.use(backend)
-    name = next(k for k, v in kernels.backends().items() if v is kernels.of(None))
+class Memcpy:
+    """Copies an array of n elements; the time is told for `part` of them."""
+
+    def __init__(self, n, rng):
+        self.source, self.target = rng.standard_normal(n, np.float32), np.ones(n, np.float32)
+
+    def of(self, part):
+        """A contender for `in_turn`."""
+        def copy():
+            start = perf_counter()
+            np.copyto(self.target, self.source)
+            return (perf_counter() - start) * part / self.source.size
+
+        return copy
+
+
+def time_case(case, memcpy, rounds):
+    """({what: figures}, [warning or None, ...]) of one case."""
+    figures, warnings, n = {}, [], case.layout.size
+    for what, action in case.actions().items():
+        turns = {"memcpy": memcpy.of(n), what: lambda action=action: action() and None}
+        in_turn(turns, min(rounds, 2))
+        seconds = in_turn(turns, rounds)
+        time = summary(seconds[what])
+        figures[what] = {"seconds": time, "gigabytes_per_second": 4e-9 * n / time["median"],
+                         "ratio_to_memcpy": ratios(seconds["memcpy"], seconds[what])}
+        warnings.append(noise_warning(seconds))
+    return figures, warnings
+
+
+def run_backend(name, n, rounds, only, memcpy):
+    """({"elements", "rounds", "cases"}, warnings) of one backend; prints a table."""
+    kernels.use(name)
     rng = np.random.default_rng(0)
-    source, target = rng.standard_normal(n, np.float32), np.ones(n, np.float32)
-    figures, rows, warnings = {}, [], []
+    cases, rows, warnings = {}, [], []
     for spec, shape in CASES:
         if only not in spec:
             continue
         case = Case(spec, shape, n, rng)
         size = sum(packet.size for packet in case.packets) // PEERS
-        figures[case.label] = {"bytes": size}
-        for what, action in case.actions().items():
-            turns = {"memcpy": lambda: np.copyto(target, source),
-                     what: lambda action=action: action() and None}
-            in_turn(turns, 2)
-            seconds = in_turn(turns, rounds)
-            ratio, time = ratios(seconds["memcpy"], seconds[what]), summary(seconds[what])
-            figures[case.label][what] = {"seconds": time, "ratio_to_memcpy": ratio}
-            warnings.append(noise_warning(seconds))
-            rows.append((case.label, what, f"{size:,}", f"{1e3 * time['median']:.2f}",
-                         f"{1e3 * time['low']:.2f} .. {1e3 * time['high']:.2f}",
-                         f"{4e-9 * n / time['median']:.1f}", f"{ratio['median']:.2f}",
-                         f"{ratio['low']:.2f} .. {ratio['high']:.2f}"))
-    print(f"{n:,} elements, backend {name}; ratio = memcpy / case, in turn")
-    print(table(("", "", "bytes", "ms", "quartiles", "GB/s", "ratio", "quartiles"), rows))
+        figures, noise = time_case(case, memcpy, rounds)
+        cases[case.label] = {"bytes": size, **figures}
+        warnings += noise
+        rows += [row(case.label, what, size, found) for what, found in figures.items()]
+    small = "" if n == memcpy.source.size else (
+        f" (a small array: memcpy is that of {memcpy.source.size:,} elements, an element)")
+    print(f"{n:,} elements, backend {name}{small}; ratio = memcpy / case, in turn")
+    print(table(HEAD, rows))
+    return {"elements": n, "rounds": rounds, "small": bool(small), "cases": cases}, warnings
+
+
+def row(label, what, size, figures):
+    """One line of the table."""
+    time, ratio = figures["seconds"], figures["ratio_to_memcpy"]
+    return (label, what, f"{size:,}", f"{1e3 * time['median']:.2f}",
+            f"{1e3 * time['low']:.2f} .. {1e3 * time['high']:.2f}",
+            f"{figures['gigabytes_per_second']:.2f}", f"{ratio['median']:.2f}",
+            f"{ratio['low']:.2f} .. {ratio['high']:.2f}")
+
+
+def run(n, rounds, backend=None, only="", plot=None) -> dict:
+    """{"backends": {name: {"elements", "rounds", "small", "cases": {label: {what: {...}}}}}}.
+
+    Every backend that is present, or the one named, the fastest first; `plot` is a file for a
+    picture, which needs matplotlib. Raises SpecError for a backend that is not here.
+    """
+    if backend:
+        kernels.use(backend)
+    memcpy, found, warnings = Memcpy(n, np.random.default_rng(1)), {}, []
+    for name in [backend] if backend else list(kernels.backends())[::-1]:
+        size, turns = (min(n, SMALL), min(rounds, FEW)) if name == "reference" else (n, rounds)
+        found[name], noise = run_backend(name, size, turns, only, memcpy)
+        warnings += noise
+    kernels.use(None)
     if any(warnings):
         print(next(filter(None, warnings)))
-    return {"elements": n, "backend": name, "rounds": rounds, "cases": figures}
+    if plot:
+        draw(found, plot)
+    return {"elements": n, "rounds": rounds, "threads": _threads(), "noisy": any(warnings),
+            "backends": found}
+
+
+def _threads():
+    cpu = kernels.backends().get("cpu")
+    return cpu.threads() if cpu else 1
+
+
+def draw(backends, path):
+    """A picture of the ratios to memcpy, encode and decode; says so where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: matplotlib is missing; type: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = ("encode", f"decode {PEERS}")
+    figure, axes = pyplot.subplots(1, len(kinds), sharey=True, figsize=(10, 5))
+    for axis, what in zip(axes, kinds):
+        for number, (name, found) in enumerate(backends.items()):
+            ratio = [case[what]["ratio_to_memcpy"] for case in found["cases"].values()]
+            places = [i + 0.4 * number for i in range(len(ratio))]
+            middle = [r["median"] for r in ratio]
+            spread = [[r["median"] - r["low"] for r in ratio],
+                      [r["high"] - r["median"] for r in ratio]]
+            axis.barh(places, middle, 0.38, xerr=spread,
+                      label=name + (" (small array)" if found["small"] else ""))
+        labels = list(next(iter(backends.values()))["cases"])
+        axis.set_yticks(range(len(labels)), labels)
+        axis.axvline(1, color="gray", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_xlabel(f"{what}: memcpy's time / this time")
+    axes[0].invert_yaxis()
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    print(f"picture: {path}")

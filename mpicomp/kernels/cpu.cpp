@@ -15,6 +15,7 @@
 #include "cpp/dorefa.h"
 #include "cpp/dropping.h"
 #include "cpp/dryden.h"
+#include "cpp/dryden_columns.h"
 #include "cpp/onebit_column.h"
 #include "cpp/onebit_decode.h"
 #include "cpp/onebit_encode.h"

@@ -152,8 +152,8 @@ template <class T> struct Reader {
     i64 next = 0, start = 0, last = -1;  // entry; first element of its bin; element before it
     u64 wrong = 0;                       // not 0: entries that no encoder wrote
 
-    // out[i] += +-quantum for the elements named below `stop`.
-    void add(float* out, i64 stop) {
+    // Adds +-quantum to the elements named below `stop`; out[0] is element `at`.
+    void add(float* out, i64 at, i64 stop) {
         Reader r = *this;  // in registers
         const float level[2] = {-quantum, quantum};  // a table: signs are hard to predict
         for (; r.next < r.count; r.next++) {
@@ -166,7 +166,7 @@ template <class T> struct Reader {
             }
             if (i >= stop) break;
             r.wrong |= (field >= r.size) | (i <= r.last);
-            out[i] += level[entry & 1];
+            out[i - at] += level[entry & 1];
             r.last = i;
             r.start += r.size & -end;
         }
@@ -255,11 +255,9 @@ i64 adacomp_decode(const u8* const* data, const i64* counts, const float* scales
                    i64 size, float weight, float* out, i64 n, bool fresh) {
     std::vector<Reader<T>> all;
     for (i64 p = 0; p < packets; p++) all.push_back({data[p], counts[p], size, weight * scales[p]});
-    for (i64 at = 0; at < n; at += CHUNK) {
-        const i64 stop = std::min(n, at + CHUNK);
-        if (fresh) std::fill(out + at, out + stop, 0.0f);
-        for (auto& reader : all) reader.add(out, stop);
-    }
+    sum_chunks(out, 0, n, fresh, n >= stream_from, [&](i64 at, i64 stop, float* to) {
+        for (auto& reader : all) reader.add(to, at, stop);
+    });
     const auto right = [](const Reader<T>& reader) { return reader.right(); };
     return std::all_of(all.begin(), all.end(), right) ? 0 : INVALID;
 }

@@ -109,6 +109,11 @@ inline i64 until_aligned(const float* to, i64 n) {
     return std::min<i64>(n, (32 - reinterpret_cast<uintptr_t>(to) % 32) % 32 / 4);
 }
 
+// Elements until `to` lies at the next cache line.
+inline i64 until_line(const float* to, i64 n) {
+    return std::min<i64>(n, (64 - reinterpret_cast<uintptr_t>(to) % 64) % 64 / 4);
+}
+
 #if HAVE_AVX2
 AVX2 inline void store(float* to, __m256 v, bool stream) {
     if (stream) _mm256_stream_ps(to, v);
@@ -131,17 +136,25 @@ void copy(const float* from, float* to, i64 n, bool stream) {
     std::memcpy(to, from, 4 * n);
 }
 
-// What decode(packet, begin, count, out) adds, summed over packets. If `fresh`, `out` starts from
-// zero and is written once: the sum of a chunk is made in cache, packet after packet.
+// add(at, stop, to) for one chunk after the other of elements begin ... end - 1, where to[0] is
+// element `at` of `out`. If `fresh`, that is a chunk of zeros in cache, which then goes to `out`.
+template <class A>
+void sum_chunks(float* out, i64 begin, i64 end, bool fresh, bool stream, const A& add) {
+    alignas(64) float chunk[CHUNK];
+    for (i64 at = begin; at < end; at += CHUNK) {
+        const i64 stop = std::min(end, at + CHUNK);
+        if (fresh) std::fill(chunk, chunk + (stop - at), 0.0f);
+        add(at, stop, fresh ? chunk : out + at);
+        if (fresh) copy(chunk, out + at, stop - at, stream);
+    }
+}
+
+// What decode(packet, begin, count, out) adds, summed over packets, in chunks.
 template <class D> void add_packets(i64 packets, float* out, i64 n, bool fresh, const D& decode) {
     split(n, CHUNK, grain, [&](int, i64 begin, i64 end) {
-        alignas(64) float chunk[CHUNK];
-        for (i64 at = begin; at < end; at += CHUNK) {
-            const i64 count = std::min(CHUNK, end - at);
-            if (fresh) std::fill(chunk, chunk + count, 0.0f);
-            for (i64 p = 0; p < packets; p++) decode(p, at, count, fresh ? chunk : out + at);
-            if (fresh) copy(chunk, out + at, count, n >= stream_from);
-        }
+        sum_chunks(out, begin, end, fresh, n >= stream_from, [&](i64 at, i64 stop, float* to) {
+            for (i64 p = 0; p < packets; p++) decode(p, at, stop - at, to);
+        });
     });
 }
 

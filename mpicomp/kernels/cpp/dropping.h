@@ -82,11 +82,11 @@ API float mp_drop_cut(const float* grad, const float* owed, i64 n, i64 size, i64
     magnitudes.resize(size);
     i64 bins[1 << (31 - SHIFT)] = {};
     const i64 stride = n / size;
-    for (i64 k = 0; k < size; k++) {
+    for (i64 k = 0; k < size; k++) {  // no more than this: then many of them are on their way
         const i64 i = k * stride;
         magnitudes[k] = bits_of(std::fabs(owed ? owed[i] + grad[i] : grad[i]));
-        bins[magnitudes[k] >> SHIFT]++;
     }
+    for (u32 m : magnitudes) bins[m >> SHIFT]++;
     u32 bin = 0;
     for (; number >= bins[bin]; bin++) number -= bins[bin];
     rest.clear();
@@ -139,7 +139,11 @@ API i64 mp_drop_decode(const u8* const* data, const i64* sizes, i64 packets, flo
         halves[p] = sizes[p] / 2;
         if (!finite_bytes(data[p] + halves[p], halves[p] / 4)) return INVALID;
     }
-    return add_words<0>(data, halves.data(), packets, out, n, fresh, [&](i64 p, i64 k, i64, u32) {
-        return weight * get<float>(data[p] + halves[p] + 4 * k);
-    });
+    struct Value {
+        const u8* values;
+        float weight;
+        float operator()(i64 k, u32) const { return weight * get<float>(values + 4 * k); }
+    };
+    return add_words<0>(data, halves.data(), packets, out, n, fresh,
+                        [&](i64 p, i64) { return Value{data[p] + halves[p], weight}; });
 }

@@ -1,10 +1,7 @@
-// Dryden (version 2016): thresholds of each column from a sample, indices and signs, two means a
+// Dryden (version 2016): indices and signs of what is beyond a column's thresholds, two means a
 // column.
 #pragma once
 
-#include <functional>
-
-#include "philox.h"
 #include "sums.h"
 #include "words.h"
 
@@ -14,61 +11,36 @@ namespace {
 // Level k holds the sum so far of that block of 32**(k + 1) rows which was last added to.
 class SparseFold {
   public:
-    explicit SparseFold(i64 columns) : sums_(columns) {}
+    SparseFold(i64 rows, i64 columns) : heads_(columns) {
+        for (i64 blocks = rows; blocks > 32; blocks = (blocks + 31) / 32) levels_++;
+        sums_.resize(columns * levels_);
+    }
 
     void add(i64 row, i64 column, float v) {
-        Sums& s = sums_[column];
-        u32 block = u32(row >> 5);
-        for (int level = 0; block != s.block[level]; level++, block >>= 5) {
-            s.sum[level + 1] += s.sum[level];
-            s.sum[level] = 0;
-            s.block[level] = block;
-        }
-        s.sum[0] += v;
-        s.count++;
+        Head& head = heads_[column];
+        float* sum = &sums_[column * levels_];
+        u32 block = u32(row >> 5), before = head.block;
+        head.block = block;
+        for (; block != before; block >>= 5, before >>= 5, sum++) sum[1] += sum[0], sum[0] = 0;
+        sums_[column * levels_] += v;
+        head.count++;
     }
 
     float mean(i64 column) {
-        Sums& s = sums_[column];
-        for (int level = 0; level + 1 < LEVELS; level++) s.sum[level + 1] += s.sum[level];
-        return s.sum[LEVELS - 1] / float(std::max<u32>(s.count, 1));
+        float* sum = &sums_[column * levels_];
+        for (i64 level = 0; level + 1 < levels_; level++) sum[level + 1] += sum[level];
+        return sum[levels_ - 1] / float(std::max<u32>(heads_[column].count, 1));
     }
 
   private:
-    static constexpr int LEVELS = 7;  // 2**31 rows and more
-    struct Sums {
-        u32 block[LEVELS] = {};
-        float sum[LEVELS] = {};
-        u32 count = 0;
+    struct Head {
+        u32 block = 0, count = 0;
     };
 
-    std::vector<Sums> sums_;
+    i64 levels_ = 1;
+    std::vector<Head> heads_;
+    std::vector<float> sums_;  // the levels of a column stand together
 };
-
-// Number `keep` from the outside of `count` negative (or non-negative) values, where `keep` is one
-// in `proportion` of them and at least one; infinite where there are none.
-float dryden_cut(float* values, i64 count, i64 proportion, bool negative) {
-    if (!count) return negative ? -INFINITY : INFINITY;
-    float* const place = values + std::max<i64>(1, count / proportion) - 1;
-    float* const end = values + count;
-    if (place == values) return negative ? *std::min_element(values, end)
-                                         : *std::max_element(values, end);
-    if (negative) std::nth_element(values, place, end);
-    else std::nth_element(values, place, end, std::greater<float>());
-    return *place;
-}
-
-// The rows that are looked at in `columns` columns from `first` on, and their memory on its way.
-void dryden_draw(const float* base, const float* grad, i64 rows, i64 pitch, i64 first, i64 columns,
-                 i64 count, const u32* words, i64* element) {
-    for (i64 c = 0; c < columns; c++)
-        for (i64 k = 0; k < count; k++, element++) {
-            const i64 row = words ? i64(u64(words[c * count + k]) * u64(rows) >> 32) : k;
-            *element = row * pitch + first + c;
-            __builtin_prefetch(base + *element, 0, 2);
-            if (grad) __builtin_prefetch(grad + *element, 0, 2);
-        }
-}
 
 // What one scan reads and writes: v = base + grad, written to `out`, or v = base where it is null.
 struct Scan {
@@ -148,51 +120,20 @@ void dryden_scan(const Scan& s, i64 row, i64 first, i64 begin, i64 end, const fl
     dryden_plain<COLUMNS>(s, row, first, begin, end, lower, upper, found);
 }
 
-// The mean of a word's sign and column; columns = 1 spares the division.
-inline i64 dryden_mean(u32 word, u32 columns) {
-    return i64(word & 1) * columns + (columns == 1 ? 0 : (word >> 1) % columns);
-}
+// Finds the mean of a word's sign and column. Words ascend, so most lie in the row of the one
+// before, which spares the division.
+struct Means {
+    const float* means;  // of negative values, then of positive ones
+    i64 columns, row = 0;  // the first element of the row
+
+    float operator()(i64, u32 word) {
+        const i64 index = word >> 1;
+        if (index - row >= columns || index < row) row = index / columns * columns;
+        return means[i64(word & 1) * columns + index - row];
+    }
+};
 
 }  // namespace
-
-// Thresholds of each column of base + grad (base, if `grad` is null), from `sample` draws a column
-// or, if that is 0, from all its rows. Cache line after cache line of columns: while one is looked
-// at, the next is fetched.
-API void mp_dryden_columns(const float* base, const float* grad, i64 rows, i64 columns,
-                           i64 proportion, i64 sample, u64 seed, u32 rank, u32 step, u32 bucket,
-                           i64 start, float* lower, float* upper) {
-    constexpr i64 LINE = 16;
-    const Philox key{bucket, step, rank, u32(seed), u32(seed >> 32)};
-    const i64 count = sample ? sample : rows;
-    split(columns, LINE, grain / count, [&](int, i64 begin, i64 end) {
-        std::vector<u32> room(sample * LINE + 8);
-        std::vector<i64> elements(LINE * count), next(LINE * count);
-        std::vector<float> negative(count + 1), positive(count + 1);
-        const auto draw = [&](i64 c) {
-            const i64 some = std::min(LINE, end - c);
-            const u32* words = nullptr;
-            if (sample) words = philox_words(key, start + c * sample, some * sample, room.data());
-            dryden_draw(base, grad, rows, columns, c, some, count, words, next.data());
-        };
-        if (begin < end) draw(begin);
-        for (i64 first = begin; first < end; first += LINE) {
-            elements.swap(next);
-            if (first + LINE < end) draw(first + LINE);
-            const i64* element = elements.data();
-            for (i64 c = first; c < std::min(end, first + LINE); c++) {
-                i64 below = 0, above = 0;
-                for (i64 k = 0; k < count; k++, element++) {
-                    const float v = grad ? base[*element] + grad[*element] : base[*element];
-                    negative[below] = positive[above] = v;
-                    below += v < 0;
-                    above += !(v < 0);
-                }
-                lower[c] = dryden_cut(negative.data(), below, proportion, true);
-                upper[c] = dryden_cut(positive.data(), above, proportion, false);
-            }
-        }
-    });
-}
 
 // uint32 count, float32 means[2][columns], uint32 words index << 1 | positive of base (`out` null),
 // or of base + grad, of which what is still owed goes to `out`. Returns the bytes; INVALID if there
@@ -207,7 +148,7 @@ API i64 mp_dryden_encode(const float* base, const float* grad, float* out, i64 r
     }
     const i64 n = rows * columns, head = 4 + 8 * columns;
     const Scan scan{base, grad, out, out && out != base && n >= stream_from};
-    SparseFold sums(2 * columns);
+    SparseFold sums(rows, 2 * columns);
     Found found{data + head, columns, sums};
     if (columns == 1) dryden_scan<false>(scan, 0, 0, 0, n, low.data(), up.data(), found);
     for (i64 row = 0; row < rows && columns > 1; row++) {
@@ -224,10 +165,11 @@ API i64 mp_dryden_encode(const float* base, const float* grad, float* out, i64 r
     if (!out) return found.words - data;
     if (!finite(means.data(), 2 * columns)) return INVALID;
     for (float& mean : means) mean *= -1.0f;
+    Means mean{means.data(), columns};
     for (const u8* at = data + head; at < found.words; at += 4) {
         const u32 word = get<u32>(at);
         if (at + 64 < found.words) __builtin_prefetch(out + (get<u32>(at + 64) >> 1), 1);
-        out[word >> 1] += means[dryden_mean(word, u32(columns))];
+        out[word >> 1] += mean(0, word);
     }
     return found.words - data;
 }
@@ -248,7 +190,7 @@ API i64 mp_dryden_decode(const u8* const* data, const i64* sizes, i64 packets, i
             means[2 * columns * p + k] = get<float>(data[p] + 4 + 4 * k) * weight;
     }
     return add_words(words.data(), bytes.data(), packets, out, n, fresh,
-                     [&](i64 p, i64, i64, u32 word) {
-                         return means[2 * columns * p + dryden_mean(word, u32(columns))];
+                     [&](i64 p, i64 begin) {
+                         return Means{&means[2 * columns * p], columns, begin / columns * columns};
                      });
 }

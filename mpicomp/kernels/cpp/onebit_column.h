@@ -27,19 +27,16 @@ AVX2 inline void transpose(__m256 a[8]) {
 
 // Eight blocks of 32 consecutive elements of a single column; lane k of the sums is block k.
 template <bool OWED>
-AVX2 void onebit_blocks_avx2(const float* grad, const float* owed, float* v, Block& b) {
+AVX2 void onebit_blocks_avx2(const Matrix& m, i64 first, Block& b) {
     const __m256 zero = _mm256_setzero_ps();
     __m256 up = zero, low = zero;
     std::fill(b.word, b.word + 8, 0);
     for (int k = 0; k < 32; k += 8) {
         __m256 a[8];
         for (int i = 0; i < 8; i++) {
-            const i64 at = 32 * i + k;
-            a[i] = _mm256_loadu_ps(grad + at);
-            if (OWED) {
-                a[i] = _mm256_add_ps(_mm256_loadu_ps(owed + at), a[i]);
-                _mm256_storeu_ps(v + at, a[i]);
-            }
+            const i64 at = first + 32 * i + k;
+            a[i] = _mm256_loadu_ps(m.grad + at);
+            if (OWED) a[i] = _mm256_add_ps(_mm256_loadu_ps(m.owed + at), a[i]);
             const int bits = _mm256_movemask_ps(_mm256_cmp_ps(a[i], zero, _CMP_GE_OQ));
             b.word[i] |= u32(bits) << k;
         }
@@ -66,28 +63,24 @@ float fold_vector(std::vector<float>& v) {
     return v.empty() ? 0.0f : v[0];
 }
 
-// v = owed + grad is kept in `out`.
 i64 onebit_column(const float* grad, const float* owed, float* out, i64 rows, u8* data) {
     thread_local std::vector<float> positive, negative;  // the sums of blocks of 32
     positive.resize((rows + 31) / 32);
     negative.resize((rows + 31) / 32);
+    const Matrix m{grad, owed, out, rows, 1, owed && out != owed && rows >= stream_from};
     Block b;
     i64 count = 0;
     for (i64 row = 0; row < rows;) {
-        const float* more = owed ? owed + row : nullptr;
-        float* v = owed ? out + row : nullptr;
+        const i64 left = std::min<i64>(256, rows - row);
         int blocks = 1;
 #if HAVE_AVX2
-        if (avx2 && rows - row >= 256) {
+        if (avx2 && left == 256) {
             blocks = 8;
-            (owed ? onebit_blocks_avx2<true> : onebit_blocks_avx2<false>)(grad + row, more, v, b);
+            (owed ? onebit_blocks_avx2<true> : onebit_blocks_avx2<false>)(m, row, b);
         }
 #endif
-        if (blocks == 1) {
-            b.word[0] = 0, b.positive[0] = b.negative[0] = 0;
-            onebit_rows_plain({grad + row, more, v, 1, 1, 0, 1}, 0,
-                              int(std::min<i64>(32, rows - row)), 0, b);
-        }
+        if (blocks == 1)
+            onebit_rows_plain(m, row, int(std::min<i64>(32, left)), 0, 1, b);
         i64 bits[8] = {};
         count_bits(b.word, blocks, bits);
         for (int k = 0; k < blocks; k++) count += bits[k];
@@ -106,8 +99,7 @@ i64 onebit_column(const float* grad, const float* owed, float* out, i64 rows, u8
     std::fill(lower, lower + WIDEST, -1.0f * float(lower[0]));
     std::fill(upper, upper + WIDEST, -1.0f * float(upper[0]));
     for (i64 at = 0; at < rows; at += WIDEST)
-        onebit_settle(out + at, lower, upper, std::min(WIDEST, rows - at), out + at, false, nullptr,
-                      nullptr);
+        onebit_settle(m, at, std::min(WIDEST, rows - at), lower, upper, 0, 0);
     return 0;
 }
 

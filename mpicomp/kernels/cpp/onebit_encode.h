@@ -1,10 +1,11 @@
 // 1-bit SGD, encoding: two means a column and a bit an element.
 //
 // A matrix is cut into strips of columns, so narrow that a strip stays in cache between the pass
-// that adds up its columns and the one that subtracts the means. The second pass over a strip takes
-// turns with the first pass over the next one, block of 32 rows by block: while one computes, the
-// other's memory is on its way, because rows of a strip lie far apart and are fetched ahead by
-// hand.
+// that adds up its columns and the one that subtracts the means. The second pass goes up where the
+// first one went down: what was read last is met first. v = owed + grad is computed in both, which
+// takes less time than to keep it. Rows of a strip lie far apart and are fetched by hand: half of
+// the next strip during the second pass, the other half during its own first pass, so that memory
+// never waits.
 #pragma once
 
 #include "onebit_column.h"
@@ -12,69 +13,72 @@
 
 namespace {
 
-constexpr i64 SCRATCH = 1 << 19;       // floats of a strip that should stay in cache
-constexpr i64 MOST_SCRATCH = 1 << 21;  // of a strip that is worth it
+constexpr i64 STRIP = 1 << 16;     // elements of a strip that stays in cache
+constexpr i64 NARROWEST = 128;     // columns of a strip
+constexpr i64 LINE = 16;           // elements in a line of the cache
 
-// One thread's strips.
+// One thread's strips, of columns begin ... end - 1.
 class OneBit {
   public:
-    OneBit(i64 rows, i64 columns, float* out, bool stream, u8* data)
-        : rows_(rows), columns_(columns), out_(out), stream_(stream), data_(data) {}
+    OneBit(const Matrix& m, i64 begin, i64 end, u8* data)
+        : m_(m), begin_(begin), end_(end), data_(data) {}
 
-    // The first pass over a strip and the second one over the strip before it. False if there is
-    // `owed` and a mean is not finite.
-    bool add(const Strip& s) {
-        const i64 width = s.width;
+    // Both passes over columns first ... stop - 1; the next call is for columns from `stop` to
+    // `next` - 1. False if a mean that is needed is not finite.
+    bool add(i64 first, i64 stop, i64 next) {
+        const i64 width = stop - first;
         Fold<float> positive(memory_, width), negative(memory_ + LEVELS * WIDEST, width);
         std::fill(count_, count_ + width, 0);
-        for (i64 row = 0; row < rows_; row += 32) {
-            const int rows = int(std::min<i64>(32, rows_ - row));
-            settle(row, rows, &s);
-            std::fill(block_.positive, block_.positive + width, 0.0f);
-            std::fill(block_.negative, block_.negative + width, 0.0f);
-            std::fill(block_.word, block_.word + width, 0);
-            onebit_rows(s, row, rows, block_);
+        for (i64 row = 0; row < m_.rows; row += 32) {
+            const int rows = int(std::min<i64>(32, m_.rows - row));
+            const i64 ahead = (m_.rows + row) / 2 * m_.columns + first;
+            onebit_rows(m_, row * m_.columns + first, rows, width, ahead, block_);
             positive.add(block_.positive);
             negative.add(block_.negative);
             count_bits(block_.word, width, count_);
-            std::memcpy(data_ + 4 * (columns_ * (2 + row / 32) + s.first), block_.word, 4 * width);
+            std::memcpy(data_ + 4 * (m_.columns * (2 + row / 32) + first), block_.word, 4 * width);
         }
-        onebit_means(positive.result(), negative.result(), count_, rows_, width, lower_, upper_);
-        std::memcpy(data_ + 4 * s.first, lower_, 4 * width);
-        std::memcpy(data_ + 4 * (columns_ + s.first), upper_, 4 * width);
-        if (!s.owed) return true;
-        for (i64 c = 0; c < width; c++) lower_[c] *= -1.0f, upper_[c] *= -1.0f;
-        before_ = s;
-        return finite(lower_, width) && finite(upper_, width);
-    }
-
-    // The second pass over the last strip.
-    void finish() {
-        settle(0, rows_, nullptr);
-#if HAVE_AVX2
-        if (stream_) _mm_sfence();
-#endif
+        // the last columns before these stay in front of them
+        std::copy(lower_ + width_, lower_ + width_ + LINE, lower_);
+        std::copy(upper_ + width_, upper_ + width_ + LINE, upper_);
+        float *const lower = lower_ + LINE, *const upper = upper_ + LINE;
+        onebit_means(positive.result(), negative.result(), count_, m_.rows, width, lower, upper);
+        std::memcpy(data_ + 4 * first, lower, 4 * width);
+        std::memcpy(data_ + 4 * (m_.columns + first), upper, 4 * width);
+        if (!m_.owed) return true;
+        for (i64 c = 0; c < width; c++) lower[c] *= -1.0f, upper[c] *= -1.0f;
+        settle(first, stop, next);
+        return finite(lower, width) && finite(upper, width);
     }
 
   private:
     static constexpr int LEVELS = Fold<float>::LEVELS;
 
-    // out = v + mean in some rows of the strip before, while the same rows of `next` are fetched.
-    void settle(i64 row, i64 rows, const Strip* next) {
-        for (i64 r = row; r < row + rows && before_.width; r++) {
-            const i64 at = next ? r * next->pitch : 0;
-            onebit_settle(before_.v + r * before_.v_pitch, lower_, upper_, before_.width,
-                          out_ + r * columns_ + before_.first, stream_,
-                          next ? next->grad + at : nullptr, next ? next->owed + at : nullptr);
+    // The second pass, from one cache line of `out` to another: what is left of a row waits for
+    // the next columns.
+    void settle(i64 first, i64 stop, i64 next) {
+        for (i64 r = m_.rows - 1, k = 0; r >= 0; r--, k++) {
+            const i64 from = edge(r, first), to = edge(r, stop), c = from - first + LINE;
+            const i64 half = (next - stop) / 2, ahead = k / 2 * m_.columns + stop + k % 2 * half;
+            if (to > from)
+                onebit_settle(m_, r * m_.columns + from, to - from, lower_ + c, upper_ + c, ahead,
+                              half);
         }
+        width_ = stop - first;
     }
 
-    i64 rows_, columns_;
-    float* out_;
-    bool stream_;
+    // Where the line of `out` begins that column c of a row lies in.
+    i64 edge(i64 row, i64 c) const {
+        if (c == begin_ || c == end_) return c;
+        const float* at = m_.out + row * m_.columns + c;
+        return std::max<i64>(begin_, c - reinterpret_cast<uintptr_t>(at) / 4 % LINE);
+    }
+
+    const Matrix m_;
+    const i64 begin_, end_;
     u8* data_;
-    Strip before_ = {};
-    alignas(64) float lower_[WIDEST], upper_[WIDEST];
+    i64 width_ = 0;  // of the last call
+    alignas(64) float lower_[LINE + WIDEST], upper_[LINE + WIDEST];
     Block block_;
     i64 count_[WIDEST];
     float memory_[2 * LEVELS * WIDEST];
@@ -86,27 +90,20 @@ class OneBit {
 API i64 mp_onebit_encode(const float* grad, const float* owed, float* out, i64 rows, i64 columns,
                          u8* data) {
     if (columns == 1) return onebit_column(grad, owed, out, rows, data);
+    const bool stream = owed && out != owed && rows * columns >= stream_from;
+    const Matrix m{grad, owed, out, rows, columns, stream};
     i64 width = WIDEST;
-    if (owed && rows) width = std::min(WIDEST, std::max<i64>(64, SCRATCH / rows / 16 * 16));
-    const bool roomy = owed && rows * width <= MOST_SCRATCH;
-    if (owed && !roomy) width = WIDEST;
-    // strips end between cache lines of `out`
-    const i64 offset = reinterpret_cast<uintptr_t>(out) / 4 % 16;
-    const bool stream = roomy && rows * columns >= stream_from;
-    thread_local std::vector<float> scratch;
-    if (roomy) scratch.resize(std::max<size_t>(scratch.size(), threads * rows * width + 16));
-    float* const memory = scratch.data();
+    if (owed && rows) width = std::min(WIDEST, std::max(NARROWEST, STRIP / rows / LINE * LINE));
     std::atomic<bool> bad{false};
-    split(columns, 16, grain / std::max<i64>(rows, 1), [&](int part, i64 begin, i64 end) {
-        OneBit one(rows, columns, out, stream, data);
+    split(columns, LINE, grain / std::max<i64>(rows, 1), [&](int, i64 begin, i64 end) {
+        OneBit one(m, begin, end, data);
         for (i64 first = begin, stop; first < end; first = stop) {
-            stop = std::min(end, (first + offset + width) / 16 * 16 - offset);
-            Strip s{grad + first, owed ? owed + first : nullptr, memory + part * rows * width,
-                    columns, width, first, stop - first};
-            if (owed && !roomy) s.v = out + first, s.v_pitch = columns;
-            if (!one.add(s)) bad = true;
+            stop = std::min(end, first + width);
+            if (!one.add(first, stop, std::min(end, stop + width))) bad = true;
         }
-        one.finish();
+#if HAVE_AVX2
+        if (stream) _mm_sfence();
+#endif
     });
     return bad ? INVALID : 0;
 }

@@ -5,120 +5,164 @@
 
 namespace {
 
-constexpr i64 WIDEST = 1024;           // columns of a strip
+constexpr i64 WIDEST = 1024;  // columns of a strip
 
-// A strip of columns: v = owed + grad of its rows is kept, in scratch or in `out`. `grad`, `owed`,
-// `v` point at row 0. `owed` may be null: then v = grad, and nothing is kept.
-struct Strip {
+// v = owed + grad is encoded, and what is still owed goes to `out`. `owed` and `out` may be null:
+// then v = grad, and nothing is owed.
+struct Matrix {
     const float *grad, *owed;
-    float* v;
-    i64 pitch, v_pitch, first, width;  // from row to row, of grad and owed and of v; columns
+    float* out;
+    i64 rows, columns;
+    bool stream;  // is `out` written past the caches
+
+    float v(i64 i) const { return owed ? owed[i] + grad[i] : grad[i]; }
 };
 
-// What is summed over a block of 32 rows: one word of bits a column, and the two sums. (The gaps
-// keep the same column of all three out of each other's way in the cache.)
+// What is summed over a block of up to 32 rows: one word of bits a column, and the two sums. (The
+// gaps keep the same column of all three out of each other's way in the cache.)
 struct Block {
     alignas(64) float positive[WIDEST + 16], negative[WIDEST + 16];
     alignas(64) u32 word[WIDEST];
 };
 
-// `rows` rows from `row` on, the first of which is bit `first` of the block; columns from `from`
-// on.
-void onebit_rows_plain(const Strip& s, i64 row, int rows, i64 from, Block& b) {
-    for (int r = 0; r < rows; r++) {
-        const i64 at = (row + r) * s.pitch;
-        for (i64 c = from; c < s.width; c++) {
-            const float v = s.owed ? s.owed[at + c] + s.grad[at + c] : s.grad[at + c];
-            if (s.owed) s.v[(row + r) * s.v_pitch + c] = v;
+// Columns from ... width - 1 of `rows` rows, the first of which begins at element `at`.
+void onebit_rows_plain(const Matrix& m, i64 at, int rows, i64 from, i64 width, Block& b) {
+    std::fill(b.positive + from, b.positive + width, 0.0f);
+    std::fill(b.negative + from, b.negative + width, 0.0f);
+    std::fill(b.word + from, b.word + width, 0);
+    for (int r = 0; r < rows; r++, at += m.columns)
+        for (i64 c = from; c < width; c++) {
+            const float v = m.v(at + c);
             const bool bit = v >= 0;
             b.word[c] |= u32(bit) << r;
             b.positive[c] += bit ? v : 0.0f;
             b.negative[c] += bit ? 0.0f : v;
         }
+}
+
+// out = v + (v >= 0 ? upper : lower) for `n` elements of a row.
+void onebit_settle_plain(const Matrix& m, i64 at, i64 n, const float* lower, const float* upper) {
+    for (i64 i = 0; i < n; i++) {
+        const float v = m.v(at + i);
+        m.out[at + i] = v + (v >= 0 ? upper[i] : lower[i]);
     }
 }
 
-// out = v + (v >= 0 ? upper : lower) for one row.
-void onebit_settle_plain(const float* v, const float* lower, const float* upper, i64 width,
-                         float* out) {
-    for (i64 c = 0; c < width; c++) out[c] = v[c] + (v[c] >= 0 ? upper[c] : lower[c]);
-}
-
 #if HAVE_AVX2
-constexpr int AHEAD = 8;  // rows to fetch in advance
-constexpr int ROWS = 4;   // rows to add up in registers
+// Bit r in each lane.
+struct Places {
+    alignas(32) u32 bit[32][8];
 
-// COUNT rows, 8 columns after 8 columns; the sums stay in registers from row to row.
-template <bool OWED, int COUNT>
-AVX2 inline void onebit_few_rows(const Strip& s, i64 row, int first, i64 width, Block& b) {
+    constexpr Places() : bit() {
+        for (int r = 0; r < 32; r++)
+            for (int lane = 0; lane < 8; lane++) bit[r][lane] = u32(1) << r;
+    }
+};
+constexpr Places PLACES;
+
+// Asks for what a strip will read next, a line at a time, row after row: in any other order the
+// memory unit would not see that lines are neighbours.
+struct Ahead {
+    const float* at;
+    i64 width, pitch, column = 0;
+
+    AVX2 inline void line() {
+        _mm_prefetch(at + column, _MM_HINT_T1);
+        column += 16;
+        const bool end = column >= width;
+        column = end ? 0 : column;
+        at += end ? pitch : 0;
+    }
+};
+
+// 8 * VECTORS columns from `at` on, all rows of the block; the sums stay in registers. max(v, 0)
+// and min(0, v) are what `plain` adds: 0 may have either sign, which no sum notices, and a NaN
+// comes through min.
+template <bool OWED, int VECTORS>
+AVX2 inline void onebit_columns_avx2(const Matrix& m, i64 at, int rows, Ahead (&next)[2],
+                                     i64 c, Block& b) {
     const __m256 zero = _mm256_setzero_ps();
-    const i64 pitch = s.pitch, v_pitch = s.v_pitch;
-    const float *grad = s.grad + row * pitch, *owed = OWED ? s.owed + row * pitch : nullptr;
-    float* keep = OWED ? s.v + row * v_pitch : nullptr;
-    for (i64 c = 0; c < width; c += 8) {
-        __m256 up = _mm256_load_ps(b.positive + c), low = _mm256_load_ps(b.negative + c);
-        __m256i bits = _mm256_load_si256(reinterpret_cast<__m256i*>(b.word + c));
-        __m256i place = _mm256_set1_epi32(int(1u << first));
-        for (int r = 0; r < COUNT; r++) {
-            __m256 v = _mm256_loadu_ps(grad + r * pitch + c);
-            if (OWED) {
-                if (c % 16 == 0) {
-                    _mm_prefetch(grad + (r + AHEAD) * pitch + c, _MM_HINT_T1);
-                    _mm_prefetch(owed + (r + AHEAD) * pitch + c, _MM_HINT_T1);
-                }
-                v = _mm256_add_ps(_mm256_loadu_ps(owed + r * pitch + c), v);
-                _mm256_storeu_ps(keep + r * v_pitch + c, v);
-            }
-            const __m256 bit = _mm256_cmp_ps(v, zero, _CMP_GE_OQ);
-            up = _mm256_add_ps(up, _mm256_and_ps(bit, v));
-            low = _mm256_add_ps(low, _mm256_andnot_ps(bit, v));
-            bits = _mm256_or_si256(bits, _mm256_and_si256(_mm256_castps_si256(bit), place));
-            place = _mm256_add_epi32(place, place);
+    const float *grad = m.grad + at, *owed = OWED ? m.owed + at : nullptr;
+    const i64 pitch = m.columns;
+    Ahead grads = next[0], oweds = next[1];  // in registers
+    __m256 up[VECTORS], low[VECTORS];
+    __m256i bits[VECTORS];
+    for (int k = 0; k < VECTORS; k++) up[k] = low[k] = zero, bits[k] = _mm256_setzero_si256();
+    for (int r = 0; r < rows; r++, grad += pitch) {
+        const __m256i place = _mm256_load_si256(reinterpret_cast<const __m256i*>(PLACES.bit[r]));
+        if (!OWED || r % 2) grads.line();
+        else oweds.line();
+        for (int k = 0; k < VECTORS; k++) {
+            __m256 v = _mm256_loadu_ps(grad + 8 * k);
+            if (OWED) v = _mm256_add_ps(_mm256_loadu_ps(owed + 8 * k), v);
+            const __m256i bit = _mm256_castps_si256(_mm256_cmp_ps(v, zero, _CMP_GE_OQ));
+            up[k] = _mm256_add_ps(up[k], _mm256_max_ps(v, zero));
+            low[k] = _mm256_add_ps(low[k], _mm256_min_ps(zero, v));
+            bits[k] = _mm256_or_si256(bits[k], _mm256_and_si256(bit, place));
         }
-        _mm256_store_ps(b.positive + c, up);
-        _mm256_store_ps(b.negative + c, low);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(b.word + c), bits);
+        if (OWED) owed += pitch;
+    }
+    next[0] = grads, next[1] = oweds;
+    for (int k = 0; k < VECTORS; k++) {
+        _mm256_store_ps(b.positive + c + 8 * k, up[k]);
+        _mm256_store_ps(b.negative + c + 8 * k, low[k]);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(b.word + c + 8 * k), bits[k]);
     }
 }
 
-template <bool OWED> AVX2 void onebit_rows_avx2(const Strip& s, i64 row, int rows, Block& b) {
-    const i64 width = s.width / 8 * 8;
-    int r = 0;
-    for (; r + ROWS <= rows; r += ROWS) onebit_few_rows<OWED, ROWS>(s, row + r, r, width, b);
-    for (; r < rows; r++) onebit_few_rows<OWED, 1>(s, row + r, r, width, b);
-    if (width < s.width) onebit_rows_plain(s, row, rows, width, b);
+template <bool OWED>
+AVX2 void onebit_rows_avx2(const Matrix& m, i64 at, int rows, i64 width, i64 ahead, Block& b) {
+    Ahead next[2] = {{m.grad + ahead, width, m.columns},
+                     {OWED ? m.owed + ahead : nullptr, width, m.columns}};
+    i64 c = 0;
+    for (; c + 16 <= width; c += 16)
+        onebit_columns_avx2<OWED, 2>(m, at + c, rows, next, c, b);
+    for (; c + 8 <= width; c += 8) onebit_columns_avx2<OWED, 1>(m, at + c, rows, next, c, b);
+    if (c < width) onebit_rows_plain(m, at, rows, c, width, b);
 }
 
-AVX2 void onebit_settle_avx2(const float* v, const float* lower, const float* upper, i64 width,
-                             float* out, bool stream, const float* ahead, const float* ahead2) {
-    i64 c = stream ? until_aligned(out, width) : 0;
-    onebit_settle_plain(v, lower, upper, c, out);
-    for (; c + 8 <= width; c += 8) {
-        if (ahead) _mm_prefetch((c & 8 ? ahead : ahead2) + c, _MM_HINT_T1);
-        const __m256 x = _mm256_loadu_ps(v + c);
-        const __m256 bit = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GE_OQ);
-        const __m256 mean = _mm256_blendv_ps(_mm256_loadu_ps(lower + c),
-                                             _mm256_loadu_ps(upper + c), bit);
-        store(out + c, _mm256_add_ps(x, mean), stream);
+AVX2 void onebit_settle_avx2(const Matrix& m, i64 at, i64 n, const float* lower,
+                             const float* upper, i64 ahead, i64 count) {
+    const __m256 zero = _mm256_setzero_ps();
+    const bool stream = m.stream;
+    const float *grad = m.grad + at, *owed = m.owed + at;
+    float* out = m.out + at;
+    i64 i = stream ? until_line(out, n) : 0;
+    onebit_settle_plain(m, at, i, lower, upper);
+    for (; i + 16 <= n; i += 16) {
+        if (i < count) {
+            _mm_prefetch(m.grad + ahead + i, _MM_HINT_T1);
+            _mm_prefetch(m.owed + ahead + i, _MM_HINT_T1);
+        }
+        for (i64 k = i; k < i + 16; k += 8) {
+            const __m256 v = _mm256_add_ps(_mm256_loadu_ps(owed + k), _mm256_loadu_ps(grad + k));
+            const __m256 below = _mm256_cmp_ps(v, zero, _CMP_NGE_UQ);
+            const __m256 mean = _mm256_blendv_ps(_mm256_loadu_ps(upper + k),
+                                                 _mm256_loadu_ps(lower + k), below);
+            store(out + k, _mm256_add_ps(v, mean), stream);
+        }
     }
-    onebit_settle_plain(v + c, lower + c, upper + c, width - c, out + c);
+    onebit_settle_plain(m, at + i, n - i, lower + i, upper + i);
 }
 #endif
 
-void onebit_rows(const Strip& s, i64 row, int rows, Block& b) {
+void onebit_rows(const Matrix& m, i64 at, int rows, i64 width, i64 ahead, Block& b) {
 #if HAVE_AVX2
-    if (avx2) return (s.owed ? onebit_rows_avx2<true> : onebit_rows_avx2<false>)(s, row, rows, b);
+    if (avx2) {
+        const auto add = m.owed ? onebit_rows_avx2<true> : onebit_rows_avx2<false>;
+        return add(m, at, rows, width, ahead, b);
+    }
 #endif
-    onebit_rows_plain(s, row, rows, 0, b);
+    onebit_rows_plain(m, at, rows, 0, width, b);
 }
 
-// `ahead`, `ahead2`: memory of as many floats that is wanted next, or null.
-void onebit_settle(const float* v, const float* lower, const float* upper, i64 width, float* out,
-                   bool stream, const float* ahead, const float* ahead2) {
+// `count` elements from `ahead` on will be read soon.
+void onebit_settle(const Matrix& m, i64 at, i64 n, const float* lower, const float* upper,
+                   i64 ahead, i64 count) {
 #if HAVE_AVX2
-    if (avx2) return onebit_settle_avx2(v, lower, upper, width, out, stream, ahead, ahead2);
+    if (avx2) return onebit_settle_avx2(m, at, n, lower, upper, ahead, count);
 #endif
-    onebit_settle_plain(v, lower, upper, width, out);
+    onebit_settle_plain(m, at, n, lower, upper);
 }
 
 void count_bits(const u32* word, i64 width, i64* count) {

@@ -102,7 +102,11 @@ API i64 mp_strom_encode(const float* grad, const float* owed, float* out, i64 n,
 // bytes. INVALID unless indices ascend and stay below n; `out` is then as it was.
 API i64 mp_strom_decode(const u8* const* data, const i64* sizes, i64 packets, float tau,
                         float weight, float* out, i64 n, int fresh) {
-    const float quantum = weight * tau, level[2] = {-quantum, quantum};
+    struct Value {
+        float level[2];
+        float operator()(i64, u32 word) const { return level[word & 1]; }
+    };
+    const float quantum = weight * tau;
     return add_words(data, sizes, packets, out, n, fresh,
-                     [&](i64, i64, i64, u32 word) { return level[word & 1]; });
+                     [&](i64, i64) { return Value{{-quantum, quantum}}; });
 }

@@ -51,28 +51,32 @@ template <int SHIFT> struct Words {
     }
 };
 
-// out += or, if fresh, = the sum over packets of value(packet, number, index, word) for each word.
-// Packets are added chunk by chunk, so that `out` is in cache when it is zeroed and added to.
-template <int SHIFT = 1, class V>
+// out += or, if fresh, = the sum over packets of value(number, word) for each word, where value is
+// what reader(packet, element) returns to a thread that begins at this element. Packets are added
+// chunk by chunk, so that what is zeroed and added to is in cache.
+template <int SHIFT = 1, class R>
 i64 add_words(const u8* const* data, const i64* sizes, i64 packets, float* out, i64 n, bool fresh,
-              const V& value) {
+              const R& reader) {
     for (i64 p = 0; p < packets; p++)
         if (!Words<SHIFT>{data[p], sizes[p] / 4}.ascend_below(n)) return INVALID;
     split(n, CHUNK, grain, [&](int, i64 begin, i64 end) {
         std::vector<Words<SHIFT>> all;
+        std::vector<decltype(reader(i64(0), i64(0)))> values;
         for (i64 p = 0; p < packets; p++) {
             all.push_back({data[p], sizes[p] / 4});
             all.back().seek(begin);
+            values.push_back(reader(p, begin));
         }
-        for (i64 at = begin; at < end; at += CHUNK) {
-            const i64 stop = std::min(end, at + CHUNK);
-            if (fresh) std::fill(out + at, out + stop, 0.0f);
+        sum_chunks(out, begin, end, fresh, n >= stream_from, [&](i64 at, i64 stop, float* to) {
             for (i64 p = 0; p < packets; p++) {
-                auto& w = all[p];
+                Words<SHIFT> w = all[p];  // in registers
+                auto value = values[p];
                 for (i64 i; w.next < w.count && (i = w.index(w.next)) < stop; w.next++)
-                    out[i] += value(p, w.next, i, w.word(w.next));
+                    to[i - at] += value(w.next, w.word(w.next));
+                all[p] = w;
+                values[p] = value;
             }
-        }
+        });
     });
     return 0;
 }
