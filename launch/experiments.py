@@ -38,7 +38,7 @@ class Experiment:
 
 def _ranks(label, method, like, words=()):
     """The same line on 2 and on 8 ranks, with one global batch."""
-    return tuple(Line(f"{label}, {n} ranks", method, words, like, n) for n in (2, 8))
+    return tuple(Line(f"{label}, {n} ranks", method, words, like, ranks=n) for n in (2, 8))
 
 
 DENSE = Line("dense", "dense")

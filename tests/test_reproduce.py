@@ -37,6 +37,7 @@ def test_every_line_names_a_method_and_the_first_is_the_baseline(experiment):
         mpicomp.method(line.method)
         assert not line.like or line.like in labels
         assert line.like or line.ranks == 4, "a search is made on 4 ranks"
+        assert line.label.endswith(f", {line.ranks} ranks") == (line.ranks != 4)
 
 
 def test_every_system_has_a_band_and_a_band_can_be_left():
