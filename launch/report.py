@@ -58,18 +58,25 @@ def draw(kept, path):
 
 
 def accuracies(axes, lines):
-    """A dot and an interval for each line, its ratio at the margin; dense as a band."""
-    dense = lines[0]
-    mean, half = dense["accuracy_mean"], dense["accuracy_half_width"]
+    """A dot and an interval for each line, its ratio at the margin; dense as a band.
+
+    Lines that lie more than ten points below dense are told at the edge, not drawn to scale.
+    """
+    mean, half = lines[0]["accuracy_mean"], lines[0]["accuracy_half_width"]
     axes.axvspan(mean - half, mean + half, color="#dddddd", linewidth=0)
     for i, line in enumerate(lines):
-        y = len(lines) - 1 - i
-        axes.errorbar(line["accuracy_mean"], y, xerr=line["accuracy_half_width"], fmt="o",
+        y, middle = len(lines) - 1 - i, line["accuracy_mean"]
+        axes.annotate(f"{line['ratio']:.0f}x", (1.01, y), xycoords=("axes fraction", "data"),
+                      va="center", fontsize=9, color="#444444")
+        if middle < mean - 10:
+            where = f"{middle:.1f} ± {line['accuracy_half_width']:.1f}, off scale"
+            axes.annotate(where, (0.01, y), xycoords=("axes fraction", "data"), va="center",
+                          fontsize=9, color=COLOURS[i % len(COLOURS)], weight="bold")
+            continue
+        axes.errorbar(middle, y, xerr=line["accuracy_half_width"], fmt="o",
                       color=COLOURS[i % len(COLOURS)], capsize=3, markersize=6)
         axes.plot(line["accuracy"], [y] * len(line["accuracy"]), "|", color="#888888",
                   markersize=6)
-        axes.annotate(f"{line['ratio']:.0f}x", (1.01, y), xycoords=("axes fraction", "data"),
-                      va="center", fontsize=9, color="#444444")
     axes.set_yticks(range(len(lines)), [line["label"] for line in reversed(lines)])
     axes.set(xlabel="test accuracy, % (mean, 95 % interval)", ylim=(-0.6, len(lines) - 0.4))
     axes.set_title("Accuracy, and fewer bytes than dense by", pad=10)
@@ -86,7 +93,7 @@ def losses(axes, lines):
     axes.set(yscale="log", xlabel="step")
     plain_numbers(axes.yaxis)
     axes.set_title("Training loss, first seed", pad=10)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, framealpha=0.8, edgecolor="none")
 
 
 def plain_numbers(axis):
@@ -109,7 +116,7 @@ def rates(axes, line):
     axes.set(yscale="log", xlabel="step")
     plain_numbers(axes.yaxis)
     axes.set_title("Rate by layer, rank 0's packets", pad=10)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, framealpha=0.8, edgecolor="none")
 
 
 def write():
