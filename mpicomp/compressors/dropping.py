@@ -72,9 +72,7 @@ class Dropping(Compressor):
         return 0 if self.sample == "exact" else int(self.sample)
 
     def _cut(self, x):
-        if self.cut == "marian":
-            return kernels.of(x).drop_cut(x, self.rate, self._sample())
-        return kernels.reference.drop_cut(x, self.rate, self._sample(), first_version=True)
+        return kernels.of(x).drop_cut(x, self.rate, self._sample(), self.cut == "marian-feb2017")
 
     def encode(self, x, packet, layout, key, state):
         k, scopes = kernels.of(x), self._scopes(layout)

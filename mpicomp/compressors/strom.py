@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from mpicomp import kernels
 from mpicomp.compressor import Compressor, State, check_options, option
 from mpicomp.errors import PacketError, SpecError
@@ -102,8 +104,7 @@ class Strom(Compressor):
         tau, room = self._begin(packet, state)
         k = kernels.of(x)
         if self.coding == "rice" and self.remainder != "auto":
-            used = kernels.reference.strom_rice_encode(x, tau, self.strict, room,
-                                                       int(self.remainder))
+            used = k.strom_rice_encode(x, tau, self.strict, room, int(self.remainder))
         else:
             encode = {"words": k.strom_encode, "rice": k.strom_rice_encode,
                       "2bit": k.strom_2bit_encode}[self.coding]
@@ -123,7 +124,7 @@ class Strom(Compressor):
         if self.density:
             if len(packet) < 4:
                 raise PacketError(f"strom: tau in 4 bytes expected, found {len(packet)} bytes")
-            tau, codes = packet[:4].view("float32")[0], packet[4:]
+            tau, codes = np.float32(float(packet[:4].view("float32")[0])), packet[4:]
             if not 0 <= tau < float("inf"):
                 raise PacketError(f"strom: tau = {tau} found in the payload, tau must be finite")
         if self.fixed:

@@ -161,12 +161,12 @@ def _to_host(value):
 
 def on_host(name):
     """The function of the CPU kernels called `name`, for device arrays."""
-    def call(*arguments):
+    def call(*arguments, **keywords):
         from mpicomp import kernels
 
         copies = [_to_host(a) for a in arguments]
         before = [c.copy() if isinstance(c, np.ndarray) else None for c in copies]
-        result = getattr(kernels.of(None), name)(*copies)
+        result = getattr(kernels.of(None), name)(*copies, **keywords)
         for argument, copy, old in zip(arguments, copies, before):
             if is_device_array(argument) and copy.tobytes() != old.tobytes():
                 argument[...] = device.current().array(copy).reshape(argument.shape)

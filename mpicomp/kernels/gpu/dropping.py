@@ -10,14 +10,15 @@ from mpicomp.kernels.gpu.sums import SWEEP, host
 from mpicomp.kernels.gpu.tiles import TILE, compact, gather, scanned, tiles_of
 
 
-def _drop_cut(x, more, rate, sample):
+def _drop_cut(x, more, rate, sample, first_version=False):
     """The cut as float32[1] on the device."""
     d, n = device.current(), x.size
     cut = d.zeros(1, np.float32)
     if n < 2:
         return cut
     size = min(sample, n) if sample else n
-    state = d.array(np.array([0, max(0, int(size * rate) - 1)], np.int64))
+    number = int(size * rate) if first_version else max(0, int(size * rate) - 1)
+    state = d.array(np.array([0, number], np.int64))
     histogram = d.zeros(256, np.uint32)
     for shift in (24, 16, 8, 0):
         d.launch("select_count", min(size, SWEEP), x, more, size, n // size, state, shift,
@@ -27,8 +28,8 @@ def _drop_cut(x, more, rate, sample):
 
 
 @or_host
-def drop_cut(x, rate, sample):
-    return _drop_cut(floats(x), None, rate, sample)[0]
+def drop_cut(x, rate, sample, first_version=False):
+    return _drop_cut(floats(x), None, rate, sample, first_version)[0]
 
 
 @or_host
