@@ -57,12 +57,15 @@ class Order:
         mpi.wait(r.comm, r.comm.Ibcast(order, 0), r._pipeline.timeout, "agreeing on buckets")
         if self._cut(order) != self._cut(self.now):
             self.next = order.tolist()
-            if r.method.exchange == "sharded":  # owners change: all must take part, so at once
+            if r.method.adagrad:  # its owners change, so all must take part: at once
                 self._share()
                 self.apply()
 
     def _share(self):
-        """What only owners have, their second residual, on all ranks: others will own it."""
+        """What only owners have, second residual and AdaGrad's history, on all ranks.
+
+        Without AdaGrad a second residual stays with its rank and joins the first (sharded.py).
+        """
         from mpi4py import MPI
 
         r = self.reducer
