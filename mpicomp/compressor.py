@@ -77,8 +77,9 @@ class Compressor(ABC):
     def decode_sum(self, payloads, out, layout, keys, weight=1.0) -> None:
         """out = weight * the sum of what the payloads say, added in their order to zero.
 
-        keys[i] is that of the sender of payloads[i]. What `out` held before is lost. A kernel may
-        do this in one pass over `out`; a test proves it equal.
+        keys[i] is that of the sender of payloads[i]; none at all make zeros, for an asynchronous
+        rank may have heard of nobody. What `out` held before is lost. A kernel may do this in one
+        pass over `out`; a test proves it equal.
         """
         out[...] = 0
         for packet, key in zip(payloads, keys):

@@ -331,6 +331,8 @@ def sums(compressor, layout, payloads, keys):
     compressor.decode_sum(payloads, at_once, layout, keys, 1 / 3)
     yield mean.tobytes()
     yield at_once.tobytes()
+    compressor.decode_sum([], at_once, layout, [], 1 / 3)
+    assert not at_once.any()
     for wrong in damaged(payloads[1], np.random.default_rng(layout.size)):
         try:
             compressor.decode_sum([payloads[0], wrong, payloads[2]], at_once, layout, keys, 1 / 3)

@@ -58,6 +58,9 @@ class Peers(Asynchronous):
     def decode(self, mail, step, weight):
         """mail.grad becomes weight * the sum of all packets since the last time, each once."""
         letters = mail.due(self._horizon(step))
+        if not letters:
+            mail.grad[...] = 0
+            return
         mail.compressor.decode_sum(
             [parcel.data[packet.SIZE:] for _, _, parcel in letters], mail.grad, mail.layout,
             [mail.key(step, rank) for step, rank, _ in letters], weight)

@@ -70,7 +70,7 @@ def dryden_decode_add_2016(data, rows, columns, weight, out):
 def dryden_decode_sum_2016(payloads, rows, columns, weight, out):
     """out = the sum over the payloads in their order; returns the bytes of this matrix in each."""
     try:
-        sizes = _dryden_decode(payloads, rows, columns, weight, out, True)
+        sizes = _dryden_decode(payloads, rows, columns, weight, out, True) if payloads else None
     except Unfit:
         sizes = None
     if sizes is None:

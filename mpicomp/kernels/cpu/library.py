@@ -168,7 +168,7 @@ def refused(result, function, *arguments):
 def decode_sum(decode, decode_add, payloads, out):
     """out = what decode() makes of all payloads; where it cannot, one payload after the other."""
     try:
-        if decode() >= 0:
+        if payloads and decode() >= 0:
             return
     except Unfit:
         pass
