@@ -168,7 +168,7 @@ API i64 mp_dryden_encode(const float* base, const float* grad, float* out, i64 r
     Means mean{means.data(), columns};
     for (const u8* at = data + head; at < found.words; at += 4) {
         const u32 word = get<u32>(at);
-        if (at + 64 < found.words) __builtin_prefetch(out + (get<u32>(at + 64) >> 1), 1);
+        if (at + 256 < found.words) __builtin_prefetch(out + (get<u32>(at + 256) >> 1), 1);
         out[word >> 1] += mean(0, word);
     }
     return found.words - data;

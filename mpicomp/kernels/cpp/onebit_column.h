@@ -99,7 +99,7 @@ i64 onebit_column(const float* grad, const float* owed, float* out, i64 rows, u8
     std::fill(lower, lower + WIDEST, -1.0f * float(lower[0]));
     std::fill(upper, upper + WIDEST, -1.0f * float(upper[0]));
     for (i64 at = 0; at < rows; at += WIDEST)
-        onebit_settle(m, at, std::min(WIDEST, rows - at), lower, upper, 0, 0);
+        onebit_settle(m, at, std::min(WIDEST, rows - at), lower, upper, grad + at);
     return 0;
 }
 

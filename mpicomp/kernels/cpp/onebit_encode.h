@@ -1,11 +1,10 @@
 // 1-bit SGD, encoding: two means a column and a bit an element.
 //
 // A matrix is cut into strips of columns, so narrow that a strip stays in cache between the pass
-// that adds up its columns and the one that subtracts the means. The second pass goes up where the
-// first one went down: what was read last is met first. v = owed + grad is computed in both, which
-// takes less time than to keep it. Rows of a strip lie far apart and are fetched by hand: half of
-// the next strip during the second pass, the other half during its own first pass, so that memory
-// never waits.
+// that adds up its columns and the one that subtracts the means. The second pass over a strip takes
+// turns with the first pass over the next one, block of 32 rows by block: while one computes, the
+// other's memory is on its way, because rows of a strip lie far apart and are fetched a block ahead
+// by hand. v = owed + grad is computed in both, which takes less time than to keep it.
 #pragma once
 
 #include "onebit_column.h"
@@ -13,9 +12,9 @@
 
 namespace {
 
-constexpr i64 STRIP = 1 << 16;     // elements of a strip that stays in cache
-constexpr i64 NARROWEST = 128;     // columns of a strip
-constexpr i64 LINE = 16;           // elements in a line of the cache
+constexpr i64 STRIP = 1 << 15;  // elements of a strip that stays in cache
+constexpr i64 NARROWEST = 256;  // columns of a strip: in narrower ones far memory is too slow
+constexpr i64 LINE = 16;        // elements in a line of the cache
 
 // One thread's strips, of columns begin ... end - 1.
 class OneBit {
@@ -23,16 +22,18 @@ class OneBit {
     OneBit(const Matrix& m, i64 begin, i64 end, u8* data)
         : m_(m), begin_(begin), end_(end), data_(data) {}
 
-    // Both passes over columns first ... stop - 1; the next call is for columns from `stop` to
-    // `next` - 1. False if a mean that is needed is not finite.
+    // The first pass over columns first ... stop - 1, and the second one over those before them;
+    // `next` is where the next call begins. False if a mean that is needed is not finite.
     bool add(i64 first, i64 stop, i64 next) {
         const i64 width = stop - first;
         Fold<float> positive(memory_, width), negative(memory_ + LEVELS * WIDEST, width);
         std::fill(count_, count_ + width, 0);
         for (i64 row = 0; row < m_.rows; row += 32) {
             const int rows = int(std::min<i64>(32, m_.rows - row));
-            const i64 ahead = (m_.rows + row) / 2 * m_.columns + first;
-            onebit_rows(m_, row * m_.columns + first, rows, width, ahead, block_);
+            const i64 at = row * m_.columns + first;
+            const i64 ahead = row + 32 < m_.rows ? at + 32 * m_.columns : next;
+            settle(row, rows, ahead);
+            onebit_rows(m_, at, rows, width, ahead, block_);
             positive.add(block_.positive);
             negative.add(block_.negative);
             count_bits(block_.word, width, count_);
@@ -47,24 +48,31 @@ class OneBit {
         std::memcpy(data_ + 4 * (m_.columns + first), upper, 4 * width);
         if (!m_.owed) return true;
         for (i64 c = 0; c < width; c++) lower[c] *= -1.0f, upper[c] *= -1.0f;
-        settle(first, stop, next);
+        first_ = first, width_ = width;
         return finite(lower, width) && finite(upper, width);
+    }
+
+    // The second pass over the last columns.
+    void finish() {
+        settle(0, m_.rows, first_);
+#if HAVE_AVX2
+        if (m_.stream) _mm_sfence();
+#endif
     }
 
   private:
     static constexpr int LEVELS = Fold<float>::LEVELS;
 
-    // The second pass, from one cache line of `out` to another: what is left of a row waits for
-    // the next columns.
-    void settle(i64 first, i64 stop, i64 next) {
-        for (i64 r = m_.rows - 1, k = 0; r >= 0; r--, k++) {
-            const i64 from = edge(r, first), to = edge(r, stop), c = from - first + LINE;
-            const i64 half = (next - stop) / 2, ahead = k / 2 * m_.columns + stop + k % 2 * half;
+    // The second pass over some rows, from one cache line of `out` to another: what is left of a
+    // row waits for the next columns. From `ahead` on is what is read in the next block.
+    void settle(i64 row, i64 rows, i64 ahead) {
+        for (i64 r = row; r < row + rows && width_; r++, ahead += m_.columns) {
+            const i64 from = edge(r, first_), to = edge(r, first_ + width_);
+            const i64 c = from - first_ + LINE;
             if (to > from)
-                onebit_settle(m_, r * m_.columns + from, to - from, lower_ + c, upper_ + c, ahead,
-                              half);
+                onebit_settle(m_, r * m_.columns + from, to - from, lower_ + c, upper_ + c,
+                              m_.grad + ahead);
         }
-        width_ = stop - first;
     }
 
     // Where the line of `out` begins that column c of a row lies in.
@@ -77,7 +85,7 @@ class OneBit {
     const Matrix m_;
     const i64 begin_, end_;
     u8* data_;
-    i64 width_ = 0;  // of the last call
+    i64 first_ = 0, width_ = 0;  // of the last call
     alignas(64) float lower_[LINE + WIDEST], upper_[LINE + WIDEST];
     Block block_;
     i64 count_[WIDEST];
@@ -99,11 +107,9 @@ API i64 mp_onebit_encode(const float* grad, const float* owed, float* out, i64 r
         OneBit one(m, begin, end, data);
         for (i64 first = begin, stop; first < end; first = stop) {
             stop = std::min(end, first + width);
-            if (!one.add(first, stop, std::min(end, stop + width))) bad = true;
+            if (!one.add(first, stop, std::min(stop, end - 1))) bad = true;
         }
-#if HAVE_AVX2
-        if (stream) _mm_sfence();
-#endif
+        one.finish();
     });
     return bad ? INVALID : 0;
 }

@@ -6,6 +6,7 @@
 namespace {
 
 constexpr i64 WIDEST = 1024;  // columns of a strip
+constexpr i64 BELOW = 4;      // rows between the second pass and what it fetches to the first cache
 
 // v = owed + grad is encoded, and what is still owed goes to `out`. `owed` and `out` may be null:
 // then v = grad, and nothing is owed.
@@ -79,19 +80,18 @@ struct Ahead {
 // and min(0, v) are what `plain` adds: 0 may have either sign, which no sum notices, and a NaN
 // comes through min.
 template <bool OWED, int VECTORS>
-AVX2 inline void onebit_columns_avx2(const Matrix& m, i64 at, int rows, Ahead (&next)[2],
-                                     i64 c, Block& b) {
+AVX2 inline void onebit_columns_avx2(const Matrix& m, i64 at, int rows, Ahead& next, i64 c,
+                                     Block& b) {
     const __m256 zero = _mm256_setzero_ps();
     const float *grad = m.grad + at, *owed = OWED ? m.owed + at : nullptr;
     const i64 pitch = m.columns;
-    Ahead grads = next[0], oweds = next[1];  // in registers
+    Ahead ahead = next;  // in registers
     __m256 up[VECTORS], low[VECTORS];
     __m256i bits[VECTORS];
     for (int k = 0; k < VECTORS; k++) up[k] = low[k] = zero, bits[k] = _mm256_setzero_si256();
     for (int r = 0; r < rows; r++, grad += pitch) {
         const __m256i place = _mm256_load_si256(reinterpret_cast<const __m256i*>(PLACES.bit[r]));
-        if (!OWED || r % 2) grads.line();
-        else oweds.line();
+        ahead.line();
         for (int k = 0; k < VECTORS; k++) {
             __m256 v = _mm256_loadu_ps(grad + 8 * k);
             if (OWED) v = _mm256_add_ps(_mm256_loadu_ps(owed + 8 * k), v);
@@ -102,7 +102,7 @@ AVX2 inline void onebit_columns_avx2(const Matrix& m, i64 at, int rows, Ahead (&
         }
         if (OWED) owed += pitch;
     }
-    next[0] = grads, next[1] = oweds;
+    next = ahead;
     for (int k = 0; k < VECTORS; k++) {
         _mm256_store_ps(b.positive + c + 8 * k, up[k]);
         _mm256_store_ps(b.negative + c + 8 * k, low[k]);
@@ -112,8 +112,7 @@ AVX2 inline void onebit_columns_avx2(const Matrix& m, i64 at, int rows, Ahead (&
 
 template <bool OWED>
 AVX2 void onebit_rows_avx2(const Matrix& m, i64 at, int rows, i64 width, i64 ahead, Block& b) {
-    Ahead next[2] = {{m.grad + ahead, width, m.columns},
-                     {OWED ? m.owed + ahead : nullptr, width, m.columns}};
+    Ahead next{(OWED ? m.owed : m.grad) + ahead, width, m.columns};  // grad: the second pass
     i64 c = 0;
     for (; c + 16 <= width; c += 16)
         onebit_columns_avx2<OWED, 2>(m, at + c, rows, next, c, b);
@@ -122,7 +121,7 @@ AVX2 void onebit_rows_avx2(const Matrix& m, i64 at, int rows, i64 width, i64 ahe
 }
 
 AVX2 void onebit_settle_avx2(const Matrix& m, i64 at, i64 n, const float* lower,
-                             const float* upper, i64 ahead, i64 count) {
+                             const float* upper, const float* ahead) {
     const __m256 zero = _mm256_setzero_ps();
     const bool stream = m.stream;
     const float *grad = m.grad + at, *owed = m.owed + at;
@@ -130,10 +129,9 @@ AVX2 void onebit_settle_avx2(const Matrix& m, i64 at, i64 n, const float* lower,
     i64 i = stream ? until_line(out, n) : 0;
     onebit_settle_plain(m, at, i, lower, upper);
     for (; i + 16 <= n; i += 16) {
-        if (i < count) {
-            _mm_prefetch(m.grad + ahead + i, _MM_HINT_T1);
-            _mm_prefetch(m.owed + ahead + i, _MM_HINT_T1);
-        }
+        _mm_prefetch(ahead + i, _MM_HINT_T1);
+        _mm_prefetch(grad + i + BELOW * m.columns, _MM_HINT_T0);
+        _mm_prefetch(owed + i + BELOW * m.columns, _MM_HINT_T0);
         for (i64 k = i; k < i + 16; k += 8) {
             const __m256 v = _mm256_add_ps(_mm256_loadu_ps(owed + k), _mm256_loadu_ps(grad + k));
             const __m256 below = _mm256_cmp_ps(v, zero, _CMP_NGE_UQ);
@@ -156,11 +154,11 @@ void onebit_rows(const Matrix& m, i64 at, int rows, i64 width, i64 ahead, Block&
     onebit_rows_plain(m, at, rows, 0, width, b);
 }
 
-// `count` elements from `ahead` on will be read soon.
+// As many elements from `ahead` on will be read soon.
 void onebit_settle(const Matrix& m, i64 at, i64 n, const float* lower, const float* upper,
-                   i64 ahead, i64 count) {
+                   const float* ahead) {
 #if HAVE_AVX2
-    if (avx2) return onebit_settle_avx2(m, at, n, lower, upper, ahead, count);
+    if (avx2) return onebit_settle_avx2(m, at, n, lower, upper, ahead);
 #endif
     onebit_settle_plain(m, at, n, lower, upper);
 }
