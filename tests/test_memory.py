@@ -47,7 +47,8 @@ def test_thirty_steps_allocate_nothing(spec, comm):
         sum((p * g).sum() for (_, p), g in zip(named, gradients)).backward()
         reducer.finish()
 
-    for _ in range(3):
+    # where the data tell lengths, buffers grow until residuals have settled: 1 / tau steps or so
+    for _ in range(3 if reducer.method.compressor.fixed else 20):
         step()
     gc.collect()
     tracemalloc.start()
@@ -62,7 +63,7 @@ def test_thirty_steps_allocate_nothing(spec, comm):
         after, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert reducer.step == 30
+    assert reducer.step >= 30
     assert peak - before < PIECE, f"{peak - before} bytes at once, of a gradient of {GRADIENT}"
     assert after - before < GROWTH, f"{after - before} bytes more after 26 steps"
     # torch's and MPI's own memory moves by a few megabytes; a leak would be a gradient a step
