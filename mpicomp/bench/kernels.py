@@ -175,7 +175,7 @@ def draw(backends, path):
         axis.set_xscale("log")
         axis.set_xlabel(f"{what}: memcpy's time / this time")
     axes[0].invert_yaxis()
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower left")
     figure.tight_layout()
     figure.savefig(path)
     print(f"picture: {path}")

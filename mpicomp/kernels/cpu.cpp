@@ -10,6 +10,7 @@
 // their old content first would be a third of the memory traffic of v = a + b.
 
 #include "cpp/adacomp.h"
+#include "cpp/adacomp_decode.h"
 #include "cpp/cast.h"
 #include "cpp/common.h"
 #include "cpp/dorefa.h"

@@ -1,4 +1,4 @@
-// AdaComp: in each bin the elements that grew to its maximum, as entries of 8 or 16 bits.
+// AdaComp, encoding: in each bin the elements that grew to its maximum, as entries of 8 or 16 bits.
 #pragma once
 
 #include "sums.h"
@@ -99,28 +99,48 @@ AVX2 float adacomp_largest_avx2(const Bin& b) {
     return adacomp_largest_plain(b, i, *std::max_element(lanes, lanes + 8));
 }
 
-AVX2 i64 adacomp_sent_avx2(const Bin& b, float largest) {
+// What is the same for a whole bin.
+struct Test {
+    __m256 limit, ahead;
+};
+
+// Lists what is sent of elements i ... i + 7 at b.list[count] and returns a bit for each.
+AVX2 inline u32 adacomp_eight(const Bin& b, const Test& t, i64 i, i64 count) {
     const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
-    const __m256 limit = _mm256_set1_ps(largest), ahead = _mm256_set1_ps(b.ahead);
-    const __m256 zero = _mm256_setzero_ps();
-    const __m128i eight = _mm_set1_epi16(8 << 2);
-    __m128i place = _mm_setr_epi16(0, 4, 8, 12, 16, 20, 24, 28);
+    const __m256 zero = _mm256_setzero_ps(), g = _mm256_loadu_ps(b.g + i);
+    const __m256 h = _mm256_add_ps(_mm256_mul_ps(t.ahead, _mm256_loadu_ps(b.grad + i)), g);
+    const __m256 grew = _mm256_cmp_ps(_mm256_and_ps(h, mask), t.limit, _CMP_GE_OQ);
+    const __m256 some = _mm256_cmp_ps(g, zero, _CMP_NEQ_UQ);
+    const u32 bits = u32(_mm256_movemask_ps(_mm256_and_ps(grew, some)));
+    const __m256i up = _mm256_castps_si256(_mm256_cmp_ps(g, zero, _CMP_GT_OQ));  // -1 or 0
+    const __m128i sign = _mm_packs_epi32(_mm256_castsi256_si128(up),
+                                         _mm256_extracti128_si256(up, 1));
+    const __m128i place = _mm_add_epi16(_mm_set1_epi16(int16_t(i << 2)),
+                                        _mm_setr_epi16(0, 4, 8, 12, 16, 20, 24, 28));
+    const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(COMPRESS.shuffle[bits]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(b.list + count),
+                     _mm_shuffle_epi8(_mm_sub_epi16(place, sign), order));
+    return bits;
+}
+
+AVX2 i64 adacomp_sent_avx2(const Bin& b, float largest) {
+    const Test t{_mm256_set1_ps(largest), _mm256_set1_ps(b.ahead)};
     i64 i = 0, count = 0;
-    for (; i + 8 <= b.n; i += 8, place = _mm_add_epi16(place, eight)) {
-        _mm_prefetch(b.base + i + AHEAD_OF_BIN, _MM_HINT_T0);
-        if (b.add) _mm_prefetch(b.grad + i + AHEAD_OF_BIN, _MM_HINT_T0);
-        const __m256 g = _mm256_loadu_ps(b.g + i);
-        const __m256 h = _mm256_add_ps(_mm256_mul_ps(ahead, _mm256_loadu_ps(b.grad + i)), g);
-        const __m256 grew = _mm256_cmp_ps(_mm256_and_ps(h, mask), limit, _CMP_GE_OQ);
-        const __m256 some = _mm256_cmp_ps(g, zero, _CMP_NEQ_UQ);
-        const u32 bits = u32(_mm256_movemask_ps(_mm256_and_ps(grew, some)));
-        const __m256i up = _mm256_castps_si256(_mm256_cmp_ps(g, zero, _CMP_GT_OQ));  // -1 or 0
-        const __m128i sign = _mm_packs_epi32(_mm256_castsi256_si128(up),
-                                             _mm256_extracti128_si256(up, 1));
-        const __m128i order =
-            _mm_load_si128(reinterpret_cast<const __m128i*>(COMPRESS.shuffle[bits]));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(b.list + count),
-                         _mm_shuffle_epi8(_mm_sub_epi16(place, sign), order));
+    for (; i + 32 <= b.n; i += 32) {
+        u32 word = 0;
+        for (int k = 0; k < 32; k += 16) {
+            _mm_prefetch(b.base + i + k + AHEAD_OF_BIN, _MM_HINT_T0);
+            if (b.add) _mm_prefetch(b.grad + i + k + AHEAD_OF_BIN, _MM_HINT_T0);
+        }
+        for (int k = 0; k < 32; k += 8) {
+            const u32 bits = adacomp_eight(b, t, i + k, count);
+            word |= bits << k;
+            count += __builtin_popcount(bits);
+        }
+        b.sent[i / 32] = word;
+    }
+    for (; i + 8 <= b.n; i += 8) {
+        const u32 bits = adacomp_eight(b, t, i, count);
         b.sent[i / 32] |= bits << i % 32;
         count += __builtin_popcount(bits);
     }
@@ -143,43 +163,6 @@ i64 adacomp_sent(const Bin& b, float largest) {
 #endif
     return adacomp_sent_plain(b, 0, largest, 0);
 }
-
-// Reads the entries of one packet, up to some element after the other.
-template <class T> struct Reader {
-    const u8* data;
-    i64 count, size;
-    float quantum;
-    i64 next = 0, start = 0, last = -1;  // entry; first element of its bin; element before it
-    u64 wrong = 0;                       // not 0: entries that no encoder wrote
-
-    // Adds +-quantum to the elements named below `stop`; out[0] is element `at`.
-    void add(float* out, i64 at, i64 stop) {
-        Reader r = *this;  // in registers
-        const float level[2] = {-quantum, quantum};  // a table: signs are hard to predict
-        for (; r.next < r.count; r.next++) {
-            const u32 entry = get<T>(r.data + r.next * i64(sizeof(T)));
-            const i64 field = entry >> 2, end = entry >> 1 & 1, i = r.start + field;
-            if (!end && field >= r.size - 1) {  // a run of empty bins
-                r.wrong |= entry & 1;
-                r.start += (field - r.size + 2) * r.size;
-                continue;
-            }
-            if (i >= stop) break;
-            r.wrong |= (field >= r.size) | (i <= r.last);
-            out[i - at] += level[entry & 1];
-            r.last = i;
-            r.start += r.size & -end;
-        }
-        *this = r;
-    }
-
-    // Is all read, and does it end with the last element of a bin?
-    bool right() const {
-        if (!count) return true;
-        const u32 entry = get<T>(data + (count - 1) * i64(sizeof(T)));
-        return !wrong && next == count && (entry & 2) && finite(&quantum, 1);
-    }
-};
 
 // out -+= scale where a bit is set: what was sent with its sign is no longer owed. n <= 32.
 void adacomp_settle_plain(u32 bits, float scale, i64 n, float* out) {
@@ -250,18 +233,6 @@ i64 adacomp_encode(const float* base, const float* grad, float* out, i64 n, floa
     return count;
 }
 
-template <class T>
-i64 adacomp_decode(const u8* const* data, const i64* counts, const float* scales, i64 packets,
-                   i64 size, float weight, float* out, i64 n, bool fresh) {
-    std::vector<Reader<T>> all;
-    for (i64 p = 0; p < packets; p++) all.push_back({data[p], counts[p], size, weight * scales[p]});
-    sum_chunks(out, 0, n, fresh, n >= stream_from, [&](i64 at, i64 stop, float* to) {
-        for (auto& reader : all) reader.add(to, at, stop);
-    });
-    const auto right = [](const Reader<T>& reader) { return reader.right(); };
-    return std::all_of(all.begin(), all.end(), right) ? 0 : INVALID;
-}
-
 }  // namespace
 
 // Entries of one layer, `width` bytes each, in bins of `size`; h = ahead * grad + g. `out` null:
@@ -271,13 +242,4 @@ API i64 mp_adacomp_encode(const float* base, const float* grad, float* out, i64 
                           i64 size, int width, float* scale, u8* data) {
     const auto encode = width == 1 ? adacomp_encode<u8> : adacomp_encode<u16>;
     return encode(base, grad, out, n, ahead, size, scale, data);
-}
-
-// out += or, if fresh, = the sum over packets of +-(weight * scale) at the elements named; `counts`
-// in entries. INVALID for entries that no encoder wrote.
-API i64 mp_adacomp_decode(const u8* const* data, const i64* counts, const float* scales,
-                          i64 packets, i64 size, int width, float weight, float* out, i64 n,
-                          int fresh) {
-    const auto decode = width == 1 ? adacomp_decode<u8> : adacomp_decode<u16>;
-    return decode(data, counts, scales, packets, size, weight, out, n, fresh);
 }
