@@ -111,6 +111,8 @@ def test_a_rank_without_examples_under_a_scaler(comm):
         run.optimizer.zero_grad()
         if comm.rank == 0:
             run.backward(step, sick=step == 1)
+        else:
+            run.scaler.scale(torch.zeros(()))  # torch's scaler makes no step before its first scale
         run.scaler.step(run.optimizer)
         run.scaler.update()
         replicas_are_identical(comm, run.model)
