@@ -45,7 +45,6 @@ DENSE = Line("dense", "dense")
 SHORT = ("--epochs", "4")  # fsdd: half of the recipe's, enough to tell methods apart
 BRIEF = ("--epochs", "3")  # mnist5k, likewise
 ADAM = ("--optimizer", "adam", "--lr", "0.001")
-BETWEEN = "onebit:exchange=sharded,adagrad=yes"
 ADAGRAD = ("--optimizer", "adagrad", "--lr", "0.02")
 
 TERNGRAD = (
@@ -94,7 +93,7 @@ ONEBIT = (
         (Line("dense, AdaGrad", "dense", ADAGRAD),
          Line("AdaGrad before both", "onebit:exchange=sharded",
               ("--local-adagrad", "--lr", "0.02")),
-         Line("AdaGrad between", BETWEEN, ("--lr", "0.02")),
+         Line("AdaGrad between", "onebit:exchange=sharded,adagrad=yes", ("--lr", "0.02")),
          Line("AdaGrad after both", "onebit:exchange=sharded", ADAGRAD)),
         words=SHORT),
 )

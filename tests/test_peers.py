@@ -6,10 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from training import give, network, outcome, parameters, same_error, train, whole_numbers
+from training import give, outcome, parameters, train, whole_numbers
 
 import mpicomp
-from mpicomp import MismatchError, NonFiniteError, PacketError, SpecError, StallError, packet
+from mpicomp import MismatchError, PacketError, SpecError, StallError, packet
 from mpicomp.exchange import SYNCHRONOUS
 
 pytestmark = pytest.mark.mpi

@@ -10,7 +10,7 @@ from training import (examples, give, network, outcome, parameters, replicas_are
                       same_error, whole_numbers)
 
 import mpicomp
-from mpicomp import Key, MismatchError, PacketError, SpecError, StallError, packet
+from mpicomp import Key, PacketError, SpecError, StallError, packet
 from mpicomp.compressors import Dropping, Residual, Strom
 from mpicomp.exchange.shards import equal_borders, part
 from mpicomp.layout import Layout
