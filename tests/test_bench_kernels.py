@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from mpicomp import cli, kernels, systems
 from mpicomp.bench import kernels as bench
+from mpicomp.bench import settled
+from mpicomp.layout import Layout
 
 
 @pytest.fixture
@@ -37,3 +40,20 @@ def test_the_time_of_memcpy_is_told_for_as_many_elements_as_the_case_has(monkeyp
     memcpy = bench.Memcpy(100, bench.np.random.default_rng(0))
     assert memcpy.of(25)() == 0.5
     assert (memcpy.target == memcpy.source).all()
+
+
+@pytest.mark.parametrize("shape", [(5000,), (128, 40)])
+def test_codecs_are_timed_with_the_residual_that_many_steps_leave(monkeypatch, shape):
+    monkeypatch.setattr(settled, "PART", 1024)
+    monkeypatch.setattr(settled, "STEPS", 200)
+    monkeypatch.setattr(settled, "SLOW", 200)
+    layout = Layout.of([("gradient", shape)])
+    compressor = systems.method("strom:tau=4").compressor
+    grad = np.zeros(layout.size, np.float32)
+    state = compressor.init(layout, grad)
+    settled.settle(compressor, layout, state, np.random.default_rng(0))
+    owed, = compressor.persistent(state).values()
+    assert 1 < owed.std() < 4 and np.abs(owed).max() < 8  # a walk that is sent back at 4
+    few = 1024 if len(shape) == 1 else 1024 // shape[0]
+    owed = owed.reshape(shape)
+    assert (owed[..., few:2 * few] == owed[..., :few]).all() and owed[..., :few].std() > 1

@@ -1,7 +1,8 @@
 """`mpicomp bench kernels`: what each codec costs, against memcpy of the same gradient.
 
 encode is what a step asks of the compressor: owed + gradient, selection or quantisation, packing
-and the new residual, where the method has one; measure what ranks agree on first; decode the sum of
+and the new residual, where the method has one, which is as many steps have left it (settled.py);
+measure what ranks agree on first; decode the sum of
 four peers' packets. memcpy takes turns with each of them; ratio = memcpy / case, turn by turn.
 """
 
@@ -10,12 +11,13 @@ from time import perf_counter
 import numpy as np
 
 from mpicomp import kernels, systems
+from mpicomp.bench.settled import settle
 from mpicomp.bench.timing import in_turn, noise_warning, ratios, summary, table
 from mpicomp.layout import Layout
 from mpicomp.philox import Key
 
 PEERS = 4
-CASES = (("strom:tau=3.3", "vector"), ("dropping:rate=0.999", "vector"), ("onebit", "256 rows"),
+CASES = (("strom:tau=31.6", "vector"), ("dropping:rate=0.999", "vector"), ("onebit", "256 rows"),
          ("onebit", "1024 rows"), ("onebit", "4096 rows"), ("terngrad", "vector"),
          ("dorefa:bits=4", "vector"), ("dryden", "1024 rows"), ("adacomp:bin=512", "vector"),
          ("adacomp:bin=64", "vector"), ("fp16", "vector"), ("bf16", "vector"), ("dense", "vector"))
@@ -36,8 +38,7 @@ class Case:
         self.packet = np.zeros(self.compressor.capacity(self.layout), np.uint8)
         self.out = np.ones(self.layout.size, np.float32)
         self.measures = self.measure() is not None
-        for owed in self.compressor.persistent(self.state).values():
-            owed[...] = 1e-3 * self.grad[::-1]  # memory that was never written reads faster
+        settle(self.compressor, self.layout, self.state, rng)
         self.packets = []
         for rank in range(PEERS):
             rng.standard_normal(out=self.grad, dtype=np.float32)
@@ -93,13 +94,14 @@ def time_case(case, memcpy, rounds):
 
 def run_backend(name, n, rounds, only, memcpy):
     """({"elements", "rounds", "cases"}, warnings) of one backend; prints a table."""
-    kernels.use(name)
     rng = np.random.default_rng(0)
     cases, rows, warnings = {}, [], []
     for spec, shape in CASES:
         if only not in spec:
             continue
+        kernels.use(None)  # the fastest: all write the same bytes
         case = Case(spec, shape, n, rng)
+        kernels.use(name)
         size = sum(packet.size for packet in case.packets) // PEERS
         figures, noise = time_case(case, memcpy, rounds)
         cases[case.label] = {"bytes": size, **figures}

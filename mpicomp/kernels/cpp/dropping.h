@@ -43,6 +43,8 @@ AVX2 Survivors drop_avx2(const float* grad, const float* owed, float* out, i64 b
     s = drop_plain(grad, owed, out, begin, i, cut, start, s);
     for (; i + 32 <= end; i += 32) {
         __m256 v[4], hit[4];
+        next_page(grad + i);
+        if (OWED) next_page(owed + i);
         for (int k = 0; k < 4; k++) {
             v[k] = _mm256_loadu_ps(grad + i + 8 * k);
             if (OWED) v[k] = _mm256_add_ps(_mm256_loadu_ps(owed + i + 8 * k), v[k]);

@@ -86,6 +86,8 @@ AVX2 void dryden_avx2(const Scan& scan, i64 row, i64 first, i64 begin, i64 end, 
     for (; i + 32 <= end; i += 32) {
         __m256 v[4];
         u32 mask = 0;
+        next_page(s.base + i);
+        if (s.out) next_page(s.grad + i);
         for (int k = 0; k < 4; k++) {
             const i64 at = i + 8 * k;
             v[k] = _mm256_loadu_ps(s.base + at);
