@@ -14,33 +14,41 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Slot:
-    """One parameter's place in a bucket. `ready` once this step's gradient is in place.
+    """One parameter's place in a bucket: `view` with the parameter's shape, `flat` without.
 
     scale  what p.grad is multiplied by outside of the bucket: a loss scale, see amp.py
+    ready  is this step's gradient in place?
+    fine   is all of it finite?
     """
 
     scale = 1.0
 
-    def __init__(self, name, parameter, view):
-        self.name, self.parameter, self.view = name, parameter, view
+    def __init__(self, name, parameter, flat):
+        self.name, self.parameter, self.flat = name, parameter, flat
+        self.view = torch.from_numpy(flat).view(parameter.shape)
         self.direct = parameter.dtype == torch.float32 and parameter.device.type == "cpu"
-        self.ready = False
+        self.ready, self.fine = False, True
 
     def fill(self):
         """Bring the parameter's gradient into the bucket; zeros where there is none."""
         gradient = self.parameter.grad
-        if gradient is None:
-            self.view.zero_()
-        elif gradient is not self.view:
-            self.view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
-        self.unscale()
+        self.bring(gradient)
         if self.direct and gradient is not None:
             self.parameter.grad = self.view
 
-    def unscale(self):
-        """From the loss's scale to true units."""
+    def bring(self, gradient):
+        """Copy a gradient to its place, in true units, and look for what is not finite."""
+        kernel = kernels.of(self.flat)
+        if gradient is None:
+            self.view.zero_()
+        elif self.direct and self.scale == 1.0 and _side_by_side(gradient, self.view):
+            self.fine = kernel.take(gradient.detach().numpy().reshape(-1), self.flat)
+            return
+        elif gradient is not self.view:
+            self.view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
         if self.scale != 1.0:
             self.view.mul_(1.0 / self.scale)
+        self.fine = gradient is None or kernel.finite(self.flat)
 
     def give_back(self):
         """Make p.grad what now stands in the bucket."""
@@ -70,8 +78,7 @@ class Bucket:
         self.index = index
         self.layout = Layout.of((name, p.shape) for name, p in named_parameters)
         self.grad = self.flight = np.zeros(self.layout.size, np.float32)
-        flat = torch.from_numpy(self.grad)
-        self.slots = [Slot(name, p, flat[s.slice].view(p.shape))
+        self.slots = [Slot(name, p, self.grad[s.slice])
                       for (name, p), s in zip(named_parameters, self.layout.segments)]
         self.reset()
 
@@ -88,10 +95,13 @@ class Bucket:
 
     def first_bad(self) -> str | None:
         """The first parameter whose gradient holds NaN or Inf, or None."""
-        finite = kernels.of(self.grad).finite
-        if finite(self.grad):
-            return None
-        return next(s.name for s in self.layout.segments if not finite(self.grad[s.slice]))
+        return next((slot.name for slot in self.slots if not slot.fine), None)
+
+
+def _side_by_side(gradient, view):
+    """Is this another dense float32 CPU array whose elements lie as those of `view` do?"""
+    return (gradient is not view and gradient.dtype == torch.float32 and not gradient.is_sparse
+            and gradient.device.type == "cpu" and gradient.is_contiguous())
 
 
 def groups(named_parameters, bucket_bytes) -> list[list]:

@@ -44,6 +44,8 @@ def _bench_commands(parser):
     step.add_argument("--model", default="cnn", choices=("cnn", "transformer", "mlp"))
     step.add_argument("--steps", type=int, default=4, help="timed steps in each round")
     step.add_argument("--plot", metavar="FILE", help="draw the stages of a step there (matplotlib)")
+    step.add_argument("--progress", nargs="+", default=["auto"], choices=("auto", "poll", "thread"),
+                      metavar="WAY", help="auto, poll or thread; several: each method with each")
     step.add_argument("--no-peers", dest="peers", action="store_false", help="leave out DDP")
     codec = kinds.add_parser("kernels", help="what each codec costs, against memcpy; one process")
     codec.add_argument("--elements", type=lambda text: int(float(text)), default=25_030_656,
@@ -85,7 +87,7 @@ def bench(options) -> int:
         from mpicomp.bench import step
 
         result = step.run(options.model, options.methods, options.rounds, options.steps,
-                          options.peers)
+                          options.peers, options.progress)
         if options.plot and mpi.load().COMM_WORLD.rank == 0:
             from mpicomp.bench.picture import draw
 

@@ -62,7 +62,7 @@ class HookState:
         reducer.close()
         self._home = {}
         for bucket in reducer._buckets:
-            bucket.slots = [_DdpSlot(s.name, s.parameter, s.view) for s in bucket.slots]
+            bucket.slots = [_DdpSlot(s.name, s.parameter, s.flat) for s in bucket.slots]
             self._home |= {id(slot.parameter): (bucket, slot) for slot in bucket.slots}
         self._reducer, self.method = reducer, reducer.method
         if self._loaded is not None:
@@ -192,12 +192,7 @@ class _DdpSlot(Slot):
     gradient = None
 
     def fill(self):
-        if self.gradient is None:  # DDP leaves this parameter out
-            self.view.zero_()
-        else:
-            dense = self.gradient.to_dense() if self.gradient.is_sparse else self.gradient
-            self.view.copy_(dense)
-            self.unscale()
+        self.bring(self.gradient)  # None where DDP leaves this parameter out
 
     def give_back(self):
         if self.scale != 1.0:

@@ -149,11 +149,13 @@ def check_finite():
     for size in SIZES:
         x = np.ones(size, np.float32)
         same("finite", x)
+        same("take", x, np.zeros(size, np.float32))
         for wrong in (np.inf, -np.inf, np.nan):
             for at in {0, size // 2, size - 1} if size else ():
                 y = x.copy()
                 y[at] = wrong
                 same("finite", y)
+                same("take", y, np.zeros(size, np.float32))
 
 
 def check_adagrad():
@@ -271,7 +273,7 @@ def check_dryden():
                 packed(data, rng, rows, columns, 0.25, x.size, name="dryden_decode_add_2016")
 
 
-CHECKS = {check_finite: ["finite"], check_adagrad: ["adagrad"],
+CHECKS = {check_finite: ["finite", "take"], check_adagrad: ["adagrad"],
           check_dense: ["dense_decode_add", "dense_scale"],
           check_casts: ["cast_encode", "cast_decode_add"],
           check_strom: ["strom_encode", "strom_decode_add"],

@@ -7,9 +7,10 @@ network on the same batches with SGD and momentum.
 Stages of a step, which add up to it: forward, backward (less what follows inside of it), encode,
 post (MPI calls and polling), wait (for what backward did not hide), decode, optimizer. DDP hides
 its communication in backward. wire is beside them: the seconds in which a call was under way. With
-MPICOMP_PROGRESS=thread encode runs beside backward, and the sum exceeds the step.
+a progress thread encode runs beside backward, and the sum exceeds the step.
 """
 
+import gc
 import os
 import socket
 from collections import Counter
@@ -33,8 +34,9 @@ STAGES = ("forward", "backward", *INNER, "optimizer")  # a step, in its order
 class Contender:
     """Builds a model, trains it for a few steps and forgets it, each time it is called."""
 
-    def __init__(self, name, model, steps, comm):
+    def __init__(self, name, model, steps, comm, progress="auto"):
         self.name, self.model, self.steps, self.comm = name, model, steps, comm
+        self.progress = progress
         self.rounds, self.ratio, self.sent = [], None, None
 
     @property
@@ -45,6 +47,7 @@ class Contender:
 
     def __call__(self):
         """Median seconds of a step on this rank, after two steps to warm up."""
+        gc.collect()  # models and Reducers hold on to each other
         torch.manual_seed(0)
         model, x, y = MODELS[self.model]()
         net, optimizer, reducer = self._distribute(model)
@@ -86,7 +89,8 @@ class Contender:
         if self.name == FLOOR:
             return model, sgd(), None
         if self.name not in PEERS:
-            optimizer = mpicomp.DistributedOptimizer(sgd(), model.named_parameters(), self.name)
+            optimizer = mpicomp.DistributedOptimizer(sgd(), model.named_parameters(), self.name,
+                                                     progress=self.progress)
             return model, optimizer, optimizer.reducer
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
@@ -125,18 +129,26 @@ def join_gloo(comm):
                             rank=comm.rank, world_size=comm.size)
 
 
-def run(model, methods, rounds, steps, peers=True) -> dict:
-    """{"contenders": {name: {...}}}; prints a table on rank 0."""
+def run(model, methods, rounds, steps, peers=True, progress=("auto",)) -> dict:
+    """{"contenders": {name: {...}}}; prints a table on rank 0.
+
+    Each method runs with each way of `progress` (Reducer's option), which a name tells where there
+    are several.
+    """
     comm = mpi.communicator()
     if peers:
         join_gloo(comm)
-    names = [FLOOR, *(PEERS if peers else ()), *methods]
-    contenders = {name: Contender(name, model, steps, comm) for name in names}
+    contenders = {name: Contender(name, model, steps, comm)
+                  for name in (FLOOR, *(PEERS if peers else ()))}
+    contenders |= {f"{method} ({way})" if len(progress) > 1 else method:
+                   Contender(method, model, steps, comm, way)
+                   for method in methods for way in progress}
     seconds = in_turn(contenders, rounds, comm)
     if peers:
         dist.destroy_process_group()
-    base = DENSE if peers else next((n for n in methods if n.startswith("dense")), FLOOR)
-    dense = [n for n in names if n == DENSE or n.split(":")[0] == "dense"] or [base]
+    dense = [n for n, c in contenders.items() if n == DENSE or c.name.split(":")[0] == "dense"]
+    base = dense[0] if dense else FLOOR
+    dense = dense or [base]
     best = min(dense, key=lambda name: summary(seconds[name])["median"])
     figures, rows = {}, []
     for name, values in seconds.items():

@@ -5,11 +5,53 @@
 
 namespace {
 
-// Are all of these finite? The sum has the top bit where the exponent is all ones.
-bool finite(const float* x, i64 n) {
+// Are all of these finite? The sum has the top bit where the exponent is all ones. Unless `to` is
+// null, they are copied there.
+bool take_plain(const float* x, float* to, i64 n) {
     u32 seen = 0;
-    for (i64 i = 0; i < n; i++) seen |= (bits_of(x[i]) & 0x7F800000u) + 0x00800000u;
+    for (i64 i = 0; i < n; i++) {
+        seen |= (bits_of(x[i]) & 0x7F800000u) + 0x00800000u;
+        if (to) to[i] = x[i];
+    }
     return !(seen >> 31);
+}
+
+#if HAVE_AVX2
+template <bool COPY> AVX2 bool take_avx2(const float* x, float* to, i64 n, bool stream) {
+    const __m256i exponent = _mm256_set1_epi32(0x7F800000), one = _mm256_set1_epi32(0x00800000);
+    __m256i seen[4] = {};
+    i64 i = stream ? until_aligned(to, n) : 0;
+    bool fine = take_plain(x, to, i);
+    for (; i + 32 <= n; i += 32) {
+        next_page(x + i);
+        for (int k = 0; k < 4; k++) {
+            const __m256 v = _mm256_loadu_ps(x + i + 8 * k);
+            const __m256i bits = _mm256_and_si256(_mm256_castps_si256(v), exponent);
+            seen[k] = _mm256_or_si256(seen[k], _mm256_add_epi32(bits, one));
+            if (COPY) store(to + i + 8 * k, v, stream);
+        }
+    }
+    if (stream) _mm_sfence();
+    const __m256i any = _mm256_or_si256(_mm256_or_si256(seen[0], seen[1]),
+                                        _mm256_or_si256(seen[2], seen[3]));
+    fine &= !_mm256_movemask_ps(_mm256_castsi256_ps(any));
+    return take_plain(x + i, COPY ? to + i : nullptr, n - i) && fine;
+}
+#endif
+
+bool finite(const float* x, i64 n) {
+#if HAVE_AVX2
+    if (avx2) return take_avx2<false>(x, nullptr, n, false);
+#endif
+    return take_plain(x, nullptr, n);
+}
+
+// Copies x and says whether all of it is finite.
+bool take(const float* x, float* to, i64 n, bool stream) {
+#if HAVE_AVX2
+    if (avx2) return take_avx2<true>(x, to, n, stream);
+#endif
+    return take_plain(x, to, n);
 }
 
 bool finite_bytes(const u8* data, i64 n) {
@@ -108,6 +150,15 @@ API int mp_finite(const float* x, i64 n) {
     split(n, 1, grain, [&](int, i64 begin, i64 end) {
         for (i64 at = begin; at < end && fine; at += 1 << 16)
             if (!finite(x + at, std::min<i64>(1 << 16, end - at))) fine = false;
+    });
+    return fine;
+}
+
+// to = x; are all of them finite?
+API int mp_take(const float* x, float* to, i64 n) {
+    std::atomic<bool> fine{true};
+    split(n, 16, grain, [&](int, i64 begin, i64 end) {
+        if (!take(x + begin, to + begin, end - begin, n >= stream_from)) fine = false;
     });
     return fine;
 }

@@ -12,7 +12,7 @@ import numpy as np
 from mpicomp.kernels import reference
 from mpicomp.philox import MASK32
 
-VERSION = 1  # of the compiled functions: mp_version in cpp/common.h
+VERSION = 2  # of the compiled functions: mp_version in cpp/common.h
 _P, _N, _I, _F, _U = c_void_p, c_int64, c_int, c_float, c_uint32
 _KEY = (c_uint64, _U, _U, _U)
 _FUNCTIONS = {  # name: (result, arguments)
@@ -39,6 +39,7 @@ _FUNCTIONS = {  # name: (result, arguments)
     "mp_onebit_encode": (_N, (_P, _P, _P, _N, _N, _P)),
     "mp_strom_decode": (_N, (_P, _P, _N, _F, _F, _P, _N, _I)),
     "mp_strom_encode": (_N, (_P, _P, _P, _N, _F, _I, _P)),
+    "mp_take": (_I, (_P, _P, _N)),
     "mp_ternary_decode": (_N, (_P, _P, _N, _I, _F, _P, _N, _I)),
     "mp_ternary_encode": (None, (_P, _N, _F, _F, *_KEY, _N, _I, _P)),
     "mp_ternary_level": (None, (_P, _N, c_double, _P)),

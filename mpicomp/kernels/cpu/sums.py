@@ -11,6 +11,11 @@ def finite(x):
 
 
 @or_reference
+def take(x, to):
+    return bool(lib.mp_take(floats(x, to.size), floats(to, to.size, True), to.size))
+
+
+@or_reference
 def adagrad(x, history, ahead):
     n = x.size
     lib.mp_adagrad(floats(x, n, True), n, floats(history, n), floats(ahead, n, True))

@@ -15,6 +15,12 @@ def finite(x) -> bool:
     return x.size == 0 or bool(np.isfinite(x.max()) and np.isfinite(x.min()))
 
 
+def take(x, to) -> bool:
+    """to = x, both flat; is every element finite?"""
+    to[...] = x
+    return finite(to)
+
+
 def fold(a):
     """The sum of `a` over its first axis, in the one order that all backends follow.
 
