@@ -16,6 +16,12 @@ def always(monkeypatch):
     monkeypatch.setattr(ring, "RANKS", range(2, 100))
 
 
+@pytest.fixture(autouse=True, params=[1, 1 << 20], ids=["lanes", "lane"])
+def lane(monkeypatch, request):
+    """As many lanes as there may be, and one."""
+    monkeypatch.setattr(ring, "LANE", request.param)
+
+
 @pytest.mark.parametrize("spec", ["dense", "dense:feedback=yes,exchange=allreduce"])
 @pytest.mark.parametrize("progress", ["poll", "thread"])
 def test_sums_of_whole_numbers(spec, progress, comm):
