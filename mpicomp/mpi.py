@@ -58,6 +58,16 @@ def communicator(comm=None):
     return (MPI.COMM_WORLD if comm is None else comm).Dup()
 
 
+def ranks_here(comm) -> int:
+    """How many ranks of `comm` share this node's memory and cores. Collective."""
+    if comm.size == 1:
+        return 1
+    node = comm.Split_type(load().COMM_TYPE_SHARED)
+    count = node.size
+    node.Free()
+    return count
+
+
 def wait(comm, request, timeout, what):
     """Wait for a request without spinning. Raises StallError after `timeout` seconds."""
     start, pause = perf_counter(), 0.0

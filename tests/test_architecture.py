@@ -23,7 +23,7 @@ KNOWS = {
     "kernels": {"errors", "philox"},
     "compressor": {"errors", "kernels", "compressors"},  # compressors: registry() imports them
     "compressors": {"errors", "kernels", "compressor", "layout", "philox"},
-    "exchange": BASE | {"kernels"},
+    "exchange": BASE | {"kernels", "mpi"},
     "systems": {"errors", "compressor", "compressors", "exchange"},
     "mpi": {"errors"},
     "agree": {"errors", "mpi"},

@@ -1,11 +1,12 @@
-"""The sum around a ring: exact, the same bits on all ranks, several buckets at once."""
+"""Sums and gathers around a ring: exact, the same bits on all ranks, several buckets at once."""
 
 import numpy as np
 import pytest
 from training import give, parameters, whole_numbers
 
 import mpicomp
-from mpicomp.exchange import ring
+from mpicomp import mpi
+from mpicomp.exchange import hierarchical, ring, slots
 
 pytestmark = pytest.mark.mpi
 
@@ -16,10 +17,11 @@ def always(monkeypatch):
     monkeypatch.setattr(ring, "RANKS", range(2, 100))
 
 
-@pytest.fixture(autouse=True, params=[1, 1 << 20], ids=["lanes", "lane"])
+@pytest.fixture(autouse=True, params=[1, 90, 1 << 20], ids=["most", "some", "one"])
 def lane(monkeypatch, request):
-    """As many lanes as there may be, and one."""
-    monkeypatch.setattr(ring, "LANE", request.param)
+    """As many lanes as there may be, other numbers for other buckets, and one."""
+    monkeypatch.setattr(ring, "SUM_LANE", request.param)
+    monkeypatch.setattr(ring, "GATHER_LANE", request.param)
 
 
 @pytest.mark.parametrize("spec", ["dense", "dense:feedback=yes,exchange=allreduce"])
@@ -50,14 +52,14 @@ def test_all_ranks_hold_the_same_bits(comm):
 
 
 @pytest.mark.mpi(min_size=2)
-def test_bytes_are_those_that_travel(comm):
+def test_bytes_are_those_of_the_call(comm):
     named = parameters(w=600 * comm.size)
     reducer = mpicomp.Reducer(named, "dense", comm)
     give(named, [np.ones(600 * comm.size)])
     reducer.finish()
-    travel = 2 * (comm.size - 1) * 600 * 4
-    assert reducer.stats.calls == {"Iallgather": 32, "Isend": travel}
-    assert reducer.stats.received == 32 * (comm.size - 1) + travel
+    size = 4 * 600 * comm.size  # a ring counts as the call that it stands for
+    assert reducer.stats.calls == {"Iallgather": 32, "ring Iallreduce": size}
+    assert reducer.stats.received == 32 * (comm.size - 1) + size
 
 
 def test_a_gradient_that_is_not_finite_is_named_not_warned_of(comm):
@@ -74,4 +76,47 @@ def test_small_sums_are_left_to_mpi(comm, monkeypatch):
     reducer = mpicomp.Reducer(named, "dense", comm)
     give(named, [np.ones(600)])
     reducer.finish()
-    assert "Isend" not in reducer.stats.calls
+    assert set(reducer.stats.calls) == {"Iallgather", "Iallreduce"}
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """Every rank believes to be alone on its node; hierarchical believes in nodes of two."""
+    monkeypatch.setattr(mpi, "ranks_here", lambda comm: 1)
+    monkeypatch.setattr(hierarchical, "node_of", lambda comm: comm.Split(comm.rank // 2))
+    monkeypatch.setattr(ring, "GATHER", 0)
+
+
+def gathered(spec, comm, progress="poll"):
+    """(bytes of every mean of five steps, calls) with seven buckets of different sizes."""
+    named = parameters(a=(64, 5), b=1, c=(17,), d=(40, 30), e=1001, f=(32, 8), g=700)
+    reducer = mpicomp.Reducer(named, spec, comm, bucket_bytes=2000, progress=progress)
+    rng, means = np.random.default_rng(comm.rank), []
+    for _ in range(5):
+        give(named, [rng.standard_normal(p.numel(), np.float32) for _, p in named])
+        reducer.finish()
+        means.append(b"".join(p.grad.numpy().tobytes() for _, p in named))
+        for _, p in named:
+            p.grad = None
+    return means, dict(reducer.stats.calls)
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "sharded", "hierarchical"])
+@pytest.mark.parametrize("spec", ["onebit", "terngrad", "strom:tau=1", "adacomp:bin=16"])
+@pytest.mark.parametrize("limit", [0, 256])
+def test_gathers_are_those_of_mpi(spec, exchange, limit, comm, nodes, monkeypatch):
+    """Packets of fixed length, lengths first, and slots that are too small; large after small."""
+    monkeypatch.setattr(slots, "LIMIT", limit)
+    spec += f"{',' if ':' in spec else ':'}exchange={exchange}"
+    found, calls = gathered(spec, comm)
+    monkeypatch.setenv("MPICOMP_RING", "never")
+    expected, plain = gathered(spec, comm)
+    assert found == expected and len(set(comm.allgather(b"".join(found)))) == 1
+    assert sum(calls.values()) == sum(plain.values())
+    alone = comm.size == 1 or exchange == "hierarchical" and (comm.size == 2 or comm.rank % 2)
+    assert ("ring Iallgather" in calls) != alone
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_thread_may_move_rings_on(comm, nodes):
+    assert gathered("onebit", comm, "thread")[0] == gathered("onebit", comm)[0]

@@ -9,6 +9,7 @@ P - 1 packets, so this moves fewer bytes than a dense ring while P < 2 * ratio.
 import numpy as np
 
 from mpicomp import kernels, packet
+from mpicomp.exchange import ring
 from mpicomp.exchange.mail import Exchange
 from mpicomp.exchange.slots import Gather
 
@@ -28,11 +29,12 @@ class Allgather(Exchange):
         used = self.encode(mail, step, flags)
         if mail.gather is not None:
             most = [mail.payload.size] * self.wire.size
-            yield from mail.gather.run(self, 1, mail.outbox, used, most)
+            yield from mail.gather.run(self, 1, mail.index, mail.outbox, used, most)
             mail.headers = mail.gather.headers
             return
-        yield [self.wire.allgather(1, mail.outbox, mail.inbox)]
         size = mail.outbox.size
+        yield from ring.gather(self.wire, 1, mail.index, mail.outbox, mail.inbox,
+                               [size] * self.wire.size)
         mail.headers = self.read_headers(mail.inbox, range(0, size * self.wire.size, size))
 
     def decode(self, mail, step, weight):

@@ -3,8 +3,10 @@
 import os
 from time import perf_counter, sleep
 
+from mpicomp import mpi
 from mpicomp.errors import SpecError, StallError
 from mpicomp.exchange.progress import Progress
+from mpicomp.exchange.ring import Onward
 
 WAYS = ("auto", "poll", "thread")
 SPIN = 5  # looks without a sleep between them
@@ -16,17 +18,18 @@ class Pipeline:
 
     A generator is resumed when its requests are done. The one rule that keeps ranks from posting
     in different orders: a bucket makes its n-th posting only after the bucket before it has made
-    its own n-th. Nonblocking collectives move only while somebody calls Test. progress="poll":
-    `poll` is called from the gradient hooks; "thread": a thread looks every millisecond, and
-    encodes, too; "auto", or the environment variable MPICOMP_PROGRESS, chooses. `drain` is done by
-    the caller either way, and sleeps between two looks where ranks share cores.
+    its own n-th; what two ranks send each other between postings (`Onward`) is not counted.
+    Nonblocking collectives move only while somebody calls Test. progress="poll": `poll` is called
+    from the gradient hooks; "thread": a thread looks every millisecond, and encodes, too; "auto",
+    or the environment variable MPICOMP_PROGRESS, chooses. `drain` is done by the caller either way,
+    and sleeps between two looks where ranks share cores.
     """
 
     def __init__(self, comm, timeout, progress="auto"):
         self.comm, self.timeout = comm, timeout
         self._flights = []
         self.under_way, self._since = 0.0, None  # seconds with a call open, as seen by looking
-        self._crowded = _ranks_here(comm) > len(os.sched_getaffinity(0))
+        self._crowded = mpi.ranks_here(comm) > len(os.sched_getaffinity(0))
         self.progress, self.note = _way(progress)
         self._thread = Progress(self) if self.progress == "thread" else None
 
@@ -117,7 +120,7 @@ class _Flight:
     def resume(self):
         self.requests = next(self.generator, None)
         self.done = self.requests is None
-        self.posted += not self.done
+        self.posted += not self.done and not isinstance(self.requests, Onward)
 
 
 def _way(progress):
@@ -133,15 +136,3 @@ def _way(progress):
             return "poll", ("progress=thread needs MPI_THREAD_MULTIPLE, which this MPI does not "
                             "give: gradient hooks poll instead")
     return way, None
-
-
-def _ranks_here(comm):
-    """How many ranks share this node's cores."""
-    if comm.size == 1:
-        return 1
-    from mpi4py import MPI
-
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    count = node.size
-    node.Free()
-    return count

@@ -9,6 +9,7 @@ the others. Owners sum in rank order and apply what they sent, so replicas stay 
 import numpy as np
 
 from mpicomp import kernels, packet
+from mpicomp.exchange import ring
 from mpicomp.exchange.mail import Exchange, Mail
 from mpicomp.exchange.shards import cut
 from mpicomp.exchange.slots import Gather, Scatter
@@ -83,11 +84,12 @@ class Sharded(Exchange):
         if mail.fixed:
             lengths = [m.outbox.size for m in mail.first]
             starts = [sum(lengths[:rank]) for rank in range(self.wire.size)]
-            yield [self.wire.allgatherv(4, mail.second.outbox, mail.result, lengths)]
+            yield from ring.gather(self.wire, 4, mail.second.index, mail.second.outbox, mail.result,
+                                   lengths, even=False)
             mail.headers = self.read_headers(mail.result, starts)
             mail.payloads = list(_payloads(mail.result, mail.headers, starts))
             return
-        yield from mail.gather_all.run(self, 3, mail.second.outbox, used,
+        yield from mail.gather_all.run(self, 3, mail.second.index, mail.second.outbox, used,
                                    [m.payload.size for m in mail.first])
         mail.headers, mail.payloads = mail.gather_all.headers, mail.gather_all.payloads
         mail.scatter.learn(mail.headers)

@@ -10,6 +10,7 @@ costs more than a call.
 import numpy as np
 
 from mpicomp import kernels, packet
+from mpicomp.exchange import ring
 
 LIMIT = 32 << 10  # bytes of a slot beyond which lengths travel first; 0: always (docs/results.md)
 STEP = 64  # slots are multiples of so many bytes: kernels read payloads as whole words
@@ -88,8 +89,8 @@ class Gather(Joined):
         self.wire, self.slot = wire, Slot(most)
         self.headers, self.payloads = [], []
 
-    def run(self, exchange, stage, outbox, used, most):
-        """Two postings, at `stage` and `stage` + 1; `most` bytes a rank may announce.
+    def run(self, exchange, stage, index, outbox, used, most):
+        """The postings of bucket `index`, at `stage` and `stage` + 1; a rank has `most` bytes.
 
         `outbox` is the packet with `used` bytes of payload, and memory up to the largest.
         """
@@ -102,9 +103,11 @@ class Gather(Joined):
         lengths = exchange.lengths(self.headers, most)
         rests = [max(0, length - room) for length in lengths]
         self.rest = self.grown(self.rest, sum(rests))
-        # nothing to send is a posting too: every bucket makes the same number of them
-        yield [wire.allgatherv(stage + 1, outbox[size:][:rests[wire.rank]], self.rest, rests)
-               ] if sum(rests) else []
+        if sum(rests):
+            yield from ring.gather(wire, stage + 1, index, outbox[size:][:rests[wire.rank]],
+                                   self.rest[:sum(rests)], rests, even=False)
+        else:
+            yield []  # a posting, too
         starts = range(packet.SIZE, slots.size + packet.SIZE, size)
         self.payloads = self.join(starts, lengths, room, rests)
         self.slot.learn(self.slot.wanted(max(lengths)))

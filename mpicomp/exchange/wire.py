@@ -1,5 +1,7 @@
 """Nonblocking MPI calls that are counted, each stage on a communicator of its own."""
 
+from mpicomp import mpi
+
 
 class Wire:
     """Posts collectives and books their bytes.
@@ -13,6 +15,7 @@ class Wire:
     def __init__(self, comm, meter, within=False):
         self.comm, self.meter, self.within = comm, meter, within
         self.size, self.rank = comm.size, comm.rank
+        self.spread = mpi.ranks_here(comm) < comm.size  # over several nodes
         self._stages = []
 
     def open(self, stages):
@@ -20,49 +23,52 @@ class Wire:
         while len(self._stages) < stages:
             self._stages.append(self.comm.Dup())
 
-    def _count(self, call, sent, received):
+    def book(self, call, sent, received):
+        """Count bytes; `call` is one of MPI's, or says what stands for it."""
         self.meter.count(call, sent, received, self.within)
 
     def allgather(self, stage, send, receive):
         """Every rank's `send` (equal lengths) side by side in `receive`; both uint8."""
-        self._count("Iallgather", send.nbytes, receive.nbytes - send.nbytes)
+        self.book("Iallgather", send.nbytes, receive.nbytes - send.nbytes)
         return self._stages[stage].Iallgather(send, receive)
 
     def allgatherv(self, stage, send, receive, lengths):
         """Every rank's `send`, of the given lengths in bytes, side by side in `receive`."""
-        self._count("Iallgatherv", send.nbytes, sum(lengths) - send.nbytes)
+        self.book("Iallgatherv", send.nbytes, sum(lengths) - send.nbytes)
         return self._stages[stage].Iallgatherv(send, [receive, lengths])
 
     def allreduce(self, stage, send, receive, op):
         """The sum or maximum of every rank's `send` in `receive`."""
-        self._count("Iallreduce", send.nbytes, receive.nbytes)
+        self.book("Iallreduce", send.nbytes, receive.nbytes)
         return self._stages[stage].Iallreduce(send, receive, op)
 
     def reduce(self, stage, send, receive):
         """The sum of every rank's `send` in rank 0's `receive` (None elsewhere)."""
         from mpi4py import MPI
 
-        self._count("Ireduce", send.nbytes if self.rank else 0,
+        self.book("Ireduce", send.nbytes if self.rank else 0,
                          0 if self.rank else receive.nbytes)
         return self._stages[stage].Ireduce(send, receive, MPI.SUM, 0)
 
     def bcast(self, stage, buffer):
         """Rank 0's `buffer` in everybody's."""
-        self._count("Ibcast", 0 if self.rank else buffer.nbytes,
+        self.book("Ibcast", 0 if self.rank else buffer.nbytes,
                          buffer.nbytes if self.rank else 0)
         return self._stages[stage].Ibcast(buffer, 0)
 
-    def send(self, stage, array, rank, tag=0):
+    def send(self, stage, array, rank, tag=0, booked=True):
         """`array` to one rank, which must `receive` it; messages keep their order."""
-        self._count("Isend", array.nbytes, 0)
+        if booked:
+            self.book("Isend", array.nbytes, 0)
         return self._stages[stage].Isend(array, rank, tag)
 
-    def receive(self, stage, array, rank, tag=0):
+    def receive(self, stage, array, rank, tag=0, booked=True):
         """What one rank sends, into `array`, which must have its size."""
-        self._count("Isend", 0, array.nbytes)
+        if booked:
+            self.book("Isend", 0, array.nbytes)
         return self._stages[stage].Irecv(array, rank, tag)
 
     def alltoallv(self, stage, send, receive):
         """`send` and `receive` are (uint8 array, lengths, starts), one length and start a rank."""
-        self._count("Ialltoallv", sum(send[1]), sum(receive[1]))
+        self.book("Ialltoallv", sum(send[1]), sum(receive[1]))
         return self._stages[stage].Ialltoallv([send[0], send[1:]], [receive[0], receive[1:]])
