@@ -167,14 +167,19 @@ def describe(line, rate, losses, results):
 
 
 def about(experiment, seeds):
+    """Which experiment this was, and `environment`."""
+    return dict(experiment=experiment.name, claim=experiment.claim, data=experiment.data,
+                seeds=seeds, grid=GRID,
+                **environment(f"launch/reproduce {experiment.name} --seeds {seeds}"))
+
+
+def environment(command):
     """Where, when and with what this was run, and the command that does it again."""
     commit = git("rev-parse", "--short", "HEAD") or "unknown"
     if git("status", "--porcelain", "launch", "mpicomp"):
         commit += " with changes"
     return dict(
-        experiment=experiment.name, claim=experiment.claim, data=experiment.data,
-        command=f"launch/reproduce {experiment.name} --seeds {seeds}",
-        date=time.strftime("%Y-%m-%d"), commit=commit, seeds=seeds, grid=GRID,
+        command=command, date=time.strftime("%Y-%m-%d"), commit=commit,
         machine=f"{os.cpu_count()} cores, {processor()}, no GPU",
         versions={name: metadata.version(name) for name in ("torch", "numpy", "mpi4py")}
         | {"python": platform.python_version()})
@@ -209,7 +214,7 @@ def chosen(names):
             picked += [e for e in every if e.name == name]
         else:
             sys.exit(f"launch/reproduce: no system or experiment is called {name!r}; there are: "
-                     + ", ".join([*SYSTEMS, *(e.name for e in every), "all", "slice", "report"]))
+                     + ", ".join([*SYSTEMS, *(e.name for e in every), "all", "speed", "slice", "report"]))
     return picked
 
 
@@ -224,7 +229,11 @@ def main():
         import bands
 
         sys.exit(bands.check(args.seeds or 1))
-    if args.what != ["report"]:
+    if args.what == ["speed"]:
+        import speedrun
+
+        speedrun.run(args.seeds)
+    elif args.what != ["report"]:
         for experiment in chosen(args.what):
             kept = carry_out(experiment, args.seeds)
             print("\n".join(report.table(kept)) + "\n", flush=True)

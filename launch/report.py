@@ -119,24 +119,38 @@ def rates(axes, line):
     axes.legend(fontsize=8, framealpha=0.8, edgecolor="none")
 
 
-def write():
-    """Bring the parts of docs/results.md between the marks, and the pictures, up to date."""
+def drawn(name, draw, kept, path) -> bool:
+    """Draw a picture; says so where matplotlib is missing."""
+    try:
+        draw(kept, path)
+    except ImportError:
+        print(f"no picture of {name}: matplotlib is missing; type: pip install matplotlib")
+        return False
+    return True
+
+
+def put(name, lines):
+    """Bring what docs/results.md has between the marks of `name` up to date."""
     page = DOCS / "results.md"
     text = page.read_text()
+    begin, end = f"<!-- {name}: made by launch/reproduce -->", f"<!-- end of {name} -->"
+    block = "\n".join([begin, "", *lines, "", end])
+    if begin in text:
+        text = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: block, text, flags=re.S)
+    else:
+        text = text.rstrip() + "\n\n" + block + "\n"
+    page.write_text(text)
+
+
+def write():
+    """Bring docs/results.md and the pictures up to date with what lies in jobs/results/."""
     for path in sorted((ROOT / "jobs" / "results").glob("reproduce-*.json")):
         kept = json.loads(path.read_text())
         name = kept["experiment"]
         picture = f"reproduce-{name}.png"
-        begin, end = f"<!-- {name}: made by launch/reproduce -->", f"<!-- end of {name} -->"
-        block = "\n".join([begin, "", *table(kept), "", f"![{name}]({picture})", "",
-                           f"`{kept['command']}`, {kept['date']}", "", end])
-        try:
-            draw(kept, DOCS / picture)
-        except ImportError:
-            print(f"no picture of {name}: matplotlib is missing; type: pip install matplotlib")
-        if begin in text:
-            text = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: block, text,
-                          flags=re.S)
-        else:
-            text = text.rstrip() + "\n\n" + block + "\n"
-    page.write_text(text)
+        drawn(name, draw, kept, DOCS / picture)
+        put(name, [*table(kept), "", f"![{name}]({picture})", "",
+                   f"`{kept['command']}`, {kept['date']}"])
+    import speedrun
+
+    speedrun.write()

@@ -50,7 +50,8 @@ class Contender:
         gc.collect()  # models and Reducers hold on to each other
         torch.manual_seed(0)
         model, x, y = MODELS[self.model]()
-        net, optimizer, reducer = self._distribute(model)
+        sgd = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        net, optimizer, reducer = distribute(self.name, model, sgd, self.progress)
         times, split = [], Counter()
 
         def booked():
@@ -81,29 +82,29 @@ class Contender:
             reducer.close()
         return summary(times[2:])["median"]
 
-    def _distribute(self, model):
-        """(what forward calls, optimizer, Reducer or None)."""
-        def sgd():
-            return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
-        if self.name == FLOOR:
-            return model, sgd(), None
-        if self.name not in PEERS:
-            optimizer = mpicomp.DistributedOptimizer(sgd(), model.named_parameters(), self.name,
-                                                     progress=self.progress)
-            return model, optimizer, optimizer.reducer
-        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+def distribute(name, model, optimizer, progress="auto"):
+    """(what forward calls, optimizer, Reducer or None): `model` made parallel as `name` says.
 
-        # PowerSGD on gloo wants one bucket only
-        bucket = 4000 if self.name.endswith("powersgd") else 25
-        net = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=bucket)
-        if self.name.endswith("fp16"):
-            net.register_comm_hook(None, default_hooks.fp16_compress_hook)
-        elif self.name.endswith("powersgd"):
-            state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1,
-                                                start_powerSGD_iter=2)
-            net.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        return net, sgd(), None
+    name: FLOOR (not parallel at all), one of PEERS, else a method of this package.
+    """
+    if name == FLOOR:
+        return model, optimizer, None
+    if name not in PEERS:
+        optimizer = mpicomp.DistributedOptimizer(optimizer, model.named_parameters(), name,
+                                                 progress=progress)
+        return model, optimizer, optimizer.reducer
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+    # PowerSGD on gloo wants one bucket only
+    bucket = 4000 if name.endswith("powersgd") else 25
+    net = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=bucket)
+    if name.endswith("fp16"):
+        net.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    elif name.endswith("powersgd"):
+        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
+        net.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    return net, optimizer, None
 
 
 def _split(split, marks, threaded):
