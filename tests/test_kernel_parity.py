@@ -273,6 +273,49 @@ def check_dryden():
                 packed(data, rng, rows, columns, 0.25, x.size, name="dryden_decode_add_2016")
 
 
+STRIPS = ((128, 64), (257, 607), (40, 2000), (1100, 130), (2048, 96), (33, 129))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_dryden_in_strips(in_place, threads):
+    """Matrices that are read once, in strips of columns, give what the reference makes of them."""
+    had = cpu.threads()
+    cpu.threads(threads)
+    cpu.limits(50, 50)
+    try:
+        for rows, columns in STRIPS:
+            size = rows * columns
+            for (kind, owed), (_, grad) in zip(gradients(size), gradients(size, 1), strict=True):
+                for proportion, sample in ((64, 32), (4, 20), (1, 9)):
+                    of = rows, columns, proportion, sample, Key(9, 8, 7, 6), 5
+                    here, theirs = (owing(k, owed, grad, in_place, of) for k in (cpu, reference))
+                    assert here == theirs, (kind, *of)
+    finally:
+        cpu.threads(had)
+        cpu.limits()
+
+
+def owing(module, owed, grad, in_place, of):
+    """Packet, what is still owed and guards, or the error, of one matrix with a residual."""
+    owed, whole = guarded(owed, 4)
+    out, other = (owed, whole) if in_place else guarded(np.zeros_like(owed), 4)
+    rows, columns = of[:2]
+    data = np.zeros(4 + 8 * columns + 4 * owed.size, np.uint8)
+    with np.errstate(all="ignore"):
+        try:
+            if module is cpu:
+                used = cpu.dryden_encode_owed_2016(grad, owed, out, *of, data)
+            else:
+                out[:] = owed + grad
+                cuts = reference.dryden_columns(out, *of)
+                used = reference.dryden_encode_2016(out, rows, columns, *cuts, data)
+                reference.dryden_decode_add_2016(data, rows, columns, -1.0, out)
+        except PacketError as error:
+            return str(error)
+    return data[:used].tobytes(), whole.tobytes(), other.tobytes()
+
+
 CHECKS = {check_finite: ["finite", "take"], check_adagrad: ["adagrad"],
           check_dense: ["dense_decode_add", "dense_scale"],
           check_casts: ["cast_encode", "cast_decode_add"],

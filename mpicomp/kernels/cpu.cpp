@@ -17,6 +17,8 @@
 #include "cpp/dropping.h"
 #include "cpp/dryden.h"
 #include "cpp/dryden_columns.h"
+#include "cpp/dryden_owed.h"
+#include "cpp/dryden_strip.h"
 #include "cpp/onebit_column.h"
 #include "cpp/onebit_decode.h"
 #include "cpp/onebit_encode.h"

@@ -2,6 +2,7 @@
 // column.
 #pragma once
 
+#include "dryden_columns.h"
 #include "sums.h"
 #include "words.h"
 
@@ -142,7 +143,6 @@ struct Means {
 // is `out` and a mean is not finite.
 API i64 mp_dryden_encode(const float* base, const float* grad, float* out, i64 rows, i64 columns,
                          const float* lower, const float* upper, u8* data) {
-    constexpr float LEAST = 1.40129846e-45f;  // a zero is never sent
     std::vector<float> low(columns), up(columns);
     for (i64 c = 0; c < columns; c++) {
         low[c] = std::min(lower[c], -LEAST);

@@ -7,6 +7,8 @@
 
 namespace {
 
+constexpr float LEAST = 1.40129846e-45f;  // of all thresholds: a zero is never sent
+
 // Number `keep` from the outside of `count` negative (or non-negative) values, where `keep` is one
 // in `proportion` of them and at least one; infinite where there are none.
 float dryden_cut(float* values, i64 count, i64 proportion, bool negative) {

@@ -9,37 +9,37 @@ from mpicomp.kernels.cpu.library import (Unfit, at, floats, lib, or_reference, p
                                          refused, some_payloads)
 
 
-def _dryden_columns(base, grad, rows, columns, proportion, sample, key, start):
-    lower, upper = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    sample = sample if 0 < sample < rows else 0
-    lib.mp_dryden_columns(floats(base, rows * columns), grad, rows, columns, proportion, sample,
-                          *philox_key(key), start, lower.ctypes.data, upper.ctypes.data)
-    return lower, upper
+def _draws(sample, rows):
+    """The number of draws from each column; 0 where all rows are looked at."""
+    return sample if 0 < sample < rows else 0
+
+
+def _room(data, rows, columns):
+    return at(data, np.uint8, 4 + 8 * columns + 4 * rows * columns, True)
 
 
 @or_reference
 def dryden_columns(x, rows, columns, proportion, sample, key, start):
-    return _dryden_columns(x, None, rows, columns, proportion, sample, key, start)
-
-
-def _dryden_encode(base, grad, out, rows, columns, lower, upper, data):
-    room = 4 + 8 * columns + 4 * rows * columns
-    return lib.mp_dryden_encode(floats(base, rows * columns), grad, out, rows, columns,
-                                floats(lower, columns), floats(upper, columns),
-                                at(data, np.uint8, room, True))
+    lower, upper = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    lib.mp_dryden_columns(floats(x, rows * columns), None, rows, columns, proportion,
+                          _draws(sample, rows), *philox_key(key), start, lower.ctypes.data,
+                          upper.ctypes.data)
+    return lower, upper
 
 
 @or_reference
 def dryden_encode_2016(x, rows, columns, lower, upper, data):
-    return _dryden_encode(x, None, None, rows, columns, lower, upper, data)
+    return lib.mp_dryden_encode(floats(x, rows * columns), None, None, rows, columns,
+                                floats(lower, columns), floats(upper, columns),
+                                _room(data, rows, columns))
 
 
 def dryden_encode_owed_2016(grad, owed, out, rows, columns, proportion, sample, key, start, data):
     """Thresholds and `dryden_encode_2016` of owed + grad; what is then still owed goes to `out`."""
     n = rows * columns
-    more = floats(grad, n)
-    lower, upper = _dryden_columns(owed, more, rows, columns, proportion, sample, key, start)
-    result = _dryden_encode(owed, more, floats(out, n, True), rows, columns, lower, upper, data)
+    result = lib.mp_dryden_encode_owed(floats(owed, n), floats(grad, n), floats(out, n, True), rows,
+                                       columns, proportion, _draws(sample, rows), *philox_key(key),
+                                       start, _room(data, rows, columns))
     return refused(result, reference.dryden_decode_add_2016, data, rows, columns, -1.0, out)
 
 

@@ -30,6 +30,7 @@ _FUNCTIONS = {  # name: (result, arguments)
     "mp_dryden_columns": (None, (_P, _P, _N, _N, _N, _N, *_KEY, _N, _P, _P)),
     "mp_dryden_decode": (_N, (_P, _P, _N, _N, _N, _F, _P, _I)),
     "mp_dryden_encode": (_N, (_P, _P, _P, _N, _N, _P, _P, _P)),
+    "mp_dryden_encode_owed": (_N, (_P, _P, _P, _N, _N, _N, _N, *_KEY, _N, _P)),
     "mp_finite": (_I, (_P, _N)),
     "mp_finite_bytes": (_I, (_P, _N)),
     "mp_float_decode": (_N, (_P, _N, _I, _F, _P, _N, _I)),
