@@ -31,7 +31,6 @@ from mpicomp import mpi
 from mpicomp.bench.step import PEERS, distribute, join_gloo
 from mpicomp.bench.timing import quiet_barrier
 
-METHODS = ("dense", "onebit", "terngrad", "strom:tau=0.02", "dropping:rate=0.99", "adacomp")
 BATCH, RATE = 256, 0.2
 
 
@@ -99,7 +98,8 @@ class Race:
 def arguments():
     parser = argparse.ArgumentParser(prog="launch/speed.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="SPEC")
+    parser.add_argument("--methods", nargs="+", default=["dense", "onebit"],
+                        metavar="SPEC")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
     parser.add_argument("--accuracy", type=float, default=0.84, help="at which a run ends")
     parser.add_argument("--steps", type=int, default=450, help="after which it ends anyway")
