@@ -2,8 +2,11 @@
 
 import argparse
 import platform
+import shlex
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import mpicomp
 
@@ -26,13 +29,89 @@ def main(arguments=None) -> int:
     plan.add_argument("--methods", nargs="+", metavar="SPEC", default=None)
     plan.add_argument("--json", metavar="FILE", help="write the figures there")
     plan.set_defaults(run=advise)
+    _launch_command(commands.add_parser(
+        "launch", help="write a Slurm script for your command: mpicomp launch --slurm -- COMMAND"))
     _bench_commands(commands.add_parser("bench", help="measure, in turn with MPI and torch"))
     options = parser.parse_args(arguments)
+    options.words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         return options.run(options)
     except mpicomp.MpicompError as error:
         print(f"mpicomp {options.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _launch_command(parser):
+    parser.add_argument("--slurm", action="store_true", required=True,
+                        help="the batch system (there is no other yet)")
+    parser.add_argument("--mpi", choices=("pmix", "pmi2", "mpirun"),
+                        help="who starts the ranks: srun with this plugin, or mpirun of Open MPI "
+                             "(default: the plugin that fits the MPI library here)")
+    for name, default, about in (("nodes", 2, "nodes"), ("cpus", 1, "cores for each rank"),
+                                 ("gpus-per-node", 0, "GPUs, and so ranks, on each node"),
+                                 ("warning", 180, "seconds before the time limit at which it is "
+                                                  "told to save")):
+        parser.add_argument(f"--{name}", type=_count, default=default, metavar="N",
+                            help=f"{about} (default: %(default)s)")
+    parser.add_argument("--ranks-per-node", type=_count, metavar="N",
+                        help="default: one, or one for each GPU")
+    parser.add_argument("--time", default="1:00:00", help="limit (default: %(default)s)")
+    parser.add_argument("--name", default="mpicomp", help="of the job (default: %(default)s)")
+    parser.add_argument("--finished", default="", metavar="FILE",
+                        help="a file that your command leaves when all is done, relative to the "
+                             "folder in which sbatch is typed; the script removes an older one")
+    parser.add_argument("--setup", action="append", default=[], metavar="LINE",
+                        help="a line of shell to go before, such as 'module load openmpi'; again "
+                             "for another")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION",
+                        help="another option for sbatch, as in --sbatch=--partition=gpu")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write it there, not to the screen")
+    parser.add_argument("program", nargs="*", metavar="COMMAND", help="after --: what a rank runs")
+    parser.set_defaults(run=launch)
+
+
+def _count(text):
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def launch(options) -> int:
+    """Write a batch script. Raises LaunchError."""
+    from mpicomp import slurm
+
+    mpi = options.mpi or slurm.launcher_for(_library())
+    text = slurm.script(
+        options.program, mpi=mpi, made_by=shlex.join(["mpicomp", *options.words]),
+        setup=options.setup, finished=options.finished, name=options.name, nodes=options.nodes,
+        ranks_per_node=options.ranks_per_node or options.gpus_per_node or 1, cpus=options.cpus,
+        gpus_per_node=options.gpus_per_node, time=options.time, warning=options.warning,
+        extra=options.sbatch)
+    if mpi == "mpirun" and not options.finished:
+        print("mpicomp launch: mpirun can end with status 0 after it lost a node; --finished FILE "
+              "names a file that tells whether all is done", file=sys.stderr)
+    if not options.output:
+        print(text, end="")
+        return 0
+    try:
+        Path(options.output).write_text(text)
+    except OSError as error:
+        raise mpicomp.LaunchError(f"{options.output}: {error.strerror}") from None
+    print(f"written; type: sbatch {shlex.quote(options.output)}")
+    return 0
+
+
+def _library():
+    """What the MPI library calls itself, asked in a process of its own, which does not start it."""
+    code = ("import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; "
+            "print(MPI.Get_library_version())")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise mpicomp.LaunchError(
+            f"no MPI library here to choose a launcher for "
+            f"({(done.stderr.strip().splitlines() or ['?'])[-1]}); "
+            "choose with --mpi pmix, pmi2 or mpirun")
+    return done.stdout
 
 
 def _bench_commands(parser):

@@ -37,6 +37,7 @@ KNOWS = {
     "plan": {"", "agree", "bucket", "errors"},
     "broadcast": {"agree", "errors", "mpi"},
     "nn": {"errors", "philox"},
+    "slurm": {"errors"},
     "receipt": {"errors", "mpi"},
     "advice": {"errors", "layout", "mpi", "philox", "systems"},
     "shard_optimizer": {"errors"},

@@ -1,0 +1,116 @@
+"""Slurm batch scripts for a training that saves when it is told to, and goes on when started again.
+
+`script` writes one for any command. jobs/train.sbatch is the same for launch/train.py, with the
+launcher chosen by a variable; its end is the one here, and a test compares the two.
+"""
+
+import re
+import shlex
+
+from mpicomp.errors import LaunchError
+
+SRUN = "srun --mpi={} --kill-on-bad-exit=0 --wait=30 --cpu-bind=cores"
+LAUNCHERS = {
+    "pmix": SRUN.format("pmix"),
+    "pmi2": SRUN.format("pmi2"),
+    "mpirun": 'mpirun -n "$SLURM_NTASKS" --map-by "slot:PE=$SLURM_CPUS_PER_TASK" --bind-to core'}
+
+HEAD = """\
+#!/usr/bin/env bash
+# Made by: {made_by}
+{directives}
+set -uo pipefail
+{setup}
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK    # since Slurm 22.05 srun does not inherit it
+export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
+launch=({launch})
+command=({command})
+finished={finished}
+
+"""
+
+END = """\
+# USR1 comes before the time limit, to this shell alone: the ranks must hear of it through their
+# launcher, save after the same step, and end with status 75. TERM comes to the ranks as well.
+echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
+[ -z "$finished" ] || rm -f "$finished"
+# A job that is preempted with a grace time: its ranks get TERM, and this shell gets nothing.
+preempted() { [[ $(scontrol show job "$SLURM_JOB_ID") =~ ' PreemptTime='[0-9] ]]; }
+asked=
+"${launch[@]}" "${command[@]}" &
+ranks=$!
+trap 'asked=USR1; kill -USR1 "$ranks"' USR1
+trap 'asked=TERM' TERM
+while kill -0 "$ranks" 2>/dev/null; do wait "$ranks"; done    # a signal ends wait, not the ranks
+wait "$ranks"
+status=$?
+
+# mpirun has been seen to end with 0 after it lost a node: a file that the ranks leave when all is
+# done is surer than the status, which is all that counts where none is named.
+if [ -e "$finished" ] || { [ -z "$finished" ] && [ "$status" -eq 0 ]; }; then
+    echo "done"
+elif [ "$asked" = TERM ]; then
+    echo "ended by Slurm, status $status; what it requeues goes on from the newest checkpoint"
+    exit "$status"
+elif [ "$asked" = USR1 ] || [ "$status" -eq 75 ] || preempted; then
+    echo "status $status; requeued, to go on from the newest checkpoint"
+    scontrol requeue "$SLURM_JOB_ID"
+else
+    echo "failed: status $status${finished:+, and there is no $finished}; see above" >&2
+    echo "to go on from the newest checkpoint: scontrol requeue $SLURM_JOB_ID" >&2
+    exit $((status ? status : 1))
+fi
+"""
+
+
+def launcher_for(library):
+    """How srun must start ranks of this MPI library, by its MPI_Get_library_version.
+
+    Raises LaunchError where that is not known.
+    """
+    if "Open MPI" in library:
+        return "pmix"
+    if re.search("MPICH|Intel|MVAPICH", library):
+        return "pmi2"
+    raise LaunchError(f"cannot tell how srun starts ranks of {library.split(chr(10))[0]!r}; choose "
+                      f"with --mpi {'|'.join(LAUNCHERS)} (srun --mpi=list shows what there is)")
+
+
+def directives(*, name, nodes, ranks_per_node, cpus, gpus_per_node=0, time, warning=180,
+               extra=()):
+    """The lines that sbatch reads; `extra` are further options of it, such as --partition=gpu.
+
+    `time` as Slurm takes it; `warning` is how many seconds before it USR1 comes.
+    """
+    if gpus_per_node and ranks_per_node != gpus_per_node:
+        raise LaunchError(f"--gpus-per-node {gpus_per_node} --ranks-per-node {ranks_per_node}: "
+                          "expected one rank for each GPU; leave out --ranks-per-node")
+    if not re.fullmatch(r"\d+|(\d+-)?\d+(:\d+){0,2}", time):
+        raise LaunchError(f"--time {time!r}: expected minutes, or [days-]hours:minutes:seconds")
+    words = [f"--job-name={name}", f"--nodes={nodes}", f"--ntasks-per-node={ranks_per_node}",
+             f"--cpus-per-task={cpus}", f"--time={time}", f"--signal=B:USR1@{warning}",
+             "--requeue", "--open-mode=append", "--output=%x-%j.log"]
+    if gpus_per_node:
+        words[4:4] = ["--gpus-per-task=1"]
+    return "\n".join(f"#SBATCH {word}" for word in (*words, *extra))
+
+
+def script(command, *, mpi, made_by="mpicomp.slurm", setup=(), finished="", **resources):
+    """The text of a batch script that runs `command` (a list of words) on every rank.
+
+    `mpi` is a key of LAUNCHERS, `setup` lines of shell that go before (module load ...), `finished`
+    a file that the command leaves when all is done; `resources` as for `directives`. The command
+    must save and end with status 75 on SIGUSR1 and SIGTERM (mpicomp.checkpoint.Signals), and when
+    started again go on from there. Raises LaunchError.
+    """
+    if not command:
+        raise LaunchError("nothing to run; put your command after --, for example  "
+                          "mpicomp launch --slurm -- python train.py --resume")
+    if command[0] in ("mpirun", "mpiexec", "srun"):
+        raise LaunchError(f"{command[0]} comes from the script itself; put only your own command "
+                          "after --, for example  python train.py")
+    if "\n" in "".join((*command, finished, made_by)):
+        raise LaunchError("a word of the command holds a line break; put it into a script")
+    return HEAD.format(
+        made_by=made_by, directives=directives(**resources), setup="\n".join(("", *setup)),
+        launch=LAUNCHERS[mpi], command=shlex.join(command), finished=shlex.quote(finished)) + END
