@@ -2,10 +2,12 @@
 
 import os
 import signal
+import time
 
 import numpy as np
 
 RESUME = os.EX_TEMPFAIL  # 75: "ended early and saved; start it again to go on"
+SAME = 5.0  # seconds; Slurm ends a job with two SIGTERM: one to its steps, one through srun
 
 
 class Signals:
@@ -21,18 +23,21 @@ class Signals:
 
     `post` starts a MAX over ranks of 8 bytes that travels while the step is computed, so that
     `agreed` finds it done. Signals that come after `post` count in the next step. A second signal
-    of the same kind does what it did before: it ends the process. Uses a duplicate of `comm`.
+    of the same kind, after 5 seconds or more, does what it did before: it ends the process. Uses a
+    duplicate of `comm`.
     """
 
     def __init__(self, comm, signals=(signal.SIGTERM, signal.SIGUSR1)):
         self.comm = comm.Dup()
         self._before = {number: signal.signal(number, self._heard) for number in signals}
         self._mine, self._all = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        self._seen, self._request = 0, None
+        self._seen, self._request, self._since = 0, None, {}
 
     def _heard(self, number, frame):
         self._seen = number
-        signal.signal(number, self._before[number])
+        if time.monotonic() - self._since.setdefault(number, time.monotonic()) >= SAME:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
 
     def post(self):
         """Tell the others what this rank has heard so far. Collective."""

@@ -263,3 +263,18 @@ def test_a_signal_to_one_rank_is_heard_by_all_in_the_same_step(comm):
     assert heard == [0, 0, 0, signal.SIGUSR1, signal.SIGUSR1]
     signals.close()
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_repeated_signal_says_nothing_new_at_first_and_later_ends_the_process(monkeypatch):
+    """Slurm sends two SIGTERM to ranks whose job it ends, one through srun."""
+    clock, ended = [100.0], []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: ended.append(clock[0]))
+    try:
+        monkeypatch.setattr("mpicomp.signals.time.monotonic", lambda: clock[0])
+        checkpoint.Signals(MPI.COMM_SELF, [signal.SIGUSR1])
+        for seconds in (0, 1, 4.9, 5.1):
+            clock[0] = 100.0 + seconds
+            signal.raise_signal(signal.SIGUSR1)
+        assert ended == [105.1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
