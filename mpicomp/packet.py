@@ -4,7 +4,8 @@
     0       4     magic "MPIC"
     4       2     format version, 1
     6       2     flags: 1 = a gradient was not finite, 2 = this rank had no gradient at all,
-                  4 = this rank has sent everything (asynchronous exchanges);
+                  4 = this rank has sent everything (asynchronous exchanges),
+                  8 = the ranks of this node disagree (hierarchical);
                   the upper byte: the size class of the slot that an owner asks for (sharded)
     8       4     step, modulo 2**32
     12      4     bucket
@@ -25,6 +26,7 @@ VERSION = 1
 NONFINITE = 1
 EMPTY = 2
 LAST = 4
+DISAGREE = 8
 HINT = 8  # flags from this bit on: exchange=sharded, size class of slots (exchange/slots.py)
 _FORMAT = struct.Struct("<4sHHIIQQ")
 SIZE = _FORMAT.size

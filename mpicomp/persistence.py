@@ -35,6 +35,7 @@ class Persistence:
     def load_state_dict(self, state) -> None:
         """Go on from what `state_dict` gave on this rank: the same packets follow, to the bit.
 
+        To be called on all ranks: the next exchange first compares step, buckets and parameters.
         Raises MismatchError, with nothing changed, if names or shapes do not fit this model.
         """
         now = self.state_dict()
@@ -59,7 +60,7 @@ class Persistence:
                     state[f"{kind}/{s.name}"].reshape(-1).float().numpy()
                     for s in bucket.layout.segments])
             mail.restore(arrays)
-        self.step = int(state["step"])
+        self.step, self._checked = int(state["step"]), False
         self._exchange.restart(max(self.step, self.method.warmup))
         if self._receipt:
             self._receipt.restart(self.step)

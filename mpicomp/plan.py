@@ -21,12 +21,19 @@ def agree_on_plan(comm, method, named, problem, **options) -> int:
                  options["stall_timeout"] if not problem else 600.0)
 
 
-def check_replicas(comm, named, timeout) -> None:
-    """Raise MismatchError on all ranks unless all hold the same parameter values."""
-    if comm.size > 1:
-        facts = [f"{name} {zlib.crc32(_bytes(p)):08x}" for name, p in named]
-        agree(comm, {"value of parameter": facts},
-              "call mpicomp.broadcast_parameters(model) before the first step", timeout)
+def check_replicas(reducer) -> None:
+    """Raise MismatchError on all ranks unless all are at one step, with equal buckets and values.
+
+    Values need not be equal on the way with an asynchronous exchange: they differ by rounding.
+    """
+    if reducer.comm.size > 1:
+        apart = reducer._exchange.asynchronous and reducer.step
+        values = [] if apart else [f"{name} {zlib.crc32(_bytes(p)):08x}"
+                                   for name, p in reducer._named]
+        agree(reducer.comm, {"step": reducer.step, "buckets": f"plan {reducer._plan:016x}",
+                             "value of parameter": values},
+              "call mpicomp.broadcast_parameters(model) before the first step, and load the states "
+              "of one step on every rank", reducer._pipeline.timeout)
 
 
 def trainable(named_parameters):

@@ -228,7 +228,7 @@ class Reducer(Delivery, Persistence):
     def _launch(self, bucket, touched):
         """Send a complete bucket on its way."""
         if not self._checked:
-            check_replicas(self.comm, self._named, self._pipeline.timeout)
+            check_replicas(self)
             self._checked = True
         self._resume()
         if self._delay:

@@ -8,6 +8,7 @@ leaders have residuals. Replicas are identical because members take the sum from
 import numpy as np
 
 from mpicomp import kernels, packet
+from mpicomp.errors import MismatchError
 from mpicomp.exchange.allgather import Allgather
 from mpicomp.exchange.mail import Exchange, Mail
 from mpicomp.exchange.wire import Wire
@@ -24,7 +25,7 @@ def node_of(comm):
 class Hierarchical(Exchange):
     """See the module. Rank 0 of each node, in the order of the ranks, is its leader."""
 
-    stages = 0
+    stages = 1  # for all ranks: only where they disagree
 
     def __init__(self, wire):
         super().__init__(wire)
@@ -42,26 +43,39 @@ class Hierarchical(Exchange):
         Header(step, mail.index, mail.plan, 0, flags).write(mail.header)
         yield [self.node.allgather(0, mail.header, mail.node_headers),
                self.node.reduce(1, mail.grad, mail.sum)]
-        headers = self.read_headers(mail.node_headers,
-                                    range(0, mail.node_headers.size, packet.SIZE))
+        headers = [Header.read(mail.node_headers[at:])
+                   for at in range(0, mail.node_headers.size, packet.SIZE)]
         if mail.inner is not None:
             yield from self._between_nodes(mail, step, headers)
         yield [self.node.bcast(2, mail.leader_headers), self.node.bcast(3, mail.grad)]
-        mail.headers = self.read_headers(mail.leader_headers,
-                                         range(0, mail.leader_headers.size, packet.SIZE))
+        mail.headers = [Header.read(mail.leader_headers[at:])
+                        for at in range(0, mail.leader_headers.size, packet.SIZE)]
+        if mail.flagged(packet.DISAGREE):  # all ranks read so, and all learn who it is
+            everyone = np.zeros(packet.SIZE * self.wire.size, np.uint8)
+            yield [self.wire.allgather(0, mail.header, everyone)]
+            self.read_headers(everyone, range(0, everyone.size, packet.SIZE))
 
     def _between_nodes(self, mail, step, headers):
-        """The leader's part: exchange the node's sum, decode the sum over nodes into mail.grad."""
+        """The leader's part: exchange the node's sum, decode the sum over nodes into mail.grad.
+
+        A node whose ranks disagree takes part all the same, or the other nodes would wait for it.
+        """
         bad = any(h.flags & packet.NONFINITE for h in headers)
         empty = all(h.flags & packet.EMPTY for h in headers)
+        odd = len({(h.step, h.bucket, h.plan) for h in headers}) > 1
         if not bad and not kernels.of(mail.sum).finite(mail.sum):
             bad = True  # finite gradients whose sum is not
-        flags = (packet.NONFINITE if bad else 0) | (packet.EMPTY if empty else 0)
+        flags = ((packet.NONFINITE if bad else 0) | (packet.EMPTY if empty else 0)
+                 | (packet.DISAGREE if odd else 0))
         mail.grad[...] = mail.sum
-        yield from self.inner.run(mail.inner, step, flags)
-        for rank, header in enumerate(mail.inner.headers):
+        try:
+            yield from self.inner.run(mail.inner, step, flags)
+            told = mail.inner.headers
+        except MismatchError:  # between nodes: every leader finds it
+            told = [Header(step, mail.index, mail.plan, 0, packet.DISAGREE)] * self.nodes
+        for rank, header in enumerate(told):
             header.write(mail.leader_headers[rank * packet.SIZE:])
-        if not mail.inner.flagged(packet.NONFINITE):
+        if not any(header.flags & (packet.NONFINITE | packet.DISAGREE) for header in told):
             with self.wire.meter.stage("decode"):
                 self.inner.decode(mail.inner, step, 1.0)
 
