@@ -62,10 +62,15 @@ def parse(about, refuse, rank):
                         help="checkpoint interval (default: an epoch, at most 200; 0: at the end)")
     parser.add_argument("--resume", action="store_true",
                         help="go on from the newest checkpoint in --out; start if there is none")
+    parser.add_argument("--survive", type=int, nargs="?", const=1, default=0, metavar="RANKS",
+                        help="where a rank has died the others do its step again and go on, while "
+                             "so many are left (default: 1); needs launch/run --with-ft")
     args = parser.parse_args()
     for name, least in dict(epochs=1, steps=1, batch=1, lr=0, momentum=0, seed=0, log_every=1,
-                            save_every=0).items():
+                            save_every=0, survive=0).items():
         value = getattr(args, name)
         if value is not None and not value >= least:
             refuse(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+    if args.survive and args.flush_epochs:
+        refuse("--survive with --flush-epochs: a flush cannot be taken back; leave out either")
     return args

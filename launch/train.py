@@ -8,6 +8,7 @@
     python launch/train.py --data mnist5k                      alone, without mpirun: one rank
 
 SIGTERM and SIGUSR1 to any rank make all of them save after the same step and end with status 75.
+With launch/run --with-ft and --survive the others go on where a rank has died.
 
 Read it from top to bottom: options, data, model, the three lines that make training distributed,
 where it goes on from, the loop, the result. All that it writes lies in the folder --out:
@@ -34,13 +35,15 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-import data as datasets         # these and recipes are beside this file, in launch/
+import data as datasets         # this and other modules are beside this file, in launch/
 import models
 import options
 import mpicomp.mpi
 import mpicomp.nn
+from journal import Journal
 from mpicomp import checkpoint
 from recipes import DOREFA, RECIPES
+from scores import count, evaluate, phoneme_error_rate, rows_of
 
 try:
     MPI = mpicomp.mpi.load()
@@ -213,46 +216,21 @@ if found and args.resume:
             "the last bits will differ")
 
 
-def keep_until(step):
-    """Cut metrics.jsonl back to the checkpoint; a row that was being written when it died, too."""
-    file, kept = out / "metrics.jsonl", []
-    for line in file.read_text().splitlines() if step and file.exists() else ():
-        try:
-            kept += [line] if json.loads(line)["step"] <= step else []
-        except ValueError:
-            break
-    checkpoint.write(file, "".join(line + "\n" for line in kept).encode())
-
-
 def take_over():
     """Rank 0 makes --out ours."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "result.json").unlink(missing_ok=True)
     if not start:
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
-    keep_until(start)
+    journal.open(start)
     (out / "config.json").write_text(json.dumps({**config, "ranks": ranks, "digest": digest}))
-    return open(out / "metrics.jsonl", "a", buffering=1)
 
 
-metrics = agreed(lambda: take_over() if rank == 0 else None)
+journal = Journal(out, ranks == 1)
+agreed(lambda: take_over() if rank == 0 else None)
 
 
 # ---------------------------------------------------------------- what it says on the way
-
-try:
-    from tqdm import tqdm
-except ImportError:
-    tqdm = None
-# Under mpirun isatty() says nothing about the user's terminal; launch/run tells us instead.
-on_terminal = os.environ.get("MPICOMP_TTY", str(int(ranks == 1 and sys.stdout.isatty()))) == "1"
-bar = None
-if rank == 0 and tqdm and on_terminal:
-    # mpirun's own terminal has no size, and tqdm would draw nothing on it
-    bar = tqdm(total=steps, initial=start, file=sys.stdout, nrows=24,
-               ncols=shutil.get_terminal_size((100, 24)).columns - 1,
-               bar_format="{n}/{total} {bar} {remaining}{postfix}")
-
 
 def bytes_so_far():
     """What this rank handed to MPI since step 0, and what dense fp32 would have handed over."""
@@ -262,71 +240,27 @@ def bytes_so_far():
                 dense=earlier["dense"] + reducer.stats.dense, reasons=dict(reasons))
 
 
-def record(kind, **values):
+def record(kind, step, **values):
     """A row of metrics.jsonl."""
     counted = bytes_so_far()
     row = dict(kind=kind, step=step + 1, epoch=(step + 1) / epoch_steps, seconds=seconds,
                bytes_sent=counted["sent"], ratio=counted["dense"] / max(1, counted["sent"]),
                bytes_by_reason=counted["reasons"], **values)
-    metrics.write(json.dumps(row) + "\n")
+    journal.write(row)
     return row
 
 
-def log():
+def log(step, parts):
     """Mean loss since the last line over all ranks, exactly: float64, added in rank order."""
-    parts = comm.allgather((tally["loss"], tally["targets"], bytes_so_far()["sent"]))
-    if rank:
-        return
     loss, targets, sent = (sum(column) for column in zip(*parts, strict=True))
     layers = {"layers": reducer.named()} if args.log_layers else {}
-    row = record("train", loss=loss / targets, learning_rate=learning_rate(step), bytes_all=sent,
-                 **layers,
+    row = record("train", step, loss=loss / targets, learning_rate=learning_rate(step),
+                 bytes_all=sent, **layers,
                  bytes_per_step=tally["sent"] / tally["steps"],
                  examples_per_second=batch * tally["steps"] / tally["seconds"])
-    numbers = (f"loss {row['loss']:.4f}  {row['examples_per_second']:,.0f} examples/s  "
-               f"{row['bytes_per_step']:,.0f} bytes/step  ratio {row['ratio']:.1f}")
-    if bar:
-        bar.set_postfix_str(numbers)
-    else:
-        say(f"step {row['step']:5}/{steps}  epoch {row['epoch']:5.2f}  {numbers}")
-
-
-def rows_of(split, rows):
-    """Those rows as (inputs, targets), copied out of the memory map."""
-    return torch.from_numpy(split.x[rows]), torch.from_numpy(split.y[rows]).long()
-
-
-def count(y):
-    """How many targets there are, without padding."""
-    return int((y != datasets.PADDING).sum())
-
-
-@torch.no_grad()
-def evaluate():
-    """(mean loss, accuracy) over the test set, or what was held out; each rank takes a share."""
-    split, rows = scored
-    mine = rows[datasets.share(len(rows), rank, ranks)]
-    loss, correct, targets = 0.0, 0, 0
-    for at in range(0, len(mine), 250):
-        x, y = rows_of(split, mine[at:at + 250])
-        logits, y = model(x).flatten(0, -2), y.flatten()
-        loss += functional.cross_entropy(logits, y, reduction="none",
-                                         ignore_index=datasets.PADDING).double().sum().item()
-        correct += (logits.argmax(1) == y).sum().item()
-        targets += count(y)
-    parts = comm.allgather((loss, correct, targets))
-    loss, correct, targets = (sum(column) for column in zip(*parts, strict=True))
-    return loss / targets, correct / targets
-
-
-def phoneme_error_rate():
-    """{that: edits per phoneme} of words that the model writes alone; {} if it writes none."""
-    if not hasattr(model, "edits"):
-        return {}
-    split, rows = scored
-    x, y = rows_of(split, rows[datasets.share(len(rows), rank, ranks)])
-    edits, length = (sum(column) for column in zip(*comm.allgather(model.edits(x, y))))
-    return dict(phoneme_error_rate=edits / length)
+    journal.numbers(f"step {row['step']:5}/{steps}  epoch {row['epoch']:5.2f}",
+                    f"loss {row['loss']:.4f}  {row['examples_per_second']:,.0f} examples/s  "
+                    f"{row['bytes_per_step']:,.0f} bytes/step  ratio {row['ratio']:.1f}")
 
 
 def within_ratio(work):
@@ -375,9 +309,34 @@ if rank == 0:
 # Asynchronous ranks must not meet in every step: there a signal is heard at the next checkpoint.
 together = method.exchange not in ("peers", "server")
 signals = checkpoint.Signals(comm)
-times, scores, what = [], None, "validation" if args.validate else "test"
-for step in range(start, steps):
-    began = time.perf_counter()
+what = "validation" if args.validate else "test"
+
+
+def regrouped(recovery):
+    """A rank has died: those that are left divide the data anew, the first of them speaks."""
+    global comm, rank, ranks
+    comm, rank, ranks = recovery.comm, recovery.rank, recovery.size
+    recovery.track(signals.move(comm))
+    if rank == 0 and journal.metrics is None:
+        journal.open(reducer.step)
+
+
+recovery = None
+if args.survive:
+    recovery = mpicomp.Recovery(reducer, model, comm, regrouped=regrouped, least=args.survive,
+                                keep=lambda: dict(squares),
+                                restore=lambda kept: (squares.clear(), squares.update(kept)))
+    comm = recovery.comm
+    recovery.track(signals.comm)
+
+
+def piece(work, *arguments):
+    """work(...); with --survive it is done again by those that are left where a rank dies."""
+    return recovery.run(work, *arguments) if recovery else work(*arguments)
+
+
+def train(step):
+    """One step. (this rank's loss, its targets, the signal that any rank has heard or 0)."""
     if together:
         signals.post()
     x, y = rows_of(data.train, kept[
@@ -392,51 +351,73 @@ for step in range(start, steps):
     # Slices of a batch can differ by one example. With this scale the mean over ranks, which is
     # what the reducer takes, is exactly the mean over the global batch (padding counts as 0).
     (loss * (ranks / (batch * y[0].numel()))).backward()
+    heard = signals.agreed() if together else 0
     within_ratio(optimizer.step)
-    times.append(time.perf_counter() - began)
+    return loss.item(), count(y), heard
 
+
+def asked():
+    """The signal that any rank has heard, where they meet at checkpoints only."""
+    settle()
+    signals.post()
+    return signals.agreed()
+
+
+def save(step):
+    """A checkpoint after this step."""
+    checkpoint.save(
+        out / "checkpoint", comm, step + 1,
+        shared=dict(step=step + 1, seconds=seconds, model=model.state_dict(),
+                    optimizer=optimizer.state_dict()),
+        mine=dict(reducer=reducer.state_dict(), rng=torch.get_rng_state(),
+                  bytes=bytes_so_far(), tally=tally, squares=squares),
+        about=dict(config=config, digest=digest, threads=torch.get_num_threads()))
+
+
+journal.show(start, steps)
+times, scores = [], None
+for step in range(start, steps):
+    began = time.perf_counter()
+    loss, targets, heard = piece(train, step)
+    times.append(time.perf_counter() - began)
     seconds += times[-1]
-    for key, value in dict(loss=loss.item(), targets=count(y), steps=1, seconds=times[-1],
+    for key, value in dict(loss=loss, targets=targets, steps=1, seconds=times[-1],
                            sent=reducer.stats.last["sent"]).items():
         tally[key] += value
-    if bar:
-        bar.update()
+    journal.advance()
     if args.flush_epochs and (step + 1) % epoch_steps == 0:
         settle()
         reducer.flush()
         optimizer.step()
-    logs = (step + 1) % args.log_every == 0 or step + 1 == steps
-    evaluates = (step + 1) % epoch_steps == 0 or step + 1 == steps
-    stopped_by = signals.agreed() * (step + 1 < steps) if together else 0
-    saves = stopped_by or (step + 1) % save_every == 0 or step + 1 == steps
+    last = step + 1 == steps
+    logs = (step + 1) % args.log_every == 0 or last
+    evaluates = (step + 1) % epoch_steps == 0 or last
+    stopped_by = heard * (not last)
+    saves = stopped_by or (step + 1) % save_every == 0 or last
     if evaluates or saves or logs and unattended:
-        settle()
+        piece(settle)
     if saves and not together:
-        signals.post()
-        stopped_by = signals.agreed() * (step + 1 < steps)
+        stopped_by = piece(asked) * (not last)
     if logs:
-        log()
+        parts = piece(lambda: comm.allgather((tally["loss"], tally["targets"],
+                                              bytes_so_far()["sent"])))
+        if rank == 0:
+            log(step, parts)
         tally = dict.fromkeys(tally, 0)
     if evaluates:
-        scores = evaluate()
+        scores = piece(lambda: evaluate(model, *scored, comm))
         if rank == 0:
-            record("eval", loss=scores[0], accuracy=scores[1])
-            (bar.write if bar else say)(f"step {step + 1:5}/{steps}  {what} accuracy "
-                                        f"{scores[1]:.2%}  {what} loss {scores[0]:.4f}")
+            record("eval", step, loss=scores[0], accuracy=scores[1])
+            journal.say(f"step {step + 1:5}/{steps}  {what} accuracy {scores[1]:.2%}  "
+                        f"{what} loss {scores[0]:.4f}")
     if saves:
-        checkpoint.save(
-            out / "checkpoint", comm, step + 1,
-            shared=dict(step=step + 1, seconds=seconds, model=model.state_dict(),
-                        optimizer=optimizer.state_dict()),
-            mine=dict(reducer=reducer.state_dict(), rng=torch.get_rng_state(),
-                      bytes=bytes_so_far(), tally=tally, squares=squares),
-            about=dict(config=config, digest=digest, threads=torch.get_num_threads()))
+        piece(save, step)
     if stopped_by:
         say(f"{signal.Signals(stopped_by).name}: saved after step {step + 1}, ending with status "
             f"{checkpoint.RESUME}; --resume goes on from there")
-        if bar:
-            bar.close()
-        metrics and metrics.close()
+        journal.close()
+        if recovery:
+            recovery.leave(checkpoint.RESUME)
         MPI.Finalize()
         sys.exit(checkpoint.RESUME)
 signals.close()
@@ -446,23 +427,23 @@ signals.close()
 
 within_ratio(reducer.check_ratio)
 
-loss, accuracy = scores or evaluate()
-errors = phoneme_error_rate()
+loss, accuracy = scores or piece(lambda: evaluate(model, *scored, comm))
+errors = piece(lambda: phoneme_error_rate(model, *scored, comm))
 weights = hashlib.sha256()
 for name, value in model.state_dict().items():
     weights.update(name.encode() + value.numpy().tobytes())
-replicas = comm.allgather(weights.hexdigest())
+replicas = piece(lambda: comm.allgather(weights.hexdigest()))
 if len(set(replicas)) > 1:
     raise RuntimeError(f"rank {rank}: the replicas differ, which must never happen: {replicas}")
 if rank == 0:
-    if bar:
-        bar.close()
+    journal.close()
     counted = bytes_so_far()
     result = dict(accuracy=accuracy, loss=loss, **errors, bytes_per_step=counted["sent"] / steps,
                   ratio=counted["dense"] / max(1, counted["sent"]), steps=steps, ranks=ranks,
                   bytes_by_reason=counted["reasons"],
                   seconds_per_step=statistics.median(times or [seconds / steps]), seconds=seconds,
                   parameters_sha256=replicas[0], skipped=reducer.stats.skipped, digest=digest,
+                  **(dict(lost=recovery.lost) if recovery else {}),
                   config=config, torch=torch.__version__,
                   shapes={name: list(p.shape) for name, p in model.named_parameters()})
     checkpoint.write(out / "result.json.part", json.dumps(result, indent=1).encode())
@@ -471,3 +452,5 @@ if rank == 0:
         + "".join(f"{name} {value:.2%}  " for name, value in errors.items()) +
         f"{result['bytes_per_step']:,.0f} bytes/step  ratio {result['ratio']:.1f}  "
         f"{1000 * result['seconds_per_step']:.1f} ms/step\nparameters {replicas[0]}")
+if recovery:
+    recovery.leave()

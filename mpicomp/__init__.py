@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 _HOME = {
     "CheckpointError": "errors",
     "Compressor": "compressor",
+    "DeadRankError": "errors",
     "DeviceError": "errors",
     "DistributedOptimizer": "reducer",
     "Key": "philox",
@@ -20,6 +21,7 @@ _HOME = {
     "NonFiniteError": "errors",
     "PacketError": "errors",
     "RatioError": "errors",
+    "Recovery": "recovery",
     "Reducer": "reducer",
     "SpecError": "errors",
     "StallError": "errors",

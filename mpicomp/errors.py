@@ -37,5 +37,14 @@ class StallError(MpicompError, TimeoutError):
     """A collective waited longer than `stall_timeout` for the other ranks."""
 
 
+class DeadRankError(MpicompError, RuntimeError):
+    """A rank has died and the others cannot go on without it; the newest checkpoint can.
+
+    `status`, 69, is what a program ends with that nobody catches it in (docs/exit-codes.md).
+    """
+
+    status = 69
+
+
 class DeviceError(MpicompError, RuntimeError):
     """A GPU, its driver or CuPy is missing, does not fit, or has no memory left."""

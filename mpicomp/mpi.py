@@ -5,7 +5,7 @@ import sys
 import traceback
 from time import perf_counter, sleep
 
-from mpicomp.errors import LaunchError, StallError
+from mpicomp.errors import DeadRankError, LaunchError, StallError
 
 # What launchers tell each rank about how many there are, and whose habit it is.
 _SIZE_VARIABLES = {
@@ -80,6 +80,22 @@ def wait(comm, request, timeout, what):
         pause = min(pause + 1e-5, 1e-3)
 
 
+def dead_rank(error) -> bool:
+    """Does this exception say that a rank has died? ULFM's error classes, and our own."""
+    if isinstance(error, DeadRankError):
+        return True
+    from mpi4py import MPI
+
+    return isinstance(error, MPI.Exception) and error.Get_error_class() in (
+        MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED) and (
+        MPI.ERR_PROC_FAILED != MPI.ERR_UNKNOWN)
+
+
+def status(error) -> int:
+    """What a program ends with where nobody catches this exception (docs/exit-codes.md)."""
+    return DeadRankError.status if dead_rank(error) else getattr(error, "status", 1)
+
+
 def end_all_on_exception(comm):
     """From now on an exception that nobody catches ends every rank, and none is left hanging.
 
@@ -99,7 +115,7 @@ def end_all_on_exception(comm):
         sys.stderr.flush()
         if issubclass(kind, (Exception, KeyboardInterrupt)):
             sleep(0.5)  # let the others say theirs
-            comm.Abort(1)
+            comm.Abort(status(value))
 
     hook.ends_all = True
     sys.excepthook = hook

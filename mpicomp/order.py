@@ -107,10 +107,16 @@ class Order:
             arrays = mail.persistent()
             for kind, array in arrays.items():
                 for s in bucket.layout.segments:
-                    array[s.slice] = kept[kind, s.name]
+                    if (kind, s.name) in kept:  # not where this rank becomes its node's leader
+                        array[s.slice] = kept[kind, s.name]
             mail.restore(arrays)
         self._shared = {}
         self._find_places()
+
+    def regroup(self, order):
+        """Make all buckets anew for other ranks; nothing of a step that was begun remains."""
+        self._noting, self._seen = self.reducer.step == 0, []
+        self._rebuild(order)
 
     def state(self) -> dict:
         """{"order": numbers}, or nothing where buckets are as they were made."""

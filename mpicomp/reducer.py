@@ -7,8 +7,8 @@ from functools import partial
 import numpy as np
 
 from mpicomp import amp, kernels, mpi, packet, systems
-from mpicomp.agree import digest
 from mpicomp.bucket import make_buckets
+from mpicomp.connection import Connection
 from mpicomp.delay import Delay
 from mpicomp.delivery import Delivery
 from mpicomp.errors import MismatchError, NonFiniteError, SpecError
@@ -23,7 +23,7 @@ from mpicomp.receipt import Receipt
 _said = set()  # notes that this process has printed
 
 
-class Reducer(Delivery, Persistence):
+class Reducer(Connection, Delivery, Persistence):
     """Replaces every gradient by its mean over ranks, exchanged as `method` says.
 
     named_parameters  (name, parameter) pairs, as model.named_parameters() gives them; those that
@@ -93,27 +93,6 @@ class Reducer(Delivery, Persistence):
                        for name, p in named]
 
     # ---- setting up ----
-
-    def _open(self, method):
-        """The exchange of a method and its mail for every bucket."""
-        exchange = method.open(self._wire)
-        refusal = exchange.check(method.compressor)
-        if refusal:
-            raise SpecError(refusal)
-        return exchange, self._open_mail(exchange, method)
-
-    def _open_mail(self, exchange, method):
-        return [exchange.open(method.compressor, bucket.layout, bucket.index, bucket.flight,
-                              self._plan, self.seed) for bucket in self._buckets]
-
-    def _choose(self):
-        """method="auto": measure links and codecs, and take what is predicted to be fastest."""
-        from mpicomp.advice import advise
-
-        self.advice = advise(self.comm, sum(p.numel() for _, p in self._named))
-        self.method = systems.method(self.advice.choice)
-        self._plan ^= digest(self.advice.choice)
-        self.stats.notes.append(f"auto took {self.method!r}: {self.advice.reason}")
 
     def _say_notes(self):
         """Name what is slower or larger than asked for, once in a program."""
@@ -264,38 +243,47 @@ class Reducer(Delivery, Persistence):
             return
         with self.stats.stage("wait"):
             self._pipeline.drain()
-        self._finished = True
         skipped = any(mail.flagged(packet.NONFINITE) for mail in self._lane[1])
+        self._finished = True
+        with self._guard.commit():  # until its end nothing has changed that lasts
+            full = [] if skipped else self._decode()
         if skipped:
             self._skip()
-        if not skipped or self._lane[0].asynchronous:  # what the others said counts all the same
-            self._apply()
+            if self._lane[0].asynchronous:  # what the others said counts all the same
+                full = self._decode()
+        self._apply(full)
         self._end_step(skipped)
 
     def _end_step(self, skipped):
         self.step += 1
         self.stats.step(4 * sum(b.layout.size for b in self._buckets), skipped)
-        if self._receipt:
-            self._receipt.after(self.step - 1, self.method)
-        self._order.agree()
+        with self._guard.tail():
+            if self._receipt:
+                self._receipt.after(self.step - 1, self.method)
+            self._order.agree()
 
     def check_ratio(self):
         """At the end of a run: hold the steps since the last judgement to require_ratio, too."""
         if self._receipt:
             self._receipt.check(self.step)
 
-    def _apply(self):
-        """Decode every bucket and make its residual the past."""
+    def _decode(self):
+        """(bucket, mail) of all that any rank had a gradient for, the mean in bucket.flight."""
         weight = 1.0 / self.comm.size if self.average else 1.0
         exchange, mails = self._lane
+        full = [(bucket, mail) for bucket, mail in zip(self._buckets, mails)
+                if len(mail.flagged(packet.EMPTY)) < len(mail.headers)]
         with self.stats.stage("decode"):
-            for bucket, mail in zip(self._buckets, mails):
-                if len(mail.flagged(packet.EMPTY)) == len(mail.headers):
-                    continue
+            for _, mail in full:
                 exchange.decode(mail, self.step, weight)
-                mail.commit()
-                for slot in bucket.slots:
-                    slot.move() if exchange.owns else slot.give_back()
+        return full
+
+    def _apply(self, full):
+        """Make residuals the past, and hand the gradients out."""
+        for bucket, mail in full:
+            mail.commit()
+            for slot in bucket.slots:
+                slot.move() if self._lane[0].owns else slot.give_back()
 
     def _skip(self):
         """A gradient is not finite somewhere: nobody applies this step, and all say why."""
@@ -311,7 +299,10 @@ class Reducer(Delivery, Persistence):
         """
         bad, self._bad = list(self._bad.values()), {}
         alone = self._lane[0].asynchronous
-        found = [[]] * self.comm.rank + [bad] if alone else self.comm.allgather(bad)
+        found = [[]] * self.comm.rank + [bad]
+        if not alone:
+            with self._guard.tail():
+                found = self.comm.allgather(bad)
         where = "; ".join(f"rank {r}: {', '.join(names)}" for r, names in enumerate(found) if names)
         if self.nonfinite == "raise":
             step, self.step = self.step, self.step + alone  # the others have heard of this step

@@ -51,6 +51,11 @@ class Signals:
         self._request.Wait()
         return int(self._all[0])
 
+    def move(self, comm):
+        """Go on over another communicator, whose duplicate it returns; what was heard counts."""
+        self.comm, self._request = comm.Dup(), None
+        return self.comm
+
     def close(self):
         """Signals do again what they did before."""
         for number, before in self._before.items():

@@ -43,14 +43,17 @@ KNOWS = {
     "shard_optimizer": {"errors"},
     "delivery": {"errors", "shard_optimizer"}, "persistence": {"advice", "errors"},
     "order": {"agree", "bucket", "mpi"},
+    "connection": {"advice", "agree", "errors", "exchange", "mpi", "systems"},
+    "recovery": {"errors", "mpi"},
     "variants": {"compressor", "exchange", "systems"},
-    "reducer": {"", "advice", "agree", "amp", "bucket", "delay", "delivery", "exchange", "kernels",
+    "reducer": {"", "amp", "bucket", "connection", "delay", "delivery", "exchange", "kernels",
                 "mpi", "order", "persistence", "plan", "receipt", "systems"} | BASE,
 }
 TORCH = {"reducer", "order", "persistence", "delivery", "shard_optimizer", "bucket", "broadcast",
-         "plan", "nn", "ddp", "bench", "amp", "process_group", "checkpoint", "repartition"}
+         "plan", "nn", "ddp", "bench", "amp", "process_group", "checkpoint", "repartition",
+         "recovery"}
 MPI = {"exchange", "mpi", "reducer", "order", "delivery", "broadcast", "cli", "bench", "ddp",
-       "process_group", "signals"}
+       "process_group", "signals", "recovery"}
 CUPY = {"device.py", "staging.py"}
 TOP = {"cli", "bench", "__main__", "ddp"}  # these may know everything
 

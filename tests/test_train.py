@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mpi4py import MPI
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 
@@ -171,3 +172,34 @@ def test_a_signal_saves_on_all_ranks_and_another_number_of_them_goes_on(start, t
     result = json.loads((tmp_path / "other" / "result.json").read_text())
     assert (result["ranks"], result["steps"]) == (1, 24)
     assert abs(result["loss"] - whole["loss"]) < 0.1 * whole["loss"]
+
+
+# The rank that speaks and writes dies in step 11, before it has told the others anything of it.
+SURVIVED = """
+import os, runpy, signal, sys
+train, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(train))
+import mpicomp
+whole = mpicomp.Reducer.finish
+def finish(self):
+    if self.step == 10 and self.comm.rank == 0 and self.comm.size == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(self)
+mpicomp.Reducer.finish = finish
+runpy.run_path(train, run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(MPI.ERR_PROC_FAILED == MPI.ERR_UNKNOWN, reason="this MPI has no ULFM")
+@pytest.mark.limit(180)
+def test_with_survive_the_others_go_on_and_another_rank_writes(start, tmp_path):
+    done = start(3, "--with-ft", "-c", SURVIVED, LAUNCH / "train.py", *RUNS["onebit"], *LENGTH,
+                 "--survive", "--out", "parts")
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 died in step 10, which 2 do again" in done.stderr
+    result = json.loads((tmp_path / "parts" / "result.json").read_text())
+    (lost,) = result["lost"]
+    assert lost["ranks"] == [0] and lost["left"] == 2 and lost["residuals"] > 0
+    rows = [json.loads(line) for line in
+            (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [*range(3, 25, 3)]

@@ -51,6 +51,10 @@ class Asynchronous(Exchange):
         self._base, self._next, self._last = 0, {}, {}
         self._problem, self._marked = None, False
 
+    @property
+    def communicators(self):
+        return [*self.wire.communicators, self.post.comm]
+
     def restart(self, step):
         """The next message of every rank will be of this step."""
         self._base = step

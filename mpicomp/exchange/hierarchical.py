@@ -39,6 +39,11 @@ class Hierarchical(Exchange):
     def open(self, compressor, layout, index, grad, plan, seed):
         return _Bucket(self, compressor, layout, index, grad, plan, seed)
 
+    @property
+    def communicators(self):
+        inner = self.inner.communicators if self.inner is not None else []
+        return self.wire.communicators + self.node.communicators + inner
+
     def run(self, mail, step, flags):
         Header(step, mail.index, mail.plan, 0, flags).write(mail.header)
         yield [self.node.allgather(0, mail.header, mail.node_headers),

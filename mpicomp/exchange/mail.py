@@ -112,6 +112,11 @@ class Exchange(ABC):
     def prepare(self, mail) -> None:
         """Take the memory that the bucket needs in this exchange."""
 
+    @property
+    def communicators(self) -> list:
+        """All that this exchange calls MPI on, to revoke them where a rank has died."""
+        return self.wire.communicators
+
     def restart(self, step) -> None:
         """Steps are counted from here."""
 

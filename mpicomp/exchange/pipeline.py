@@ -94,6 +94,18 @@ class Pipeline:
         """Forget all buckets."""
         self._flights.clear()
 
+    def abandon(self) -> list:
+        """Stop, since a rank has died. What MPI may still write to lives as long as the result."""
+        if self._thread:
+            self._thread.stop()
+            self._thread.abandon()
+        flights, self._flights = self._flights, []
+        return flights
+
+    def over(self, comm):
+        """An idle pipeline like this one over another communicator. Collective."""
+        return Pipeline(comm, self.timeout, self.progress)
+
     def _stalled(self):
         waiting = next(f for f in self._flights if not f.done)
         whom = [f" for {r.waits_for()}" for r in waiting.requests if hasattr(r, "waits_for")]

@@ -37,6 +37,11 @@ class Progress:
         if error is not None:
             raise error
 
+    def abandon(self):
+        """Return when the thread is out of `poll`; what it met there does not matter any more."""
+        with self._free:
+            self._error = None
+
     def stop(self):
         """End the thread."""
         self._ended = True

@@ -23,6 +23,11 @@ class Wire:
         while len(self._stages) < stages:
             self._stages.append(self.comm.Dup())
 
+    @property
+    def communicators(self) -> list:
+        """All that are used here, to revoke them where a rank has died."""
+        return [self.comm, *self._stages]
+
     def book(self, call, sent, received):
         """Count bytes; `call` is one of MPI's, or says what stands for it."""
         self.meter.count(call, sent, received, self.within)

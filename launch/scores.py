@@ -1,0 +1,43 @@
+"""How good a model is: each rank scores its share, and all get the whole."""
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+import data as datasets
+
+
+def rows_of(split, rows):
+    """Those rows as (inputs, targets), copied out of the memory map."""
+    return torch.from_numpy(split.x[rows]), torch.from_numpy(split.y[rows]).long()
+
+
+def count(y):
+    """How many targets there are, without padding."""
+    return int((y != datasets.PADDING).sum())
+
+
+@torch.no_grad()
+def evaluate(model, split, rows, comm):
+    """(mean loss, accuracy) over these rows of a split. Collective."""
+    mine = rows[datasets.share(len(rows), comm.rank, comm.size)]
+    loss, correct, targets = 0.0, 0, 0
+    for at in range(0, len(mine), 250):
+        x, y = rows_of(split, mine[at:at + 250])
+        logits, y = model(x).flatten(0, -2), y.flatten()
+        loss += functional.cross_entropy(logits, y, reduction="none",
+                                         ignore_index=datasets.PADDING).double().sum().item()
+        correct += (logits.argmax(1) == y).sum().item()
+        targets += count(y)
+    parts = comm.allgather((loss, correct, targets))
+    loss, correct, targets = (sum(column) for column in zip(*parts, strict=True))
+    return loss / targets, correct / targets
+
+
+def phoneme_error_rate(model, split, rows, comm):
+    """{that: edits per phoneme} of words that the model writes alone; {} if it writes none."""
+    if not hasattr(model, "edits"):
+        return {}
+    x, y = rows_of(split, rows[datasets.share(len(rows), comm.rank, comm.size)])
+    edits, length = (sum(column) for column in zip(*comm.allgather(model.edits(x, y))))
+    return dict(phoneme_error_rate=edits / length)
