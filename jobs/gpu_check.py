@@ -6,12 +6,13 @@ import json
 import platform
 import sys
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 
 from mpicomp import kernels
 from mpicomp.compressor import from_spec
-from mpicomp.kernels.gpu import device
+from mpicomp.kernels.gpu import device as gpu
 from mpicomp.layout import Layout
 from mpicomp.philox import Key
 
@@ -22,6 +23,7 @@ SPECS = ("dense", "fp16", "bf16", "strom:tau=1.0", "strom:tau=1.0,strict=no",
          "dorefa", "dorefa:bits=3", "dorefa:bits=2,packing=int8", "dorefa:bits=8,packing=int16",
          "dryden", "dryden:proportion=4,min_rows=1", "adacomp", "adacomp:bin=50")
 PEERS = 8
+STEPS = ("dense", "onebit", "strom:tau=3.3")
 # bytes that must move an element when encoding: the gradient, and with a residual its reading and
 # writing; the packet is added by its size
 BENCH = (("strom:tau=3.3", 12), ("dropping:rate=0.999", 12), ("onebit", 12), ("terngrad", 4),
@@ -37,6 +39,12 @@ def layouts(n):
         yield Layout.of([("matrix", (rows, columns)), ("bias", (n - rows * columns,))])
 
 
+# what a run is judged by: share of the copying bandwidth when encoding, when decoding and
+# summing, times faster than torch operations, times less communication than dense
+WANTED = {"encode": 0.8, "encode dryden": 0.6, "encode adacomp": 0.6, "decode": 0.7, "torch": 5.0,
+          "step": 3.0}
+
+
 # ---- parity -------------------------------------------------------------------------------------
 
 
@@ -45,8 +53,8 @@ def one_step(spec, layout, seed, there):
 
     The packet and the gradient begin at addresses that are multiples of 4 and 1 only.
     """
-    move = device.current().array if there else np.copy
-    back = device.current().host if there else np.copy
+    move = gpu.current().array if there else np.copy
+    back = gpu.current().host if there else np.copy
     rng = np.random.default_rng([seed, layout.size])
     compressor, room = from_spec(spec), np.zeros(layout.size + 1, np.float32)
     room[1:] = rng.standard_normal(layout.size, np.float32)
@@ -105,7 +113,7 @@ def seconds(cupy, action, rounds=20):
 
 def bench(n) -> dict:
     """Bytes that must move over time, as a share of what copying n floats reaches here."""
-    cupy = device.current().cupy
+    cupy = gpu.current().cupy
     source, target = cupy.random.standard_normal(n, dtype=np.float32), cupy.empty(n, np.float32)
     copying = 8 * n / seconds(cupy, lambda: cupy.copyto(target, source))
     figures, layout = {}, Layout.of([("matrix", (1024, n // 1024))])
@@ -138,6 +146,70 @@ def bench(n) -> dict:
     return {"elements": n, "copy_bytes_per_second": copying, "cases": figures}
 
 
+def against_torch(n, device="cuda", **more) -> dict:
+    """The same encoders in torch operations: see torch_codecs.timed."""
+    import torch_codecs
+
+    if device == "cuda":
+        gpu.current().cupy.get_default_memory_pool().free_all_blocks()  # torch has its own pool
+    return torch_codecs.timed(n, device, **more)
+
+
+# ---- a step of several ranks ------------------------------------------------------------------
+
+
+def step(parameters, device="cuda", rounds=10) -> dict:
+    """Seconds of communication in a step of each of STEPS, over the ranks present.
+
+    The backward pass only copies given gradients, so there is nothing to hide behind: communication
+    is what a step takes with a Reducer less what it takes without, on the slowest rank.
+    """
+    import torch
+    from torch_codecs import synchronize
+
+    import mpicomp
+    from mpicomp import mpi
+
+    comm = mpi.communicator(None)
+    if device == "cuda":
+        torch.cuda.set_device(mpicomp.local_rank() % torch.cuda.device_count())
+    rows, layers = 1024, 8
+    columns = max(1, parameters // (rows * layers))
+    generator = torch.Generator(device).manual_seed(comm.rank)
+    given = [torch.randn(rows, columns, device=device, generator=generator) for _ in range(layers)]
+    figures = {}
+    for spec in (None, *STEPS):
+        named = [(f"layer{i}", torch.nn.Parameter(torch.zeros_like(g)))
+                 for i, g in enumerate(given)]
+        reducer = mpicomp.Reducer(named, spec, comm) if spec else None
+        taken = []
+        for _ in range(rounds + 3):
+            for _, p in named:
+                p.grad = None
+            synchronize(device)
+            comm.Barrier()
+            start = perf_counter()
+            sum((p * g).sum() for (_, p), g in zip(named, given, strict=True)).backward()
+            if reducer:
+                reducer.finish()
+            synchronize(device)
+            taken.append(max(comm.allgather(perf_counter() - start)))
+        figures[spec or "none"] = {"seconds": float(np.median(taken[3:])),
+                                   "bytes": reducer.stats.last["sent"] if reducer else 0}
+        if reducer:
+            reducer.close()
+    alone = figures.pop("none")["seconds"]
+    for spec, found in figures.items():
+        found["communication"] = max(1e-9, found["seconds"] - alone)
+        found["ratio"] = figures[STEPS[0]]["communication"] / found["communication"]
+        if comm.rank == 0:
+            print(f"{spec:16} {1e3 * found['communication']:8.2f} ms of communication, "
+                  f"{found['bytes']:,} bytes sent, {found['ratio']:.2f} times less than dense",
+                  flush=True)
+    return {"ranks": comm.size, "parameters": rows * columns * layers, "device": device,
+            "alone_seconds": alone, "cases": figures} if comm.rank == 0 else {}
+
+
 # ---- training -----------------------------------------------------------------------------------
 
 
@@ -149,7 +221,7 @@ def training() -> int:
     from mpicomp import mpi
 
     comm = mpi.communicator(None)
-    torch.cuda.set_device(comm.rank % torch.cuda.device_count())
+    torch.cuda.set_device(mpicomp.local_rank() % torch.cuda.device_count())
     wrong = 0
     for spec in ("dense", "onebit", "strom:tau=0.003", "terngrad", "dropping:rate=0.9", "adacomp"):
         torch.manual_seed(0)
@@ -190,20 +262,38 @@ def report(work, name, result) -> None:
     for what, part in parts.items():
         log = work / f"{what}.log"
         part["says"] = log.read_text().splitlines()[-8:] if log.exists() else []
-    bench_file = work / "bench.json"
-    found = json.loads(bench_file.read_text()) if bench_file.exists() else None
+    found, torch_ops, steps = (
+        json.loads(file.read_text()) if (file := work / f"{what}.json").exists() else None
+        for what in ("bench", "torch", "step"))
     about = {**surroundings(), "command": "jobs/gpu_check.sh", "gpu": name,
              "platform": platform.platform()}
-    write_json(f"{result}.json", {**about, "parts": parts, "bench": found})
+    write_json(f"{result}.json", {**about, "parts": parts, "bench": found,
+                                   "torch_operations": torch_ops, "step": steps})
     rows = [(what, part["verdict"], part["seconds"]) for what, part in parts.items()]
     text = f"# {name}, {about['date']}\n\n```\n" + table(("part", "verdict", "s"), rows)
     if found:
-        rows = [(spec, f"{c['bytes']:,}", f"{c['encode_share']:.2f}", f"{c['decode_share']:.2f}")
-                for spec, c in found["cases"].items()]
+        rows = [bench_row(spec, c, torch_ops or {}) for spec, c in found["cases"].items()]
         text += (f"\n\n{found['elements']:,} elements; share of the "
                  f"{1e-9 * found['copy_bytes_per_second']:.0f} GB/s that copying moves\n")
-        text += table(("", "bytes", "encode", f"decode {PEERS}"), rows)
+        text += table(("", "bytes", "encode", "wanted", f"decode {PEERS}", "wanted",
+                       "times faster than torch", "wanted"), rows)
+    if steps:
+        rows = [(spec, f"{1e3 * c['communication']:.2f}", f"{c['bytes']:,}", f"{c['ratio']:.2f}",
+                 "" if spec == STEPS[0] else WANTED["step"]) for spec, c in steps["cases"].items()]
+        text += (f"\n\na step of {steps['parameters']:,} parameters, {steps['ranks']} ranks on one "
+                 "GPU, through host memory\n")
+        text += table(("", "ms of communication", "bytes sent", "times less", "wanted"), rows)
     Path(f"{result}.md").write_text(text + "\n```\n")
+
+
+def bench_row(spec, case, torch_ops):
+    """A line of the table: what was reached, and what was wanted."""
+    name = spec.split(":")[0]
+    theirs = torch_ops.get(name, {}).get("seconds")
+    faster = f"{theirs / case['encode_seconds']:.1f}" if theirs else "not run"
+    return (spec, f"{case['bytes']:,}", f"{case['encode_share']:.2f}",
+            WANTED.get(f"encode {name}", WANTED["encode"]), f"{case['decode_share']:.2f}",
+            WANTED["decode"], faster, WANTED["torch"])
 
 
 def number(text):
@@ -212,7 +302,8 @@ def number(text):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("parity", "bench", "training", "report"))
+    parser.add_argument("part", choices=("parity", "bench", "torch", "step", "training",
+                                             "report"))
     parser.add_argument("--largest", type=number, default=10**8, metavar="N")
     parser.add_argument("--elements", type=number, default=10**8, metavar="N")
     parser.add_argument("--json", metavar="FILE")
@@ -224,12 +315,12 @@ def main() -> int:
         return bool(parity(options.largest))
     if options.part == "training":
         return bool(training())
-    if options.part == "bench":
-        figures = bench(options.elements)
-        if options.json:
-            Path(options.json).write_text(json.dumps(figures))
-    else:
+    if options.part == "report":
         report(options.work, options.device, options.result)
+        return 0
+    figures = {"bench": bench, "torch": against_torch, "step": step}[options.part](options.elements)
+    if options.json and figures:  # rank 0 has them
+        Path(options.json).write_text(json.dumps(figures))
     return 0
 
 

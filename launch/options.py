@@ -5,7 +5,10 @@ import argparse
 import re
 from pathlib import Path
 
+import torch
+
 import models
+from mpicomp import local_rank
 from recipes import RECIPES
 
 
@@ -14,6 +17,26 @@ def three_bits(text):
     if not re.fullmatch(r"\d+,\d+,\d+", text):
         raise argparse.ArgumentTypeError(f"expected W,A,G such as 1,2,6, found {text!r}")
     return [int(bits) for bits in text.split(",")]
+
+
+def take_device(words):
+    """(torch.device, what is wrong or None) of --device, before MPI starts.
+
+    A GPU is taken at once, by the rank's number on its node: MPI may keep to the one it finds.
+    """
+    wanted = next((b for a, b in zip(words, words[1:]) if a == "--device"), "cpu")
+    wanted = next((w[9:] for w in words if w.startswith("--device=")), wanted)
+    if wanted != "cuda":
+        return torch.device("cpu"), None
+    if not torch.cuda.is_available():
+        build = torch.version.cuda
+        return None, "--device cuda: torch finds no GPU: " + (
+            f"nvidia-smi must list one with a driver for CUDA {build}" if build else
+            "this torch is built for CPUs; type  MPICOMP_TORCH=torch==" +
+            torch.__version__.split("+")[0] + "  launch/bootstrap  or install a CUDA build of it")
+    number = local_rank() % torch.cuda.device_count()  # several ranks may share one
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number), None
 
 
 def parse(about, refuse, rank):
@@ -48,6 +71,9 @@ def parse(about, refuse, rank):
                              "choosing options without a look at the test set")
     parser.add_argument("--log-layers", action="store_true",
                         help="log how many elements of each layer the rank's last packet named")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu",
+                        help="cuda: each rank takes a GPU of its node, in turn; more ranks than "
+                             "GPUs share them (needs CuPy, see docs/gpu.md)")
     parser.add_argument("--seed", type=int, default=0,
                         help="of initial weights and order of examples")
     parser.add_argument("--nonfinite", choices=["raise", "skip"], default="raise",

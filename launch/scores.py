@@ -7,9 +7,15 @@ from torch.nn import functional
 import data as datasets
 
 
-def rows_of(split, rows):
+def rows_of(split, rows, device="cpu"):
     """Those rows as (inputs, targets), copied out of the memory map."""
-    return torch.from_numpy(split.x[rows]), torch.from_numpy(split.y[rows]).long()
+    return (torch.from_numpy(split.x[rows]).to(device),
+            torch.from_numpy(split.y[rows]).long().to(device))
+
+
+def device_of(model):
+    """Where its parameters are."""
+    return next(model.parameters()).device
 
 
 def count(y):
@@ -23,7 +29,7 @@ def evaluate(model, split, rows, comm):
     mine = rows[datasets.share(len(rows), comm.rank, comm.size)]
     loss, correct, targets = 0.0, 0, 0
     for at in range(0, len(mine), 250):
-        x, y = rows_of(split, mine[at:at + 250])
+        x, y = rows_of(split, mine[at:at + 250], device_of(model))
         logits, y = model(x).flatten(0, -2), y.flatten()
         loss += functional.cross_entropy(logits, y, reduction="none",
                                          ignore_index=datasets.PADDING).double().sum().item()
@@ -38,6 +44,7 @@ def phoneme_error_rate(model, split, rows, comm):
     """{that: edits per phoneme} of words that the model writes alone; {} if it writes none."""
     if not hasattr(model, "edits"):
         return {}
-    x, y = rows_of(split, rows[datasets.share(len(rows), comm.rank, comm.size)])
+    x, y = rows_of(split, rows[datasets.share(len(rows), comm.rank, comm.size)],
+                   device_of(model))
     edits, length = (sum(column) for column in zip(*comm.allgather(model.edits(x, y))))
     return dict(phoneme_error_rate=edits / length)

@@ -45,6 +45,8 @@ from mpicomp import checkpoint
 from recipes import DOREFA, RECIPES
 from scores import count, evaluate, phoneme_error_rate, rows_of
 
+device, no_device = options.take_device(sys.argv)  # before MPI starts
+
 try:
     MPI = mpicomp.mpi.load()
 except mpicomp.LaunchError as problem:
@@ -85,6 +87,8 @@ def agreed(work):
 # ---------------------------------------------------------------- options
 
 args = options.parse(__doc__, refuse, rank)
+if no_device:
+    refuse(no_device)
 method = agreed(lambda: mpicomp.method(args.method))
 data = agreed(lambda: datasets.load(args.data))
 
@@ -132,9 +136,9 @@ if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(max(1, len(cores) // node.size))
 
 torch.manual_seed(args.seed)    # the same on every rank: replicas start equal
-noise = torch.Generator()       # of the gradients inside a dorefa network, anew in each step
+noise = torch.Generator(device)  # of the gradients inside a dorefa network, anew in each step
 model = agreed(lambda: models.MODELS[config["model"]](
-    data.classes, *([config["bits"], noise] if "bits" in config else [])))
+    data.classes, *([config["bits"], noise] if "bits" in config else [])).to(device))
 if config["optimizer"] == "adam":
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"])
 elif config["optimizer"] == "adagrad":
@@ -210,7 +214,7 @@ if found and args.resume:
     torch.set_rng_state(mine["rng"])
     start, seconds = shared["step"], shared["seconds"]
     earlier, tally = mine["bytes"], mine["tally"]
-    squares.update(mine["squares"])
+    squares.update({name: value.to(device) for name, value in mine["squares"].items()})
     if manifest["threads"] != torch.get_num_threads():
         say(f"it had {manifest['threads']} threads a rank, now {torch.get_num_threads()}: "
             "the last bits will differ")
@@ -431,7 +435,7 @@ loss, accuracy = scores or piece(lambda: evaluate(model, *scored, comm))
 errors = piece(lambda: phoneme_error_rate(model, *scored, comm))
 weights = hashlib.sha256()
 for name, value in model.state_dict().items():
-    weights.update(name.encode() + value.numpy().tobytes())
+    weights.update(name.encode() + value.cpu().numpy().tobytes())
 replicas = piece(lambda: comm.allgather(weights.hexdigest()))
 if len(set(replicas)) > 1:
     raise RuntimeError(f"rank {rank}: the replicas differ, which must never happen: {replicas}")

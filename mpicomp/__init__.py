@@ -28,6 +28,7 @@ _HOME = {
     "broadcast_optimizer_state": "broadcast",
     "broadcast_parameters": "broadcast",
     "from_spec": "compressor",
+    "local_rank": "mpi",
     "method": "systems",
     "methods": "systems",
     "register": "compressor",

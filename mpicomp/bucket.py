@@ -1,13 +1,13 @@
 """Buckets: parameters side by side in flat float32 arrays, in the order in which backward ends.
 
-The gradient of a float32 CPU parameter lives in its bucket: after the hook's one copy, p.grad is
-a view of it. Other dtypes and devices are copied in and out.
+The gradient of a float32 parameter lives in its bucket (see place.py): after the hook's one copy,
+p.grad is a view of it. Float16 and bfloat16 are widened by that same copy, and what arrives is
+rounded once, so everything between is float32. Gradients from elsewhere are copied in and out.
 """
 
-import numpy as np
 import torch
 
-from mpicomp import kernels
+from mpicomp import kernels, place, staging
 from mpicomp.layout import Layout
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -18,16 +18,16 @@ class Slot:
 
     scale  what p.grad is multiplied by outside of the bucket: a loss scale, see amp.py
     ready  is this step's gradient in place?
-    fine   is all of it finite?
+    fine   is all of it finite? None on a GPU, where one look at a bucket costs less than many
     """
 
     scale = 1.0
 
-    def __init__(self, name, parameter, flat):
-        self.name, self.parameter, self.flat = name, parameter, flat
-        self.view = torch.from_numpy(flat).view(parameter.shape)
-        self.direct = parameter.dtype == torch.float32 and parameter.device.type == "cpu"
+    def __init__(self, name, parameter, view, flat):
+        self.name, self.parameter, self.view, self.flat = name, parameter, view, flat
+        self.direct = parameter.dtype == torch.float32 and parameter.device == view.device
         self.ready, self.fine = False, True
+        self._on_host = not staging.is_device_array(flat)
 
     def fill(self):
         """Bring the parameter's gradient into the bucket; zeros where there is none."""
@@ -38,17 +38,18 @@ class Slot:
 
     def bring(self, gradient):
         """Copy a gradient to its place, in true units, and look for what is not finite."""
-        kernel = kernels.of(self.flat)
         if gradient is None:
             self.view.zero_()
-        elif self.direct and self.scale == 1.0 and _side_by_side(gradient, self.view):
-            self.fine = kernel.take(gradient.detach().numpy().reshape(-1), self.flat)
+        elif self._on_host and self.scale == 1.0 and _side_by_side(gradient, self.view):
+            one_pass = kernels.of(self.flat).take
+            self.fine = one_pass(gradient.detach().numpy().reshape(-1), self.flat)
             return
         elif gradient is not self.view:
             self.view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
         if self.scale != 1.0:
             self.view.mul_(1.0 / self.scale)
-        self.fine = gradient is None or kernel.finite(self.flat)
+        self.fine = (gradient is None or kernels.of(self.flat).finite(self.flat)
+                     if self._on_host else None)
 
     def give_back(self):
         """Make p.grad what now stands in the bucket."""
@@ -74,11 +75,12 @@ class Bucket:
     `flight` is the array that the exchange works on: `grad` itself, or one that delay.py puts here.
     """
 
-    def __init__(self, index, named_parameters):
+    def __init__(self, index, named_parameters, where):
         self.index = index
         self.layout = Layout.of((name, p.shape) for name, p in named_parameters)
-        self.grad = self.flight = np.zeros(self.layout.size, np.float32)
-        self.slots = [Slot(name, p, self.grad[s.slice])
+        self.grad, flat = where.bucket(self.layout.size)
+        self.flight = self.grad
+        self.slots = [Slot(name, p, flat[s.slice].view(p.shape), self.grad[s.slice])
                       for (name, p), s in zip(named_parameters, self.layout.segments)]
         self.reset()
 
@@ -95,7 +97,10 @@ class Bucket:
 
     def first_bad(self) -> str | None:
         """The first parameter whose gradient holds NaN or Inf, or None."""
-        return next((slot.name for slot in self.slots if not slot.fine), None)
+        finite = kernels.of(self.grad).finite
+        if any(slot.fine is None for slot in self.slots) and not finite(self.grad):
+            return next(slot.name for slot in self.slots if not finite(slot.flat))
+        return next((slot.name for slot in self.slots if slot.fine is False), None)
 
 
 def _side_by_side(gradient, view):
@@ -117,6 +122,7 @@ def groups(named_parameters, bucket_bytes) -> list[list]:
     return found
 
 
-def make_buckets(named_parameters, bucket_bytes) -> list[Bucket]:
-    """A bucket for each of the `groups`."""
-    return [Bucket(i, group) for i, group in enumerate(groups(named_parameters, bucket_bytes))]
+def make_buckets(named_parameters, bucket_bytes, where=place.Host()) -> list[Bucket]:
+    """A bucket for each of the `groups`, in the memory of this place."""
+    return [Bucket(i, group, where)
+            for i, group in enumerate(groups(named_parameters, bucket_bytes))]

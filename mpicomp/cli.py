@@ -210,7 +210,31 @@ def doctor() -> int:
         return 1
     library = MPI.Get_library_version().split("\0")[0].splitlines()[0]
     print(f"MPI      {library}; {MPI.COMM_WORLD.size} rank(s) in this job")
+    print(f"GPU      {gpu_verdict()}")
     return 0
+
+
+def gpu_verdict() -> str:
+    """Which GPU there is, and whether MPI may be given its memory; one line."""
+    from mpicomp import probe
+    from mpicomp.kernels.gpu.device import Cupy
+
+    try:
+        runtime = Cupy().cupy.cuda.runtime
+        name = runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
+    except Exception as error:
+        return f"none that can be used: {' '.join(str(error).split())}"
+    if probe.says_cuda() is False:
+        return (f"{name}; packets pass through page-locked host memory, for this MPI says that it "
+                "was built without CUDA")
+    try:
+        said = probe.verdicts()
+    except OSError as error:
+        return (f"{name}; packets pass through page-locked host memory: what MPI takes cannot be "
+                f"remembered ({error}); set XDG_CACHE_HOME to a folder that can be written")
+    way = "MPI is given device memory" if probe.direct() else \
+        "packets pass through page-locked host memory"
+    return f"{name}; {way}: " + ", ".join(f"{call} {word}" for call, word in said.items())
 
 
 def _installed(package):

@@ -8,6 +8,7 @@ from mpicomp import mpi, systems
 from mpicomp.agree import digest
 from mpicomp.errors import SpecError
 from mpicomp.exchange.wire import Wire
+from mpicomp.place import on_place
 
 
 class Unguarded:
@@ -34,6 +35,7 @@ class Connection:
             raise SpecError(refusal)
         return exchange
 
+    @on_place
     def _open_mail(self, exchange, method):
         return [exchange.open(method.compressor, bucket.layout, bucket.index, bucket.flight,
                               self._plan, self.seed) for bucket in self._buckets]

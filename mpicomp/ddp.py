@@ -62,7 +62,7 @@ class HookState:
         reducer.close()
         self._home = {}
         for bucket in reducer._buckets:
-            bucket.slots = [_DdpSlot(s.name, s.parameter, s.flat) for s in bucket.slots]
+            bucket.slots = [_DdpSlot(s.name, s.parameter, s.view, s.flat) for s in bucket.slots]
             self._home |= {id(slot.parameter): (bucket, slot) for slot in bucket.slots}
         self._reducer, self.method = reducer, reducer.method
         if self._loaded is not None:

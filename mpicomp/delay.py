@@ -7,9 +7,7 @@ is applied (p.grad is None), and what is under way at the end is applied by `Red
 Replicas stay bit-identical: the delay is the same on all ranks.
 """
 
-import numpy as np
-
-from mpicomp import packet
+from mpicomp import kernels, packet
 from mpicomp.errors import MismatchError, NonFiniteError
 
 
@@ -29,8 +27,13 @@ class Delay:
         self.reducer, self.step, self.landed = reducer, None, set()
         self.skipped, self.error = False, None
         for bucket in reducer._buckets:
-            bucket.flight = np.zeros_like(bucket.grad)
-        self.late = [np.zeros_like(bucket.grad) for bucket in reducer._buckets]
+            bucket.flight = self._like(bucket)
+        self.late = [self._like(bucket) for bucket in reducer._buckets]
+
+    @staticmethod
+    def _like(bucket):
+        """Zeros in the kind of memory that the bucket has."""
+        return kernels.of(bucket.grad).zeros(bucket.layout.size)
 
     def launch(self, bucket):
         """Before a bucket is sent: what is under way must be here, and the gradient is copied."""

@@ -3,7 +3,9 @@
 import numpy as np
 import torch
 
+from mpicomp import kernels, staging
 from mpicomp.errors import MismatchError, SpecError
+from mpicomp.place import on_place
 from mpicomp.shard_optimizer import ShardOptimizer
 
 
@@ -12,6 +14,7 @@ class Delivery:
 
     _saved_shard = None  # of a checkpoint, until the shard's optimizer is made
 
+    @on_place
     def deliver(self):
         """Receive and apply everything that any rank has sent. Collective, between two steps.
 
@@ -42,6 +45,7 @@ class Delivery:
         if self._optimizers:
             self._forget_gradients()
 
+    @on_place
     def flush(self):
         """Make every p.grad the mean (or sum) of what all ranks still owe; residuals become zero.
 
@@ -69,14 +73,14 @@ class Delivery:
         weight = np.float32(1.0 / self.comm.size if self.average else 1.0)
         self.stats.reason = "flush"
         for bucket, mail in zip(self._buckets, self._mail):
-            mine = self._owed(bucket, mail)
+            mine = staging.fetched(self._owed(bucket, mail))
             total = np.zeros_like(mine)
             self.stats.count("Allreduce", mine.nbytes, mine.nbytes)
             self.comm.Allreduce(mine, total, MPI.SUM)
             total *= weight
             if self._exchange.asynchronous:
                 total += bucket.grad
-            bucket.grad[...] = total
+            bucket.grad[...] = staging.fitting(total, bucket.grad)
             for slot in bucket.slots:
                 slot.give_back()
         self._finished = True
@@ -84,8 +88,10 @@ class Delivery:
     def _owed(self, bucket, mail):
         """The sum of this rank's residuals of a bucket, which become zero."""
         owed = mail.persistent()
-        total = sum(owed.values(), np.zeros_like(bucket.grad))
-        mail.restore({kind: np.zeros_like(array) for kind, array in owed.items()})
+        total = kernels.of(bucket.grad).zeros(bucket.layout.size)
+        for array in owed.values():
+            total += array
+        mail.restore(dict.fromkeys(owed, kernels.of(bucket.grad).zeros(bucket.layout.size)))
         return total
 
     def _settle(self, reason):

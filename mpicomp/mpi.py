@@ -17,7 +17,23 @@ _SIZE_VARIABLES = {
 }
 
 
+# What launchers tell each rank about its place among those of its node.
+_LOCAL_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID",
+                    "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID", "FLUX_TASK_LOCAL_ID", "SLURM_LOCALID")
+
 _abandoned = []
+
+
+def local_rank() -> int:
+    """This rank's number among those of its node, as the launcher tells it; 0 where none does.
+
+    Can be asked before MPI is there: take the GPU first, since MPI may keep to the one in use when
+    it starts:  torch.cuda.set_device(mpicomp.local_rank() % torch.cuda.device_count())
+    """
+    for variable in _LOCAL_VARIABLES:
+        if os.environ.get(variable, "").isdecimal():
+            return int(os.environ[variable])
+    return 0
 
 
 def load():

@@ -10,7 +10,7 @@ Residuals are kept by parameter, so nothing that is owed is lost.
 import numpy as np
 import torch
 
-from mpicomp import mpi
+from mpicomp import mpi, staging
 from mpicomp.agree import digest
 from mpicomp.bucket import groups, make_buckets
 
@@ -73,10 +73,12 @@ class Order:
         for mail in r._mail:
             arrays = mail.persistent()
             for kind in sorted(arrays.keys() - {"error"}):
-                mine = arrays[kind].copy()
+                mine = staging.fetched(arrays[kind])
+                total = np.zeros_like(mine)
                 r.stats.count("Allreduce", mine.nbytes, mine.nbytes)
-                r.comm.Allreduce(mine, arrays[kind], MPI.SUM)
-                self._shared |= {(kind, s.name): arrays[kind][s.slice]
+                r.comm.Allreduce(mine, total, MPI.SUM)
+                total = staging.fitting(total, arrays[kind])
+                self._shared |= {(kind, s.name): total[s.slice]
                                  for s in mail.layout.segments}
 
     def _cut(self, order):
@@ -99,7 +101,7 @@ class Order:
         r._plan = self.plan
         if self.now != self.registered:
             r._plan ^= digest(str(self.now))
-        r._buckets = make_buckets(self._pairs(self.now), self.bytes)
+        r._buckets = make_buckets(self._pairs(self.now), self.bytes, r._place)
         r._mail = r._open_mail(r._exchange, r.method)
         if r._warm:
             r._warm = r._warm[0], r._open_mail(r._warm[0], r._warm_method)

@@ -3,7 +3,9 @@
 import numpy as np
 import torch
 
+from mpicomp import staging
 from mpicomp.errors import MismatchError
+from mpicomp.place import on_place
 
 
 class Persistence:
@@ -15,6 +17,19 @@ class Persistence:
 
         return report(self.method, self.stats, self.advice)
 
+    @on_place
+    def named(self) -> dict:
+        """{parameter name: how many of its elements this rank's last packet made non-zero}.
+
+        What a sparse method sends, by layer. Costs a decode; only for exchange=allgather.
+        """
+        counts = {}
+        for bucket, mail in zip(self._buckets, self._mail):
+            said = staging.fetched(mail.own(self.step - 1, self.comm.rank))
+            counts |= {s.name: int(np.count_nonzero(said[s.slice])) for s in bucket.layout.segments}
+        return counts
+
+    @on_place
     def state_dict(self) -> dict:
         """{"step": int, "error/<name>": tensor}: this rank's residuals, in gradient units.
 
@@ -27,11 +42,13 @@ class Persistence:
         state = {"step": self.step, **self._order.state()}
         for bucket, mail in zip(self._buckets, self._mail):
             for kind, array in mail.persistent().items():
+                array = staging.fetched(array)
                 for segment in bucket.layout.segments:
                     flat = torch.from_numpy(array[segment.slice].copy())
                     state[f"{kind}/{segment.name}"] = flat.view(segment.shape)
         return state | self._shard_state()
 
+    @on_place
     def load_state_dict(self, state) -> None:
         """Go on from what `state_dict` gave on this rank: the same packets follow, to the bit.
 
@@ -57,7 +74,7 @@ class Persistence:
             arrays = mail.persistent()
             for kind in arrays:
                 arrays[kind] = np.concatenate([
-                    state[f"{kind}/{s.name}"].reshape(-1).float().numpy()
+                    state[f"{kind}/{s.name}"].reshape(-1).float().cpu().numpy()
                     for s in bucket.layout.segments])
             mail.restore(arrays)
         self.step, self._checked = int(state["step"]), False

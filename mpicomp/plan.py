@@ -17,8 +17,11 @@ def agree_on_plan(comm, method, named, problem, **options) -> int:
              "parameter": [f"{name} {list(p.shape)} {p.dtype}" for name, p in named]}
     if problem:
         facts["problem"] = str(problem)
-    return agree(comm, facts, "every rank must build the same model and Reducer",
-                 options["stall_timeout"] if not problem else 600.0)
+    try:
+        return agree(comm, facts, "every rank must build the same model and Reducer",
+                     options["stall_timeout"] if not problem else 600.0)
+    except SpecError:
+        raise problem from None  # all ranks have the same one
 
 
 def check_replicas(reducer) -> None:

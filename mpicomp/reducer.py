@@ -4,19 +4,18 @@ import sys
 from contextlib import contextmanager
 from functools import partial
 
-import numpy as np
-
-from mpicomp import amp, kernels, mpi, packet, systems
+from mpicomp import amp, kernels, mpi, packet, place, systems
 from mpicomp.bucket import make_buckets
 from mpicomp.connection import Connection
 from mpicomp.delay import Delay
 from mpicomp.delivery import Delivery
-from mpicomp.errors import MismatchError, NonFiniteError, SpecError
+from mpicomp.errors import DeviceError, MismatchError, NonFiniteError, SpecError
 from mpicomp.exchange.pipeline import Pipeline
 from mpicomp.exchange.wire import Wire
 from mpicomp.meter import Meter
 from mpicomp.order import Order
 from mpicomp.persistence import Persistence
+from mpicomp.place import on_place
 from mpicomp.plan import agree_on_plan, bad_option, check_replicas, trainable
 from mpicomp.receipt import Receipt
 
@@ -57,7 +56,8 @@ class Reducer(Connection, Delivery, Persistence):
             self.method = systems.method(method)
             problem = problem or bad_option(bucket_bytes, seed, nonfinite, stall_timeout,
                                             require_ratio, ratio_window, progress)
-        except SpecError as error:
+            self._place = place.of(named, self.method.exchange)
+        except (SpecError, DeviceError) as error:
             self.method, problem = None, error
         self._plan = agree_on_plan(
             self.comm, self.method, named, problem, seed=seed, average=average,
@@ -68,11 +68,12 @@ class Reducer(Connection, Delivery, Persistence):
         if self.method.name == "auto":
             self._choose()
         self._wire = Wire(self.comm, self.stats)
-        self._pipeline = Pipeline(self.comm, stall_timeout, progress)
+        self._pipeline = Pipeline(self.comm, stall_timeout, progress, self._place.again)
         # a server cuts parameters into one shard a rank, and a worker has one threshold for all
         whole = self.method.exchange == "server"
         # backward ends with the first parameters
-        self._buckets = make_buckets(named[::-1], float("inf") if whole else bucket_bytes)
+        self._buckets = make_buckets(named[::-1], float("inf") if whole else bucket_bytes,
+                                     self._place)
         self._order = Order(self, bucket_bytes)
         self._delay = Delay(self) if self.method.delay else None
         self._exchange, self._mail = self._open(self.method)
@@ -96,7 +97,7 @@ class Reducer(Connection, Delivery, Persistence):
 
     def _say_notes(self):
         """Name what is slower or larger than asked for, once in a program."""
-        self.stats.notes += filter(None, (kernels.note(), self._pipeline.note))
+        self.stats.notes += filter(None, (kernels.note(), self._pipeline.note, self._place.note))
         if self.method.warmup:
             self.stats.notes.append(f"{self.method.name}: the first {self.method.warmup} steps are "
                                     "exchanged dense (warmup)")
@@ -163,6 +164,7 @@ class Reducer(Connection, Delivery, Persistence):
             self._order.note(name)
         self._arrived(*self._order.place[name], parameter)
 
+    @on_place
     def _arrived(self, bucket, slot, parameter):
         """The gradient of one parameter is complete and can go into its bucket."""
         self._reopen()
@@ -222,6 +224,7 @@ class Reducer(Connection, Delivery, Persistence):
         self._next += 1
         self._pipeline.launch(f"bucket {bucket.index} in step {self.step}", generator)
 
+    @on_place
     def finish(self):
         """Wait until every p.grad is the mean over ranks (average=False: the sum). Idempotent.
 
@@ -308,17 +311,6 @@ class Reducer(Connection, Delivery, Persistence):
             step, self.step = self.step, self.step + alone  # the others have heard of this step
             raise NonFiniteError(f"step {step}: the gradient holds NaN or Inf ({where}). The "
                                  "residuals are as before this step; nonfinite='skip' goes on")
-
-    def named(self) -> dict:
-        """{parameter name: how many of its elements this rank's last packet made non-zero}.
-
-        What a sparse method sends, by layer. Costs a decode; only for exchange=allgather.
-        """
-        counts = {}
-        for bucket, mail in zip(self._buckets, self._mail):
-            said = mail.own(self.step - 1, self.comm.rank)
-            counts |= {s.name: int(np.count_nonzero(said[s.slice])) for s in bucket.layout.segments}
-        return counts
 
     def close(self) -> None:
         """Take the hooks off the parameters: this Reducer does nothing from now on.

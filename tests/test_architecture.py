@@ -23,12 +23,15 @@ KNOWS = {
     "kernels": {"errors", "philox"},
     "compressor": {"errors", "kernels", "compressors"},  # compressors: registry() imports them
     "compressors": {"errors", "kernels", "compressor", "layout", "philox"},
-    "exchange": BASE | {"kernels", "mpi"},
+    "staging": {"kernels"},
+    "probe": {"kernels", "mpi"},
+    "place": {"errors", "kernels", "probe", "staging"},
+    "exchange": BASE | {"kernels", "mpi", "staging"},
     "systems": {"errors", "compressor", "compressors", "exchange"},
     "mpi": {"errors"},
     "agree": {"errors", "mpi"},
-    "bucket": {"kernels", "layout"},
-    "delay": {"", "errors", "packet"},
+    "bucket": {"kernels", "layout", "place", "staging"},
+    "delay": {"", "errors", "kernels", "packet"},
     "amp": {"errors"},
     "signals": set(),
     "repartition": {"errors", "exchange", "layout"},
@@ -41,19 +44,20 @@ KNOWS = {
     "receipt": {"errors", "mpi"},
     "advice": {"errors", "layout", "mpi", "philox", "systems"},
     "shard_optimizer": {"errors"},
-    "delivery": {"errors", "shard_optimizer"}, "persistence": {"advice", "errors"},
-    "order": {"agree", "bucket", "mpi"},
-    "connection": {"advice", "agree", "errors", "exchange", "mpi", "systems"},
+    "delivery": {"errors", "kernels", "place", "shard_optimizer", "staging"},
+    "persistence": {"advice", "errors", "place", "staging"},
+    "order": {"agree", "bucket", "mpi", "staging"},
+    "connection": {"advice", "agree", "errors", "exchange", "mpi", "place", "systems"},
     "recovery": {"errors", "mpi"},
     "variants": {"compressor", "exchange", "systems"},
     "reducer": {"", "amp", "bucket", "connection", "delay", "delivery", "exchange", "kernels",
-                "mpi", "order", "persistence", "plan", "receipt", "systems"} | BASE,
+                "mpi", "order", "persistence", "place", "plan", "receipt", "systems"} | BASE,
 }
-TORCH = {"reducer", "order", "persistence", "delivery", "shard_optimizer", "bucket", "broadcast",
-         "plan", "nn", "ddp", "bench", "amp", "process_group", "checkpoint", "repartition",
-         "recovery"}
+TORCH = {"reducer", "place", "order", "persistence", "delivery", "shard_optimizer", "bucket",
+         "broadcast", "plan", "nn", "ddp", "bench", "amp", "process_group", "checkpoint",
+         "repartition", "recovery"}
 MPI = {"exchange", "mpi", "reducer", "order", "delivery", "broadcast", "cli", "bench", "ddp",
-       "process_group", "signals", "recovery"}
+       "process_group", "signals", "probe", "recovery"}
 CUPY = {"device.py", "staging.py"}
 TOP = {"cli", "bench", "__main__", "ddp"}  # these may know everything
 

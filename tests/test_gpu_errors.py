@@ -7,7 +7,8 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from mpicomp.errors import DeviceError
+import mpicomp
+from mpicomp.errors import DeviceError, MismatchError, SpecError
 from mpicomp.kernels.gpu import device
 
 
@@ -130,3 +131,84 @@ def test_cpu_users_never_meet_cupy():
             "k = kernels.of(numpy.zeros(3, 'float32')); assert k is not gpu; k.zeros(3);"
             "assert not {'cupy', 'torch'} & set(sys.modules)")
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=50)
+
+
+# ---- at the start of a training ---------------------------------------------------------------
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """Parameters that are declared to be a GPU's."""
+    import torch
+
+    from mpicomp import place
+
+    monkeypatch.setattr(device, "_current", None)
+    monkeypatch.setattr(place, "is_on_gpu", lambda parameter: True)
+    monkeypatch.setattr(place.Gpu, "_current_stream", lambda self: 0)
+    monkeypatch.delenv("MPICOMP_STAGING", raising=False)
+    return torch.nn.Linear(3, 2)
+
+
+@pytest.mark.mpi
+def test_a_reducer_without_cupy(model, comm, monkeypatch):
+    """The same error on every rank, of its own kind, before anything is exchanged."""
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(DeviceError, match=r"CuPy is not installed.*pip install 'mpicomp\[cuda"):
+        mpicomp.Reducer(model.named_parameters(), "onebit", comm)
+    monkeypatch.setenv("MPICOMP_STAGING", "host")
+    reducer = mpicomp.Reducer(model.named_parameters(), "onebit", comm)
+    assert any("MPICOMP_STAGING=host" in note for note in reducer.stats.notes)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_one_rank_without_cupy(model, comm, monkeypatch):
+    """The others do not wait for it: they learn which rank, and what it should type."""
+    if comm.rank == 1:
+        monkeypatch.setitem(sys.modules, "cupy", None)
+    else:
+        monkeypatch.setenv("MPICOMP_STAGING", "host")
+    with pytest.raises(MismatchError, match=r"rank 1: .*CuPy is not installed.*pip install"):
+        mpicomp.Reducer(model.named_parameters(), "onebit", comm)
+
+
+def test_a_word_that_staging_does_not_know(model, monkeypatch):
+    monkeypatch.setenv("MPICOMP_STAGING", "pinned")
+    with pytest.raises(SpecError, match="MPICOMP_STAGING=pinned found, expected.*mirror"):
+        mpicomp.Reducer(model.named_parameters(), "onebit")
+
+
+def test_a_gpu_without_room_for_buckets(model, found, monkeypatch):
+    import torch
+
+    from mpicomp import place
+
+    monkeypatch.setitem(sys.modules, "cupy", cupy())
+    monkeypatch.setitem(sys.modules, "torch", torch)
+
+    def full(*arguments, **keywords):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB")
+
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(DeviceError, match=r"bucket of 4,000 bytes \(CUDA out.*fewer ranks"):
+        place.Gpu(torch.device("cpu")).bucket(1000)
+
+
+def test_a_host_without_page_locked_memory(found):
+    def full(size):
+        raise RuntimeError("cudaErrorMemoryAllocation: out of memory")
+
+    found(cupy())
+    sys.modules["cupy"].cuda.alloc_pinned_memory = full
+    with pytest.raises(DeviceError, match="5,000 bytes of page-locked.*ulimit -l"):
+        device.current().pinned(5000)
+
+
+def test_cpu_training_never_meets_cupy():
+    """Also where the package is there: a training, its state and the list of methods."""
+    code = ("import sys, torch, mpicomp; m = torch.nn.Linear(3, 2);"
+            "o = mpicomp.DistributedOptimizer(torch.optim.SGD(m.parameters(), 0.1),"
+            "                                 m.named_parameters(), 'onebit:exchange=sharded');"
+            "m(torch.ones(4, 3)).sum().backward(); o.step(); o.reducer.state_dict();"
+            "mpicomp.methods(); assert 'cupy' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from mpi4py import MPI
+from shim.device import COMPILER
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 
@@ -113,6 +115,43 @@ def test_a_model_or_bits_that_do_not_fit_are_one_line_and_status_2(start, words,
     refused = start(None, LAUNCH / "train.py", *words)
     assert refused.returncode == 2 and said in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.limit(120)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_one_line_and_status_2(start):
+    refused = start(2, LAUNCH / "train.py", "--data", "fsdd", "--device", "cuda")
+    assert refused.returncode == 2 and refused.stdout == ""
+    ours = [line for line in refused.stderr.splitlines() if "train.py" in line]
+    assert len(ours) == 1 and "torch finds no GPU" in ours[0]
+
+
+# train.py whose parameters lie on the CPU and are declared a GPU's: tests/shim stands for CuPy
+DECLARED = """
+import os, runpy, sys
+tests, train, *sys.argv[1:] = sys.argv[1:]
+sys.path[:0] = [os.path.dirname(train), tests]
+from shim.fake_cupy import TORCH_STREAM, FakeCupy
+from mpicomp import place
+sys.modules["cupy"] = FakeCupy()
+place.is_on_gpu = lambda parameter: True
+place.Gpu._current_stream = lambda self: TORCH_STREAM
+runpy.run_path(train, run_name="__main__")
+assert sys.modules["cupy"].launches
+"""
+
+
+@pytest.mark.limit(300)
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: the CUDA source cannot be run")
+def test_a_training_on_what_is_declared_a_gpu_has_the_same_weights(start, tmp_path):
+    options = ["--data", "fsdd", "--method", "strom:tau=0.01", "--batch", "16", "--steps", "3"]
+    plain = start(2, LAUNCH / "train.py", *options, "--out", "cpu")
+    declared = start(2, "-c", DECLARED, Path(__file__).parent, LAUNCH / "train.py", *options,
+                     "--out", "gpu")
+    assert plain.returncode == declared.returncode == 0, plain.stderr + declared.stderr
+    one, other = (json.loads((tmp_path / place / "result.json").read_text())
+                  for place in ("cpu", "gpu"))
+    assert one["parameters_sha256"] == other["parameters_sha256"]
 
 
 @pytest.mark.limit(120)

@@ -8,7 +8,7 @@ P - 1 packets, so this moves fewer bytes than a dense ring while P < 2 * ratio.
 
 import numpy as np
 
-from mpicomp import kernels, packet
+from mpicomp import packet, staging
 from mpicomp.exchange import ring
 from mpicomp.exchange.mail import Exchange
 from mpicomp.exchange.slots import Gather
@@ -18,9 +18,9 @@ class Allgather(Exchange):
     """See the module. The sum is taken in rank order, this rank's own packet included."""
 
     def prepare(self, mail):
-        mail.gather = None
+        mail.gather, mail.payloads = None, []
         if mail.compressor.fixed:
-            mail.inbox = kernels.of(mail.grad).zeros(mail.outbox.size * self.wire.size, np.uint8)
+            mail.inbox = staging.rooms(mail.grad)(mail.outbox.size * self.wire.size, np.uint8)
         else:
             mail.gather = Gather(self.wire, mail.outbox.size, mail.grad)
 
@@ -30,19 +30,20 @@ class Allgather(Exchange):
         if mail.gather is not None:
             most = [mail.payload.size] * self.wire.size
             yield from mail.gather.run(self, 1, mail.index, mail.outbox, used, most)
-            mail.headers = mail.gather.headers
+            mail.headers, mail.payloads = mail.gather.headers, mail.gather.payloads
             return
         size = mail.outbox.size
         yield from ring.gather(self.wire, 1, mail.index, mail.outbox, mail.inbox,
                                [size] * self.wire.size)
         mail.headers = self.read_headers(mail.inbox, range(0, size * self.wire.size, size))
+        mail.payloads = list(self._fixed(mail))
 
     def decode(self, mail, step, weight):
         keys = [mail.key(step, rank) for rank in range(self.wire.size)]
-        payloads = mail.gather.payloads if mail.gather is not None else list(self._fixed(mail))
-        mail.compressor.decode_sum(payloads, mail.grad, mail.layout, keys, weight)
+        with staging.decoding(mail.grad):
+            mail.compressor.decode_sum(mail.payloads, mail.grad, mail.layout, keys, weight)
 
     def _fixed(self, mail):
         for rank in range(self.wire.size):
             at = rank * mail.outbox.size + packet.SIZE
-            yield mail.inbox[at:at + mail.headers[rank].length]
+            yield staging.arrive(mail.inbox[at:at + mail.headers[rank].length])

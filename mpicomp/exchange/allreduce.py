@@ -6,7 +6,7 @@ to all ranks. What the ranks agreed on before (shared scales) does not travel ag
 
 import numpy as np
 
-from mpicomp import kernels, packet
+from mpicomp import kernels, packet, staging
 from mpicomp.exchange import ring
 from mpicomp.exchange.mail import Exchange
 
@@ -30,38 +30,48 @@ class Allreduce(Exchange):
                     f"has {self.wire.size}: use wider codes (packing=) or exchange=allgather")
 
     def prepare(self, mail):
-        zeros = kernels.of(mail.grad).zeros
-        mail.inbox, mail.ring = zeros(mail.payload.size, np.uint8), None
-        if ring.suits(self.wire, mail.payload, mail.compressor.summable):
-            mail.ring = ring.Ring(self.wire, mail.grad.size, zeros)
+        zeros = staging.rooms(mail.grad, reduced=True)
+        alias = mail.compressor.alias(mail.grad)
+        mail.alias = None if alias is None else staging.mirror(alias)
+        mail.outbox = zeros(mail.outbox.size if alias is None else packet.SIZE, np.uint8)
+        mail.header_box = zeros(mail.header_box.size, np.uint8)
+        size = mail.compressor.capacity(mail.layout)
+        mail.inbox, mail.ring = zeros(size, np.uint8), None
+        if ring.suits(self.wire, mail.inbox, mail.compressor.summable):
+            mail.ring = ring.Ring(self.wire, mail.grad.size, np.zeros)
 
     def run(self, mail, step, flags):
         yield from self.agree(mail, flags)
-        payload = mail.compressor.alias(mail.grad)
+        payload = mail.alias
         if payload is None:
             payload = mail.payload[:self.encode(mail, step, flags)]
         else:
-            packet.Header(step, mail.index, mail.plan, payload.size, flags).write(mail.outbox)
+            mail.stamp(packet.Header(step, mail.index, mail.plan, payload.size, flags))
+            staging.leave(payload)
         used, shared = payload.size, mail.compressor.shared_bytes(mail.layout)
-        mail.inbox[:shared] = payload[:shared]
         dtype, op = self._op(mail.compressor.summable)
-        requests = [self.wire.allgather(1, mail.outbox[:packet.SIZE], mail.header_box)]
+        requests = [self.wire.allgather(1, mail.outbox[:packet.SIZE], mail.header_box),
+                    *staging.departure(payload)]
         if used > shared and mail.ring is None:
             requests.append(self.wire.allreduce(2, payload[shared:].view(dtype),
                                                 mail.inbox[shared:used].view(dtype), op))
         yield requests
+        mail.inbox[:shared] = payload[:shared]
         if mail.ring is not None:
-            yield from mail.ring.run(2, mail.index, payload.view(dtype), mail.inbox.view(dtype))
+            send, receive = staging.host(payload), staging.host(mail.inbox)
+            yield from mail.ring.run(2, mail.index, send.view(dtype), receive.view(dtype))
+        mail.sum = staging.arrive(mail.inbox)
         mail.headers = self.read_headers(mail.header_box,
                                          range(0, mail.header_box.size, packet.SIZE))
 
     def decode(self, mail, step, weight):
-        if mail.compressor.alias(mail.grad) is not None:
-            kernels.of(mail.grad).dense_scale(mail.inbox, weight, mail.grad)
-            return
-        mail.grad[...] = 0
-        mail.compressor.decode_add(mail.inbox, mail.grad, mail.layout,
-                                   mail.key(step, self.wire.rank), weight)
+        with staging.decoding(mail.grad):
+            if mail.alias is not None:
+                kernels.of(mail.grad).dense_scale(mail.sum, weight, mail.grad)
+                return
+            mail.grad[...] = 0
+            mail.compressor.decode_add(mail.sum, mail.grad, mail.layout,
+                                       mail.key(step, self.wire.rank), weight)
 
     def _op(self, kind):
         """(dtype, MPI operation) that adds this kind of number; MPI itself has no 16-bit floats."""

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from mpicomp import kernels, packet
+from mpicomp import kernels, packet, staging
 from mpicomp.errors import MismatchError, PacketError
 from mpicomp.packet import Header
 from mpicomp.philox import Key
@@ -26,10 +26,10 @@ class Mail:
         self.grad, self.plan, self.seed = grad, plan, seed
         self.draw = index if draw is None else draw
         self.state = compressor.init(layout, grad)
-        zeros = kernels.of(grad).zeros
+        zeros = staging.rooms(grad)
         self.outbox = zeros(packet.SIZE + compressor.capacity(layout), np.uint8)
         self.shared = compressor.measure(grad, layout, self.state)
-        self.agreed = None if self.shared is None else zeros(self.shared.size, self.shared.dtype)
+        self.asked, self.agreed = to_agree(grad, self.shared)
         self.inbox = None
         self.header_box = zeros(packet.SIZE * wire.size, np.uint8)
         self.headers = []
@@ -55,19 +55,26 @@ class Mail:
         A gradient that is not finite is not encoded: the flag in the header tells all ranks.
         """
         if flags & packet.NONFINITE:
-            used = self.payload.size if self.compressor.fixed else 0
+            used, fresh = self.payload.size if self.compressor.fixed else 0, 0
             self.payload[:used] = 0
         else:
-            used = self.compressor.encode(self.grad, self.payload, self.layout,
-                                          self.key(step, rank), self.state)
-        Header(step, self.index, self.plan, used, flags).write(self.outbox)
+            with staging.encoding(self.grad):
+                used = fresh = self.compressor.encode(self.grad, staging.device(self.payload),
+                                                      self.layout, self.key(step, rank), self.state)
+        self.stamp(Header(step, self.index, self.plan, used, flags))
+        staging.leave(self.outbox, packet.SIZE, fresh)
         return used
+
+    def stamp(self, header):
+        """Write the header in front of the payload."""
+        header.write(staging.host(self.outbox))
 
     def own(self, step, rank):
         """float32[layout.size]: what the packet in the outbox, of that step and rank, says."""
         said = kernels.of(self.grad).zeros(self.layout.size)
-        self.compressor.decode_add(self.payload[:Header.read(self.outbox).length], said,
-                                   self.layout, self.key(step, rank))
+        used = Header.read(staging.host(self.outbox)).length
+        self.compressor.decode_add(staging.device(self.payload)[:used], said, self.layout,
+                                   self.key(step, rank))
         return said
 
     def flagged(self, flag) -> list[int]:
@@ -85,7 +92,14 @@ class Mail:
     def restore(self, arrays):
         """Take over what `persistent` gave."""
         for kind, array in self.persistent().items():
-            array[...] = arrays[kind]
+            array[...] = staging.fitting(arrays[kind], array)
+
+
+def to_agree(grad, shared):
+    """MPI's buffers of what ranks agree on: this rank's `shared`, and the maximum over ranks."""
+    if shared is None:
+        return None, None
+    return staging.mirror(shared), staging.rooms(grad, reduced=True)(shared.size, shared.dtype)
 
 
 class Exchange(ABC):
@@ -141,8 +155,9 @@ class Exchange(ABC):
         if mail.shared is not None:
             with self.wire.meter.stage("encode"):
                 mail.measure(flags)
-            yield [self.wire.allreduce(0, mail.shared, mail.agreed, MPI.MAX)]
-            mail.shared[...] = mail.agreed
+                staging.leave(mail.asked)
+            yield [self.wire.allreduce(0, mail.asked, mail.agreed, MPI.MAX)]
+            mail.shared[...] = staging.arrive(mail.agreed, now=True)
 
     def encode(self, mail, step, flags) -> int:
         """`mail.encode` with the seconds booked."""
@@ -154,7 +169,8 @@ class Exchange(ABC):
     def book(self, mail, used):
         """Book the bytes of a payload that is about to be sent by the cases of its rule."""
         if used:
-            parts = mail.compressor.by_case(mail.payload[:used], mail.layout)
+            payload = staging.device(mail.payload)[:used]
+            parts = mail.compressor.by_case(payload, mail.layout)
             for case, size in parts.items():
                 self.wire.meter.move(case, size)
 
@@ -163,7 +179,7 @@ class Exchange(ABC):
 
         Raises the same MismatchError on all ranks if they differ in step, bucket or plan.
         """
-        headers = [Header.read(buffer[at:at + packet.SIZE]) for at in starts]
+        headers = [Header.read(staging.read(buffer[at:at + packet.SIZE])) for at in starts]
         first = headers[0]
         for rank, header in enumerate(headers):
             for field, what in (("step", "step"), ("bucket", "bucket"), ("plan", "plan digest")):

@@ -1,12 +1,14 @@
 """Drives the exchanges of many buckets at once, MPI calls in the order that all ranks share."""
 
 import os
+from contextlib import nullcontext
 from time import perf_counter, sleep
 
 from mpicomp import mpi
 from mpicomp.errors import SpecError, StallError
 from mpicomp.exchange.progress import Progress
 from mpicomp.exchange.ring import Onward
+from mpicomp.staging import Later
 
 WAYS = ("auto", "poll", "thread")
 SPIN = 5  # looks without a sleep between them
@@ -19,14 +21,16 @@ class Pipeline:
     A generator is resumed when its requests are done. The one rule that keeps ranks from posting
     in different orders: a bucket makes its n-th posting only after the bucket before it has made
     its own n-th; what two ranks send each other between postings (`Onward`) is not counted.
-    Nonblocking collectives move only while somebody calls Test. progress="poll": `poll` is called
-    from the gradient hooks; "thread": a thread looks every millisecond, and encodes, too; "auto",
-    or the environment variable MPICOMP_PROGRESS, chooses. `drain` is done by the caller either way,
-    and sleeps between two looks where ranks share cores.
+    (Packets of a GPU are posted when they have left it, see staging.py; a bucket that waits for
+    that lets the next one encode.) Nonblocking collectives move only while somebody calls Test.
+    progress="poll": `poll` is called from the gradient hooks; "thread": a thread looks every
+    millisecond, and encodes, too, in a block `within()`; "auto", or the environment variable
+    MPICOMP_PROGRESS, chooses. `drain` is done by the caller either way, and sleeps between two
+    looks where ranks share cores.
     """
 
-    def __init__(self, comm, timeout, progress="auto"):
-        self.comm, self.timeout = comm, timeout
+    def __init__(self, comm, timeout, progress="auto", within=nullcontext):
+        self.comm, self.timeout, self.within = comm, timeout, within
         self._flights = []
         self.under_way, self._since = 0.0, None  # seconds with a call open, as seen by looking
         self._crowded = mpi.ranks_here(comm) > len(os.sched_getaffinity(0))
@@ -60,8 +64,10 @@ class Pipeline:
         moved = False
         ahead = None
         for flight in list(self._flights):
-            while not flight.done and flight.ready(ahead):
+            moved |= flight.post(ahead)
+            while flight.ready(ahead):
                 flight.resume()
+                flight.post(ahead)
                 moved = True
             ahead = flight
         self._clock(any(flight.requests for flight in list(self._flights)))
@@ -104,13 +110,13 @@ class Pipeline:
 
     def over(self, comm):
         """An idle pipeline like this one over another communicator. Collective."""
-        return Pipeline(comm, self.timeout, self.progress)
+        return Pipeline(comm, self.timeout, self.progress, self.within)
 
     def _stalled(self):
         waiting = next(f for f in self._flights if not f.done)
         whom = [f" for {r.waits_for()}" for r in waiting.requests if hasattr(r, "waits_for")]
         raise StallError(f"rank {self.comm.rank} waited {self.timeout:g} s in call "
-                         f"{waiting.posted} of {waiting.label}{''.join(whom)}: another rank has "
+                         f"{waiting.begun} of {waiting.label}{''.join(whom)}: another rank has "
                          "ended, or made fewer steps, or is slower than stall_timeout allows")
 
 
@@ -119,11 +125,23 @@ class _Flight:
 
     def __init__(self, label, generator):
         self.label, self.generator = label, generator
-        self.requests, self.posted, self.done = [], 0, False
+        self.requests, self.begun, self.posted, self.done = [], 0, 0, False
+
+    def post(self, ahead) -> bool:
+        """Make calls that waited for a packet, in turn with `ahead`, the bucket before this one."""
+        if self.done or self.begun == self.posted or not _before(ahead, "posted", self.posted):
+            return False
+        later = [request for request in self.requests if isinstance(request, Later)]
+        if not all(request.ready for request in later):
+            return False
+        for request in later:
+            request.post()
+        self.posted += 1
+        return True
 
     def ready(self, ahead) -> bool:
-        """May the next posting be made, `ahead` being the bucket before this one?"""
-        if ahead is not None and not ahead.done and ahead.posted <= self.posted:
+        """May it go on?"""
+        if self.done or self.posted < self.begun or not _before(ahead, "begun", self.begun):
             return False
         while self.requests and self.requests[-1].Test():
             self.requests.pop()
@@ -132,7 +150,12 @@ class _Flight:
     def resume(self):
         self.requests = next(self.generator, None)
         self.done = self.requests is None
-        self.posted += not self.done and not isinstance(self.requests, Onward)
+        self.begun += not self.done and not isinstance(self.requests, Onward)
+
+
+def _before(ahead, what, count) -> bool:
+    """Has the bucket `ahead` done more of this than `count`, or all?"""
+    return ahead is None or ahead.done or getattr(ahead, what) > count
 
 
 def _way(progress):

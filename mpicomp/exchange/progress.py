@@ -65,7 +65,8 @@ class Progress:
         if pipeline is None:
             return
         try:
-            pipeline.move()
+            with pipeline.within():
+                pipeline.move()
         except Exception as error:
             self._error = error
             self._awake.clear()

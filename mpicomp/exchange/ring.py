@@ -39,10 +39,11 @@ def gather(wire, stage, index, send, receive, lengths, even=True):
     """Postings after which `receive` holds every rank's `send`, of `lengths` bytes, side by side.
 
     `even`: lengths are equal, and for MPI an Allgather will do.
-    One call of MPI within a node or for short packets, else P - 1 rounds a lane.
+    One call of MPI within a node, for short packets and for those of a GPU, else P - 1 rounds a
+    lane.
     """
     longest = max(lengths)
-    if not (wire.spread and longest >= GATHER and allowed()):
+    if not (wire.spread and longest >= GATHER and allowed() and isinstance(receive, np.ndarray)):
         yield [wire.allgather(stage, send, receive) if even else
                wire.allgatherv(stage, send, receive, lengths)]
         return

@@ -8,9 +8,9 @@ the others. Owners sum in rank order and apply what they sent, so replicas stay 
 
 import numpy as np
 
-from mpicomp import kernels, packet
+from mpicomp import kernels, packet, staging
 from mpicomp.exchange import ring
-from mpicomp.exchange.mail import Exchange, Mail
+from mpicomp.exchange.mail import Exchange, Mail, to_agree
 from mpicomp.exchange.shards import cut
 from mpicomp.exchange.slots import Gather, Scatter
 
@@ -50,9 +50,11 @@ class Sharded(Exchange):
                 for shard_mail, part in mail.shared_parts():
                     shard_mail.measure(flags)
                     mail.shared[part] = shard_mail.shared
-            yield [self.wire.allreduce(0, mail.shared, mail.agreed, MPI.MAX)]
+                staging.leave(mail.asked)
+            yield [self.wire.allreduce(0, mail.asked, mail.agreed, MPI.MAX)]
+            agreed = staging.arrive(mail.agreed, now=True)
             for shard_mail, part in mail.shared_parts():
-                shard_mail.shared[...] = mail.agreed[part]
+                shard_mail.shared[...] = agreed[part]
         me, size = self.wire.rank, self.wire.size
         with self.wire.meter.stage("encode"):
             used = [m.encode(step, me, flags) for m in mail.first]
@@ -96,9 +98,11 @@ class Sharded(Exchange):
 
     def decode(self, mail, step, weight):
         mail.flat[...] = 0
-        for rank, (m, payload) in enumerate(zip(mail.first, mail.payloads)):
-            key = mail.second.key(step, rank)
-            m.compressor.decode_add(payload, m.grad, m.layout, key, 1.0 if self.adagrad else weight)
+        weight = 1.0 if self.adagrad else weight
+        with staging.decoding(mail.grad):
+            for rank, (m, payload) in enumerate(zip(mail.first, mail.payloads)):
+                key = mail.second.key(step, rank)
+                m.compressor.decode_add(payload, m.grad, m.layout, key, weight)
         for shard, m in zip(mail.shards, mail.first):
             shard.scatter(m.grad, mail.grad)
 
@@ -106,7 +110,7 @@ class Sharded(Exchange):
 def _payloads(buffer, headers, starts):
     """What follows each of the headers at these offsets."""
     for header, at in zip(headers, starts):
-        yield buffer[at + packet.SIZE:][:header.length]
+        yield staging.arrive(buffer[at + packet.SIZE:][:header.length])
 
 
 class _Bucket:
@@ -136,25 +140,26 @@ class _Bucket:
 
     def _take_buffers(self, size):
         """One outbox for all first packets, and room for what comes back."""
-        zeros = self.zeros
+        zeros = staging.rooms(self.grad)
         self.out_starts = [0]
         for m in self.first:
-            self.out_starts.append(self.out_starts[-1] + m.outbox.size)
+            end = self.out_starts[-1] + m.outbox.size
+            self.out_starts.append(end + -end % 4)  # whole words, which a GPU must have
         self.outbox = zeros(self.out_starts.pop(), np.uint8)
         for m, at in zip(self.first, self.out_starts):
             m.outbox = self.outbox[at:at + m.outbox.size]
         sizes = [m.outbox.size for m in self.first]
         if self.fixed:
             self.inbox = zeros(size * sizes[self.rank], np.uint8)
-            self.result = zeros(self.outbox.size, np.uint8)
+            self.result = zeros(sum(sizes), np.uint8)
         else:
             wire = self.exchange.wire
             self.scatter = Scatter(wire, sizes, self.grad)
             self.gather_all = Gather(wire, max(sizes), self.grad)
             self.second.outbox = zeros(max(sizes), np.uint8)  # slots have one size for all
         measured = [m.shared.size for m in self.first if m.shared is not None]
-        self.shared = zeros(sum(measured)) if measured else None
-        self.agreed = zeros(sum(measured)) if measured else None
+        self.shared = self.zeros(sum(measured)) if measured else None
+        self.asked, self.agreed = to_agree(self.grad, self.shared)
 
     def shared_parts(self):
         """(mail, its slice of `shared`) of each shard."""
@@ -178,10 +183,11 @@ class _Bucket:
             return flags
         mine, total = self.first[self.rank], self.second.grad
         total[...] = 0
-        for rank, payload in enumerate(payloads):
-            if rank == self.rank and self.exchange.own == "raw":
-                total += mine.grad
-            else:
+        with staging.decoding(total):
+            for rank, payload in enumerate(payloads):
+                if rank == self.rank and self.exchange.own == "raw":
+                    total += mine.grad
+                    continue
                 mine.compressor.decode_add(payload, total, mine.layout, mine.key(step, rank), 1.0)
         if self.history is not None:
             kernels.of(total).adagrad(total, self.history, self.history_ahead)
@@ -216,7 +222,8 @@ class _Bucket:
             shard.scatter(array, found[kind])
 
     def restore(self, arrays):
-        arrays = self._within_reach(arrays)
+        arrays = self._within_reach({k: staging.fetched(a) for k, a in arrays.items()})
+        arrays = {kind: staging.fitting(array, self.grad) for kind, array in arrays.items()}
         for shard, m in zip(self.shards, self.first):
             for kind, array in m.persistent().items():
                 shard.gather(arrays[kind], array)

@@ -1,6 +1,6 @@
 """Silent: sends nothing. For measuring everything but the wire; replicas drift apart."""
 
-from mpicomp import packet
+from mpicomp import packet, staging
 from mpicomp.exchange.mail import Exchange
 
 
@@ -11,13 +11,14 @@ class Silent(Exchange):
         if mail.shared is not None:
             mail.measure(flags)
         used = self.encode(mail, step, flags)
-        mail.headers = [packet.Header.read(mail.outbox)]
-        mail.inbox = mail.payload[:used]
+        mail.headers = [packet.Header.read(staging.host(mail.outbox))]
+        mail.inbox = staging.device(mail.payload)[:used]
         return
         yield  # a generator that never waits
 
     def decode(self, mail, step, weight):
         mail.grad[...] = 0
         key = mail.key(step, self.wire.rank)
-        for _ in range(self.wire.size):
-            mail.compressor.decode_add(mail.inbox, mail.grad, mail.layout, key, weight)
+        with staging.decoding(mail.grad):
+            for _ in range(self.wire.size):
+                mail.compressor.decode_add(mail.inbox, mail.grad, mail.layout, key, weight)

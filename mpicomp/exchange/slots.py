@@ -9,7 +9,7 @@ costs more than a call.
 
 import numpy as np
 
-from mpicomp import kernels, packet
+from mpicomp import packet, staging
 from mpicomp.exchange import ring
 
 LIMIT = 32 << 10  # bytes of a slot beyond which lengths travel first; 0: always (docs/results.md)
@@ -57,7 +57,7 @@ class Joined:
     """Payloads that came in two parts, in memory that grows in the first steps."""
 
     def __init__(self, like):
-        self.zeros = kernels.of(like).zeros
+        self.zeros = staging.rooms(like)
         self.slots, self.rest, self.joined = (self.zeros(0, np.uint8) for _ in range(3))
 
     def join(self, starts, lengths, room, rests):
@@ -73,7 +73,7 @@ class Joined:
                 whole[:room], whole[room:] = (self.slots[start:start + room],
                                               self.rest[at:at + more])
             at += more
-            payloads.append(whole)
+            payloads.append(staging.arrive(whole))
         return payloads
 
     def grown(self, array, size):

@@ -1,6 +1,6 @@
 """Nonblocking MPI calls that are counted, each stage on a communicator of its own."""
 
-from mpicomp import mpi
+from mpicomp import mpi, staging
 
 
 class Wire:
@@ -35,17 +35,17 @@ class Wire:
     def allgather(self, stage, send, receive):
         """Every rank's `send` (equal lengths) side by side in `receive`; both uint8."""
         self.book("Iallgather", send.nbytes, receive.nbytes - send.nbytes)
-        return self._stages[stage].Iallgather(send, receive)
+        return staging.call(self._stages[stage].Iallgather, send, send, receive)
 
     def allgatherv(self, stage, send, receive, lengths):
         """Every rank's `send`, of the given lengths in bytes, side by side in `receive`."""
         self.book("Iallgatherv", send.nbytes, sum(lengths) - send.nbytes)
-        return self._stages[stage].Iallgatherv(send, [receive, lengths])
+        return staging.call(self._stages[stage].Iallgatherv, send, send, [receive, lengths])
 
     def allreduce(self, stage, send, receive, op):
         """The sum or maximum of every rank's `send` in `receive`."""
         self.book("Iallreduce", send.nbytes, receive.nbytes)
-        return self._stages[stage].Iallreduce(send, receive, op)
+        return staging.call(self._stages[stage].Iallreduce, send, send, receive, op)
 
     def reduce(self, stage, send, receive):
         """The sum of every rank's `send` in rank 0's `receive` (None elsewhere)."""
@@ -65,15 +65,16 @@ class Wire:
         """`array` to one rank, which must `receive` it; messages keep their order."""
         if booked:
             self.book("Isend", array.nbytes, 0)
-        return self._stages[stage].Isend(array, rank, tag)
+        return staging.call(self._stages[stage].Isend, array, array, rank, tag)
 
     def receive(self, stage, array, rank, tag=0, booked=True):
         """What one rank sends, into `array`, which must have its size."""
         if booked:
             self.book("Isend", 0, array.nbytes)
-        return self._stages[stage].Irecv(array, rank, tag)
+        return staging.call(self._stages[stage].Irecv, None, array, rank, tag)
 
     def alltoallv(self, stage, send, receive):
         """`send` and `receive` are (uint8 array, lengths, starts), one length and start a rank."""
         self.book("Ialltoallv", sum(send[1]), sum(receive[1]))
-        return self._stages[stage].Ialltoallv([send[0], send[1:]], [receive[0], receive[1:]])
+        return staging.call(self._stages[stage].Ialltoallv, send[0], [send[0], send[1:]],
+                            [receive[0], receive[1:]])

@@ -83,11 +83,20 @@ class DeviceArray:
         if isinstance(value, np.ndarray):
             raise TypeError("Unsupported type <class 'numpy.ndarray'>")
         part = self._own(index)
-        part[...] = value._inner if isinstance(value, DeviceArray) else value
+        part[...] = self._other(value)
+        self._even()
+
+    def _even(self):
+        """A device reads and writes numbers at multiples of their size only."""
+        assert not self.size or self._inner.ctypes.data % self.dtype.itemsize == 0, \
+            f"{self.dtype} at an odd address"
 
     def _other(self, other):
+        self._even()
         if isinstance(other, np.ndarray):
             raise TypeError("Unsupported type <class 'numpy.ndarray'>")
+        if isinstance(other, DeviceArray):
+            other._even()
         return other._inner if isinstance(other, DeviceArray) else other
 
     def __iadd__(self, other):

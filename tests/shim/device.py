@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ OPTIONS = ("-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-ffp-contract=off", 
            "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-Wno-attributes")
 TYPES = {"u8": "unsigned char", "u16": "unsigned short", "u32": "unsigned", "i64": "long long",
          "u64": "unsigned long long"}
+TURN = threading.Lock()  # one launch at a time: fibers and shared memory are the library's
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
@@ -91,13 +93,17 @@ class Shim:
         blocks = -(-threads // device.THREADS)
         values = device.arguments(name, given)
         self.launches.append(name)
-        if not blocks:
-            return
+        if blocks:
+            self.run(name, blocks, values)
+
+    def run(self, name, blocks, values):
+        """A launch of so many blocks, with arguments in the kernel's types."""
         function = getattr(self.library, f"shim_{name}")
         function.restype = ctypes.c_char_p
         self.seed += 1
-        wrong = function(ctypes.c_longlong(blocks), device.THREADS, ctypes.c_ulonglong(self.seed),
-                         *[_passed(value) for value in values])
+        with TURN:
+            wrong = function(ctypes.c_longlong(blocks), device.THREADS,
+                             ctypes.c_ulonglong(self.seed), *[_passed(value) for value in values])
         if wrong:
             raise KernelError(f"{name}: {wrong.decode()}")
 

@@ -26,10 +26,13 @@ def is_device_array(value) -> bool:
 
 
 def floats(array, size=None):
-    """The array, which must be float32 side by side, `size` of them where that is given."""
+    """The array, which must be float32 side by side, `size` of them where that is given.
+
+    Floats in a payload may begin at an odd address: the host takes those.
+    """
     if not is_device_array(array) or array.dtype != np.float32 or not array.flags.c_contiguous:
         raise Unfit()
-    if size is not None and array.size != size:
+    if size is not None and array.size != size or array.size and device.address(array) % 4:
         raise Unfit()
     return array
 

@@ -6,6 +6,7 @@ which runs the same source on the CPU; it has the methods of `Cupy`.
 
 import re
 import sys
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -100,7 +101,7 @@ class Cupy:
 
     def __init__(self):
         self.cupy = _import_cupy()
-        self._functions = {}
+        self._functions, self._streams = {}, {}
 
     def empty(self, size, dtype):
         """A new array whose content is not defined."""
@@ -119,6 +120,78 @@ class Cupy:
     def host(self, array):
         """A device array's copy as a NumPy array; waits for what was launched before."""
         return array.get()
+
+    # ---- between the device and page-locked memory ----
+
+    @contextmanager
+    def within(self, number, stream):
+        """In this block CuPy works on GPU `number`, on the stream with this address."""
+        cuda = self.cupy.cuda
+        with cuda.Device(number), cuda.ExternalStream(stream, number):
+            yield
+
+    def share(self, tensor):
+        """A flat torch tensor's memory as an array of CuPy's, without a copy."""
+        return self.cupy.asarray(tensor.detach()) if tensor.numel() else \
+            self.cupy.empty(0, np.float32)
+
+    def pinned(self, size):
+        """uint8[size] of page-locked host memory, zeros."""
+        try:
+            memory = self.cupy.cuda.alloc_pinned_memory(max(size, 1))
+        except Exception as error:
+            raise DeviceError(
+                f"there are no {size:,} bytes of page-locked host memory ({error}): use a smaller "
+                "bucket_bytes or fewer ranks on this host, or raise its limit (ulimit -l)"
+            ) from error
+        array = np.frombuffer(memory, np.uint8, size)
+        array[:] = 0
+        return array
+
+    def mark(self):
+        """An event; `done` once all that was launched until now is done."""
+        event = self.cupy.cuda.Event(disable_timing=True)
+        event.record(self.cupy.cuda.get_current_stream())
+        return event
+
+    def leave(self, array, host):
+        """Begin to copy a device array to pinned memory behind what was launched; its event."""
+        out, _ = self._sides()
+        out.wait_event(self.mark())
+        runtime = self.cupy.cuda.runtime
+        runtime.memcpyAsync(host.ctypes.data, address(array), array.nbytes,
+                            runtime.memcpyDeviceToHost, out.ptr)
+        event = self.cupy.cuda.Event(disable_timing=True)
+        event.record(out)
+        return event
+
+    def enter(self, host, array):
+        """Begin to copy pinned memory to a device array, beside what was launched: see `join`."""
+        self._put(host, array, self._sides()[1])
+
+    def join(self):
+        """What is launched from now on comes after all that `enter` has begun."""
+        event = self.cupy.cuda.Event(disable_timing=True)
+        event.record(self._sides()[1])
+        self.cupy.cuda.get_current_stream().wait_event(event)
+
+    def put(self, host, array):
+        """Copy pinned memory to a device array, in turn with what is launched."""
+        self._put(host, array, self.cupy.cuda.get_current_stream())
+
+    def _put(self, host, array, stream):
+        runtime = self.cupy.cuda.runtime
+        runtime.memcpyAsync(address(array), host.ctypes.data, array.nbytes,
+                            runtime.memcpyHostToDevice, stream.ptr)
+
+    def _sides(self):
+        """The streams of the current GPU for what leaves it and for what enters."""
+        number, cuda = self.cupy.cuda.runtime.getDevice(), self.cupy.cuda
+        if number not in self._streams:
+            self._streams[number] = cuda.Stream(non_blocking=True), cuda.Stream(non_blocking=True)
+        return self._streams[number]
+
+    # ---- kernels ----
 
     def launch(self, name, threads, *given):
         """Run a kernel with at least so many threads; nothing for 0."""
