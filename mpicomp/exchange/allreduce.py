@@ -38,7 +38,7 @@ class Allreduce(Exchange):
         size = mail.compressor.capacity(mail.layout)
         mail.inbox, mail.ring = zeros(size, np.uint8), None
         if ring.suits(self.wire, mail.inbox, mail.compressor.summable):
-            mail.ring = ring.Ring(self.wire, mail.grad.size, np.zeros)
+            mail.ring = ring.Ring(self.wire, mail.grad.size)
 
     def run(self, mail, step, flags):
         yield from self.agree(mail, flags)

@@ -83,12 +83,12 @@ def _in_turn(lanes):
 
 
 class Ring:
-    """Room for one bucket's sums: what arrives before it is added."""
+    """Room in host memory for one bucket's sums: what arrives before it is added."""
 
-    def __init__(self, wire, size, zeros):
+    def __init__(self, wire, size):
         self.wire = wire
         lanes = max(1, min(LANES, 4 * size // SUM_LANE))
-        self.lanes = [_Lane(wire, _cut(0, size, k, lanes), zeros) for k in range(lanes)]
+        self.lanes = [_Lane(wire, _cut(0, size, k, lanes)) for k in range(lanes)]
 
     def run(self, stage, index, send, receive):
         """One posting, then 2 (P - 1) rounds a lane: `receive` is the sum of all ranks' `send`."""
@@ -100,10 +100,10 @@ class Ring:
 class _Lane:
     """Some elements of a sum, cut into a part for each rank."""
 
-    def __init__(self, wire, place, zeros):
+    def __init__(self, wire, place):
         self.wire, size = wire, place.stop - place.start
         self.parts = [_cut(place.start, size, k, wire.size) for k in range(wire.size)]
-        self.incoming = zeros(max(part.stop - part.start for part in self.parts))
+        self.incoming = np.zeros(max(part.stop - part.start for part in self.parts), np.float32)
 
     def rounds(self, stage, number, send, receive):
         """Yields the requests of one round after the other; `number` is the lane's own."""
