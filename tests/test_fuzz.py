@@ -1,0 +1,48 @@
+"""Damaged packets, 10,000 of each compressor; see fuzz.py for the million and the sanitizers."""
+
+import fuzz
+import material
+import numpy as np
+import pytest
+
+from mpicomp import kernels
+from mpicomp.compressor import from_spec
+
+pytestmark = pytest.mark.limit(300)
+MUTATIONS = 10_000
+
+
+@pytest.mark.parametrize("name", sorted(material.registry()))
+def test_damaged_packets_are_refused_or_finite_on_all_backends_alike(name):
+    refused, decoded = fuzz.fuzz(name, MUTATIONS, list(kernels.backends()))
+    assert refused + decoded >= MUTATIONS
+    assert refused > MUTATIONS // 20 and decoded > MUTATIONS // 50  # the mutations are not blunt
+
+
+def test_damaged_headers_are_refused_or_in_range():
+    refused, read = fuzz.fuzz_headers(MUTATIONS)
+    assert refused > MUTATIONS // 20 and read > MUTATIONS // 20
+
+
+def crooked(change):
+    """A target whose compressor does something wrong in decode_add."""
+    target = fuzz.Target(from_spec("dense"), material.LAYOUTS["vector of 7"], ["reference"], 0)
+    inner = target.compressor.decode_add
+
+    def decode_add(payload, out, *arguments):
+        inner(payload, out, *arguments)
+        change(target, payload, out)
+
+    object.__setattr__(target.compressor, "decode_add", decode_add)
+    return target
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda target, payload, out: out.__setitem__(2, np.nan), "NaN or Inf"),
+    (lambda target, payload, out: payload.__setitem__(0, payload[0] ^ 1), "changed the payload"),
+    (lambda target, payload, out: target.wide.__setitem__(-1, 1), "outside of the output")])
+def test_the_fuzz_notices_a_decoder_that_is_wrong(change, words):
+    target, rng = crooked(change), fuzz.random.Random(1)
+    with pytest.raises(fuzz.Found, match=words):
+        for _ in range(100):
+            target.attack(rng)
