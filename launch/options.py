@@ -79,6 +79,10 @@ def parse(about, refuse, rank):
     parser.add_argument("--nonfinite", choices=["raise", "skip"], default="raise",
                         help="what NaN or Inf in a gradient does to the step "
                              "(default: %(default)s)")
+    parser.add_argument("--stall-timeout", type=float, metavar="S",
+                        help="where a rank waits S seconds for the others, all say where they are "
+                             "and the job ends with status 110 (default: MPICOMP_STALL_TIMEOUT, "
+                             "or 600)")
     parser.add_argument("--require-ratio", type=float, metavar="R",
                         help="end with status 2 where R times less than dense is not kept: over "
                              "every 100 steps, warm-up included, and over what remains at the end")

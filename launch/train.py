@@ -75,6 +75,8 @@ def agreed(work):
     result = problem = None
     try:
         result = work()
+    except mpicomp.StallError:  # the others are not here to be told
+        raise
     except (datasets.DataError, mpicomp.MpicompError, OSError) as found:
         problem = " ".join(str(found).split())
     problems = comm.allgather(problem)
@@ -167,7 +169,7 @@ if args.local_adagrad:
 # ranks, and then does what it always did.
 optimizer = agreed(lambda: mpicomp.DistributedOptimizer(
     optimizer, model.named_parameters(), method=method, seed=args.seed, nonfinite=args.nonfinite,
-    require_ratio=args.require_ratio))
+    require_ratio=args.require_ratio, stall_timeout=args.stall_timeout))
 mpicomp.broadcast_parameters(model)
 reducer = optimizer.reducer
 

@@ -32,6 +32,7 @@ _HOME = {
     "method": "systems",
     "methods": "systems",
     "register": "compressor",
+    "sparse_parameters": "sparse",
 }
 _MODULES = ("checkpoint", "ddp")  # public as mpicomp.checkpoint.save, mpicomp.ddp.comm_hook ...
 __all__ = sorted(_HOME)

@@ -9,6 +9,7 @@ from mpicomp.agree import digest
 from mpicomp.errors import SpecError
 from mpicomp.exchange.wire import Wire
 from mpicomp.place import on_place
+from mpicomp.watchdog import Watchdog
 
 
 class Unguarded:
@@ -79,6 +80,7 @@ class Connection:
         # from here on no MPI: either all of it has changed or nothing
         self._pipeline, self._exchange, self._warm = pipeline, exchange, warm
         self._order.regroup(order.tolist())
+        self._watchdog = Watchdog(self)
         if self._receipt:
             self._receipt.comm = self.comm
             self._receipt.restart(self.step)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from mpicomp import kernels, staging
+from mpicomp import kernels, mpi, staging
 from mpicomp.errors import MismatchError, SpecError
 from mpicomp.place import on_place
 from mpicomp.shard_optimizer import ShardOptimizer
@@ -76,7 +76,8 @@ class Delivery:
             mine = staging.fetched(self._owed(bucket, mail))
             total = np.zeros_like(mine)
             self.stats.count("Allreduce", mine.nbytes, mine.nbytes)
-            self.comm.Allreduce(mine, total, MPI.SUM)
+            mpi.wait(self.comm, self.comm.Iallreduce(mine, total, MPI.SUM),
+                     self._pipeline.timeout, "adding up what all ranks owe")
             total *= weight
             if self._exchange.asynchronous:
                 total += bucket.grad

@@ -5,6 +5,7 @@ import sys
 import traceback
 from time import perf_counter, sleep
 
+from mpicomp import watchdog
 from mpicomp.errors import DeadRankError, LaunchError, StallError
 
 # What launchers tell each rank about how many there are, and whose habit it is.
@@ -116,6 +117,7 @@ def end_all_on_exception(comm):
     """From now on an exception that nobody catches ends every rank, and none is left hanging.
 
     `python -m mpi4py` and launch/run do the same; this is for a plain `mpirun python script.py`.
+    After a StallError every rank first says where it is, and the exit status is watchdog.STALLED.
     """
     if comm.size == 1 or getattr(sys.excepthook, "ends_all", False):
         return
@@ -129,6 +131,9 @@ def end_all_on_exception(comm):
         else:
             previous(kind, value, trace)
         sys.stderr.flush()
+        if issubclass(kind, StallError):
+            watchdog.ask_all()
+            comm.Abort(watchdog.STALLED)
         if issubclass(kind, (Exception, KeyboardInterrupt)):
             sleep(0.5)  # let the others say theirs
             comm.Abort(status(value))

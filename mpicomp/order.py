@@ -76,7 +76,8 @@ class Order:
                 mine = staging.fetched(arrays[kind])
                 total = np.zeros_like(mine)
                 r.stats.count("Allreduce", mine.nbytes, mine.nbytes)
-                r.comm.Allreduce(mine, total, MPI.SUM)
+                mpi.wait(r.comm, r.comm.Iallreduce(mine, total, MPI.SUM), r._pipeline.timeout,
+                         "sharing what owners have")
                 total = staging.fitting(total, arrays[kind])
                 self._shared |= {(kind, s.name): total[s.slice]
                                  for s in mail.layout.segments}

@@ -1,5 +1,6 @@
 """What the ranks must agree on before the first step, and what a Reducer refuses to start with."""
 
+import os
 import zlib
 from numbers import Integral, Real
 
@@ -32,7 +33,7 @@ def check_replicas(reducer) -> None:
     if reducer.comm.size > 1:
         apart = reducer._exchange.asynchronous and reducer.step
         values = [] if apart else [f"{name} {zlib.crc32(_bytes(p)):08x}"
-                                   for name, p in reducer._named]
+                                   for name, p in reducer._named + reducer._rows.named]
         agree(reducer.comm, {"step": reducer.step, "buckets": f"plan {reducer._plan:016x}",
                              "value of parameter": values},
               "call mpicomp.broadcast_parameters(model) before the first step, and load the states "
@@ -63,6 +64,17 @@ def trainable(named_parameters):
             return [], SpecError(f"the gradient of {name!r} has dtype {p.dtype}, expected "
                                  f"{', '.join(map(str, DTYPES))}: call model.float()")
     return named, None
+
+
+def stall_seconds(given):
+    """The seconds of stall_timeout: those given, else MPICOMP_STALL_TIMEOUT's, else 600."""
+    if given is not None:
+        return given
+    told = os.environ.get("MPICOMP_STALL_TIMEOUT", "600")
+    try:
+        return float(told)
+    except ValueError:
+        return told  # bad_option says what is wrong with it
 
 
 def bad_option(bucket_bytes, seed, nonfinite, stall_timeout, require_ratio=None, ratio_window=1,

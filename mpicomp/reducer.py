@@ -16,8 +16,10 @@ from mpicomp.meter import Meter
 from mpicomp.order import Order
 from mpicomp.persistence import Persistence
 from mpicomp.place import on_place
-from mpicomp.plan import agree_on_plan, bad_option, check_replicas, trainable
+from mpicomp.plan import agree_on_plan, bad_option, check_replicas, stall_seconds, trainable
 from mpicomp.receipt import Receipt
+from mpicomp.sparse import Sparse, divide
+from mpicomp.watchdog import Watchdog
 
 _said = set()  # notes that this process has printed
 
@@ -34,9 +36,11 @@ class Reducer(Connection, Delivery, Persistence):
     seed              of the stochastic methods; ranks and steps draw different numbers from it
     nonfinite         "raise": a NaN or Inf on any rank raises NonFiniteError on all of them.
                       "skip": all ranks leave p.grad = None in that step, residuals unchanged
-    stall_timeout     seconds without progress after which a wait raises StallError
+    stall_timeout     seconds without progress after which a wait raises StallError; None means
+                      the environment variable MPICOMP_STALL_TIMEOUT, or 600
     require_ratio     RatioError on all ranks where dense / sent stays below, see `Receipt`:
     ratio_window      judged after every so many steps, and by check_ratio()
+    sparse            names of parameters whose gradients are sparse and stay so, see sparse.py
     progress          who moves exchanges on during backward: "poll", "thread" or "auto"
 
     Every rank must make one with the same arguments and the same model; MismatchError names the
@@ -44,13 +48,13 @@ class Reducer(Connection, Delivery, Persistence):
     """
 
     def __init__(self, named_parameters, method, comm=None, *, average=True,
-                 bucket_bytes=25 << 20, seed=0, nonfinite="raise", stall_timeout=600.0,
-                 require_ratio=None, ratio_window=100, progress="auto"):
+                 bucket_bytes=25 << 20, seed=0, nonfinite="raise", stall_timeout=None,
+                 require_ratio=None, ratio_window=100, progress="auto", sparse=()):
         self.comm = mpi.communicator(comm)
         mpi.end_all_on_exception(self.comm)
         self.average, self.seed, self.nonfinite = bool(average), seed, nonfinite
-        self.stats = Meter()
-        self.step = 0
+        self.stats, self.step = Meter(), 0
+        stall_timeout = stall_seconds(stall_timeout)
         named, problem = trainable(named_parameters)
         try:
             self.method = systems.method(method)
@@ -59,12 +63,13 @@ class Reducer(Connection, Delivery, Persistence):
             self._place = place.of(named, self.method.exchange)
         except (SpecError, DeviceError) as error:
             self.method, problem = None, error
+        named, in_rows, wrong = divide(named, sparse, self.method)
         self._plan = agree_on_plan(
-            self.comm, self.method, named, problem, seed=seed, average=average,
-            nonfinite=nonfinite, bucket_bytes=bucket_bytes, stall_timeout=stall_timeout,
-            require_ratio=require_ratio, ratio_window=ratio_window)
+            self.comm, self.method, named + in_rows, problem or wrong, sparse=list(sparse),
+            seed=seed, average=average, nonfinite=nonfinite, bucket_bytes=bucket_bytes,
+            stall_timeout=stall_timeout, require_ratio=require_ratio, ratio_window=ratio_window)
         self.method = self.method.of([name for name, _ in named])
-        self._named, self.advice = named, None
+        self._named, self._rows, self.advice = named, Sparse(self, in_rows), None
         if self.method.name == "auto":
             self._choose()
         self._wire = Wire(self.comm, self.stats)
@@ -86,12 +91,14 @@ class Reducer(Connection, Delivery, Persistence):
                                                   ratio_window, stall_timeout)
         self._say_notes()
         self._next = 0  # the bucket to launch next: plan order, on every rank
-        self._finished = False
+        self._finished, self._bad = False, {}
         self._optimizers, self._stepped = [], set()
         self._synchronising, self._checked = True, False
-        self._bad = {}
+        self._watchdog = Watchdog(self)
         self._hooks = [p.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
                        for name, p in named]
+        self._hooks += [p.register_post_accumulate_grad_hook(lambda _: self._reopen())
+                        for _, p in in_rows]
 
     # ---- setting up ----
 
@@ -110,8 +117,8 @@ class Reducer(Connection, Delivery, Persistence):
         """Call `finish` before every optimizer.step(), or at the end of its closure. Returns self.
 
         The optimizer stays the user's own object. From now on every rank must call step()
-        equally often, also where a rank had no examples. With a torch.amp.GradScaler, give it
-        here: gradients then travel unscaled, and what overflows on one rank all ranks skip.
+        equally often, also where it had no examples. Give a torch.amp.GradScaler here: gradients
+        then travel unscaled, and what overflows on one rank all ranks skip.
         """
         if scaler is not None:
             amp.refuse_raise(self.nonfinite)
@@ -128,8 +135,7 @@ class Reducer(Connection, Delivery, Persistence):
         """Finish; where step is given a closure that runs backward itself, finish after that."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self.finish()
-            return None
+            return self.finish()
 
         def averaged():
             loss = closure()
@@ -184,8 +190,7 @@ class Reducer(Connection, Delivery, Persistence):
         """A new step begins."""
         self._stepped.clear()
         if self._finished:
-            self._finished = False
-            self._next = 0
+            self._finished, self._next = False, 0
             self._order.apply()
             for bucket in self._buckets:
                 bucket.reset()
@@ -198,6 +203,11 @@ class Reducer(Connection, Delivery, Persistence):
     def _launch_ready(self):
         while self._next < len(self._buckets) and not self._buckets[self._next].missing:
             self._launch(self._buckets[self._next], touched=True)
+
+    @property
+    def _weight(self):
+        """Of every rank's gradient in p.grad."""
+        return 1.0 / self.comm.size if self.average else 1.0
 
     @property
     def _lane(self):
@@ -246,7 +256,8 @@ class Reducer(Connection, Delivery, Persistence):
             return
         with self.stats.stage("wait"):
             self._pipeline.drain()
-        skipped = any(mail.flagged(packet.NONFINITE) for mail in self._lane[1])
+            skipped = self._rows.exchange(self._lane[0], self._plan, self._weight)
+        skipped |= any(mail.flagged(packet.NONFINITE) for mail in self._lane[1])
         self._finished = True
         with self._guard.commit():  # until its end nothing has changed that lasts
             full = [] if skipped else self._decode()
@@ -259,7 +270,8 @@ class Reducer(Connection, Delivery, Persistence):
 
     def _end_step(self, skipped):
         self.step += 1
-        self.stats.step(4 * sum(b.layout.size for b in self._buckets), skipped)
+        elements = sum(b.layout.size for b in self._buckets) + self._rows.elements
+        self.stats.step(4 * elements, skipped)
         with self._guard.tail():
             if self._receipt:
                 self._receipt.after(self.step - 1, self.method)
@@ -272,13 +284,12 @@ class Reducer(Connection, Delivery, Persistence):
 
     def _decode(self):
         """(bucket, mail) of all that any rank had a gradient for, the mean in bucket.flight."""
-        weight = 1.0 / self.comm.size if self.average else 1.0
         exchange, mails = self._lane
         full = [(bucket, mail) for bucket, mail in zip(self._buckets, mails)
                 if len(mail.flagged(packet.EMPTY)) < len(mail.headers)]
         with self.stats.stage("decode"):
             for _, mail in full:
-                exchange.decode(mail, self.step, weight)
+                exchange.decode(mail, self.step, self._weight)
         return full
 
     def _apply(self, full):
@@ -287,10 +298,12 @@ class Reducer(Connection, Delivery, Persistence):
             mail.commit()
             for slot in bucket.slots:
                 slot.move() if self._lane[0].owns else slot.give_back()
+        self._rows.give_back()
 
     def _skip(self):
         """A gradient is not finite somewhere: nobody applies this step, and all say why."""
         self.tell_nonfinite()
+        self._rows.clear()
         for bucket in self._buckets:
             for slot in bucket.slots:
                 slot.parameter.grad = None

@@ -28,7 +28,8 @@ KNOWS = {
     "place": {"errors", "kernels", "probe", "staging"},
     "exchange": BASE | {"kernels", "mpi", "staging"},
     "systems": {"errors", "compressor", "compressors", "exchange"},
-    "mpi": {"errors"},
+    "mpi": {"", "errors", "watchdog"},
+    "watchdog": {"errors"}, "sparse": {"", "errors", "mpi", "packet"},
     "agree": {"errors", "mpi"},
     "bucket": {"kernels", "layout", "place", "staging"},
     "delay": {"", "errors", "kernels", "packet"},
@@ -44,20 +45,21 @@ KNOWS = {
     "receipt": {"errors", "mpi"},
     "advice": {"errors", "layout", "mpi", "philox", "systems"},
     "shard_optimizer": {"errors"},
-    "delivery": {"errors", "kernels", "place", "shard_optimizer", "staging"},
+    "delivery": {"", "errors", "kernels", "mpi", "place", "shard_optimizer", "staging"},
     "persistence": {"advice", "errors", "place", "staging"},
     "order": {"agree", "bucket", "mpi", "staging"},
-    "connection": {"advice", "agree", "errors", "exchange", "mpi", "place", "systems"},
+    "connection": {"advice", "agree", "errors", "exchange", "mpi", "place", "systems", "watchdog"},
     "recovery": {"errors", "mpi"},
     "variants": {"compressor", "exchange", "systems"},
     "reducer": {"", "amp", "bucket", "connection", "delay", "delivery", "exchange", "kernels",
-                "mpi", "order", "persistence", "place", "plan", "receipt", "systems"} | BASE,
+                "mpi", "order", "persistence", "place", "plan", "receipt", "sparse", "systems",
+                "watchdog"} | BASE,
 }
 TORCH = {"reducer", "place", "order", "persistence", "delivery", "shard_optimizer", "bucket",
          "broadcast", "plan", "nn", "ddp", "bench", "amp", "process_group", "checkpoint",
-         "repartition", "recovery"}
+         "repartition", "recovery", "sparse"}
 MPI = {"exchange", "mpi", "reducer", "order", "delivery", "broadcast", "cli", "bench", "ddp",
-       "process_group", "signals", "probe", "recovery"}
+       "process_group", "signals", "probe", "recovery", "watchdog"}
 CUPY = {"device.py", "staging.py"}
 TOP = {"cli", "bench", "__main__", "ddp"}  # these may know everything
 

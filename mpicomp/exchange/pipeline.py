@@ -12,6 +12,7 @@ from mpicomp.staging import Later
 
 WAYS = ("auto", "poll", "thread")
 SPIN = 5  # looks without a sleep between them
+QUIET = 0.5  # seconds of waiting between two questions whether it is in vain
 AUTO = "poll"  # docs/results.md says what was measured
 
 
@@ -36,6 +37,7 @@ class Pipeline:
         self._crowded = mpi.ranks_here(comm) > len(os.sched_getaffinity(0))
         self.progress, self.note = _way(progress)
         self._thread = Progress(self) if self.progress == "thread" else None
+        self.on_quiet = lambda: None  # called in a long wait; may raise
 
     def launch(self, label, generator):
         """Add a bucket, after all that were launched before it."""
@@ -84,7 +86,7 @@ class Pipeline:
         """Return when all buckets are through; StallError after `timeout` seconds of nothing."""
         if self._thread:
             self._thread.rest()
-        quiet, looks = perf_counter(), 0
+        quiet, looks, ask = perf_counter(), 0, perf_counter() + QUIET
         most = 1e-3 if self._crowded else 2e-4
         while self.busy:
             looks += 1
@@ -92,6 +94,9 @@ class Pipeline:
                 quiet, looks = perf_counter(), 0
             elif perf_counter() - quiet > self.timeout:
                 self._stalled()
+            elif perf_counter() > ask:
+                self.on_quiet()
+                ask = perf_counter() + QUIET
             else:  # who spins takes the core from those who send: emulated hosts, other programs
                 sleep(min(2e-5 * max(0, looks - SPIN), most))
         self.clear()
@@ -111,6 +116,13 @@ class Pipeline:
     def over(self, comm):
         """An idle pipeline like this one over another communicator. Collective."""
         return Pipeline(comm, self.timeout, self.progress, self.within)
+
+    def where(self, step) -> str:
+        """What this rank waits for, in words; `step` is the Reducer's."""
+        waiting = next((f for f in list(self._flights) if not f.done), None)
+        if waiting is None:
+            return f"in no exchange: {step} steps are done"
+        return f"in call {waiting.begun} of {waiting.label}, of {len(self._flights)} buckets begun"
 
     def _stalled(self):
         waiting = next(f for f in self._flights if not f.done)

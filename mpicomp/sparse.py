@@ -1,0 +1,143 @@
+"""Sparse gradients, as of torch.nn.Embedding(sparse=True), that travel as rows and stay sparse.
+
+Parameters named in Reducer(sparse=...) are in no bucket. Their gradients are coalesced on every
+rank; then, in each step and for each of them, the ranks compare what their rows take with what the
+dense gradient takes, and do what is less: gather all rows, or add up the dense gradient. Either
+way float32, uncompressed and exact: no method has anything to say of a table of which a step
+touches a thousandth, and nothing is owed. p.grad is the sparse mean afterwards.
+"""
+
+import numpy as np
+import torch
+
+from mpicomp import mpi, packet
+from mpicomp.errors import SpecError
+from mpicomp.packet import Header
+
+BUCKET = 0xFFFFFFFF  # in headers
+
+
+def sparse_parameters(module) -> list[str]:
+    """The names of the weights of all embeddings in `module` that were made with sparse=True."""
+    kinds = torch.nn.Embedding, torch.nn.EmbeddingBag
+    return [f"{name}.weight" if name else "weight" for name, part in module.named_modules()
+            if isinstance(part, kinds) and part.sparse and part.weight.requires_grad]
+
+
+def divide(named, names, method):
+    """(pairs that go into buckets, pairs that travel as rows, what is wrong or None)."""
+    names, known = list(names), [name for name, _ in named]
+    odd = [name for name in names if name not in known]
+    problem = None
+    if odd:
+        problem = SpecError(f"sparse={odd[0]!r} found, expected names of parameters: there are "
+                            + ", ".join(known))
+    elif names and method and (method.delay or method.exchange in ("peers", "server")):
+        problem = SpecError(f"sparse= needs a synchronous exchange without delay, found {method!r}")
+    return ([pair for pair in named if pair[0] not in names],
+            [pair for pair in named if pair[0] in names], problem)
+
+
+class Sparse:
+    """Gradients of some (name, parameter) pairs of a Reducer, exchanged when a step ends."""
+
+    def __init__(self, reducer, named):
+        self.reducer, self.named = reducer, named
+        self.elements = sum(p.numel() for _, p in named)
+        self._means = []
+
+    def exchange(self, exchange, plan, weight) -> bool:
+        """Gather and average what all ranks have; True if some gradient is not finite.
+
+        Nothing changes before `give_back`. Raises MismatchError or StallError as buckets do.
+        """
+        if not self.named:
+            return False
+        grads = [_rows(p) for _, p in self.named]
+        bad = [name for (name, _), g in zip(self.named, grads) if not g.values().isfinite().all()]
+        if bad:
+            self.reducer._bad[BUCKET] = bad[0]
+        heads, counts = self._heads(exchange, plan, bad, [g.indices().shape[1] for g in grads])
+        if any(head.flags & packet.NONFINITE for head in heads):
+            return True
+        self._means = [self._mean(p, g, counts[:, i], weight)
+                       for i, ((_, p), g) in enumerate(zip(self.named, grads))]
+        return False
+
+    def give_back(self):
+        """Make p.grad the mean; None where no rank had a row."""
+        for (_, p), mean in zip(self.named, self._means):
+            p.grad = mean
+        self._means = []
+
+    def clear(self):
+        """The step is skipped."""
+        for _, p in self.named:
+            p.grad = None
+
+    def _heads(self, exchange, plan, bad, rows):
+        """Every rank's header, and int64[ranks, parameters] with how many rows it has."""
+        size = packet.SIZE + 8 * len(rows)
+        mine, all_ = np.zeros(size, np.uint8), np.zeros(size * self.reducer.comm.size, np.uint8)
+        flags = packet.NONFINITE if bad else 0
+        Header(self.reducer.step, BUCKET, plan, 8 * len(rows), flags).write(mine)
+        mine[packet.SIZE:].view(np.int64)[:] = rows
+        self._wait("Iallgather", mine.nbytes, all_.nbytes - mine.nbytes,
+                   self.reducer.comm.Iallgather(mine, all_))
+        heads = exchange.read_headers(all_, range(0, all_.size, size))
+        counts = [all_[at + packet.SIZE:at + size].view(np.int64)
+                  for at in range(0, all_.size, size)]
+        return heads, np.array(counts)
+
+    def _mean(self, p, grad, counts, weight):
+        """The sparse mean of a parameter's gradient over ranks, which have so many rows each."""
+        width = p.numel() // max(1, p.shape[0])
+        row, total = 4 + 4 * width, int(counts.sum())
+        if not total:
+            return None
+        if total * row < 8 * p.numel():  # an allreduce moves each element twice
+            return self._gather(p, grad, counts, width, row, weight)
+        dense = grad.to_dense().float().cpu().contiguous().numpy()
+        whole = np.zeros_like(dense)
+        self._wait("Iallreduce", dense.nbytes, dense.nbytes,
+                   self.reducer.comm.Iallreduce(dense, whole))
+        mean = torch.from_numpy(whole * np.float32(weight))
+        return mean.to(p.device, p.dtype).to_sparse(1)
+
+    def _gather(self, p, grad, counts, width, row, weight):
+        """All rows of all ranks, those of one index added up in rank order."""
+        mine = np.concatenate([
+            grad.indices()[0].to(torch.int32).cpu().numpy().view(np.uint8),
+            grad.values().float().cpu().contiguous().numpy().reshape(-1).view(np.uint8)])
+        all_ = np.zeros(row * int(counts.sum()), np.uint8)
+        lengths = [row * int(n) for n in counts]
+        self._wait("Iallgatherv", mine.nbytes, all_.nbytes - mine.nbytes,
+                   self.reducer.comm.Iallgatherv(mine, [all_, lengths]))
+        indices, values, at = [], [], 0
+        for n, length in zip(map(int, counts), lengths):
+            part = all_[at:at + length]
+            indices.append(part[:4 * n].view(np.int32).astype(np.int64))
+            values.append(part[4 * n:].view(np.float32).reshape(n, width))
+            at += length
+        rows = torch.from_numpy(np.concatenate(values) * np.float32(weight))
+        mean = torch.sparse_coo_tensor(
+            torch.from_numpy(np.concatenate(indices))[None],
+            rows.view(-1, *p.shape[1:]), p.shape, check_invariants=True).coalesce()
+        return mean.to(p.device, p.dtype)
+
+    def _wait(self, call, sent, received, request):
+        r = self.reducer
+        r.stats.reason = "sparse"
+        r.stats.count(call, sent, received)
+        mpi.wait(r.comm, request, r._pipeline.timeout,
+                 f"exchanging sparse gradients in step {r.step}")
+
+
+def _rows(parameter):
+    """The coalesced sparse gradient of a parameter, without rows where there is none."""
+    grad = parameter.grad
+    if grad is None:
+        return torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.int64),
+                                       torch.zeros(0, *parameter.shape[1:]),
+                                       parameter.shape, check_invariants=True).coalesce()
+    return (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()
