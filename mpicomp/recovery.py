@@ -110,7 +110,7 @@ class Recovery:
                     self._vote()
                 return result
             except Exception as error:
-                if not mpi.dead_rank(error):
+                if not self._died(error):
                     raise
                 self._recover(error)
                 self._put_back(before)
@@ -136,11 +136,19 @@ class Recovery:
 
     def _look(self):
         """Nothing is posted to a rank that is known to be dead."""
+        if self._died():
+            raise DeadRankError("a rank has died between two pieces")
+
+    def _died(self, error=None) -> bool:
+        """Does this error say that a rank has died, or is that known anyway?
+
+        Open MPI's blocking collectives may return without an error, and without the data of a rank
+        that died meanwhile: what comes of such data is no error of the user's.
+        """
         failed = self._base.Get_failed()
         dead = failed.size
         failed.Free()
-        if self._late or dead or self.comm.Is_revoked():
-            raise DeadRankError("a rank has died between two pieces")
+        return bool(mpi.dead_rank(error) or self._late or dead or self.comm.Is_revoked())
 
     # ---- the vote ----
 
@@ -150,7 +158,7 @@ class Recovery:
 
         DeadRankError, on all that are left alike, if not.
         """
-        vote = self._ask(1)
+        vote = self._ask(not self._died())
         yield
         self._committed = self._answer(vote)
         if not self._committed:
@@ -162,13 +170,13 @@ class Recovery:
         try:
             yield
         except Exception as error:
-            if not mpi.dead_rank(error):
+            if not self._died(error):
                 raise
             self._late = True
             self._revoke()
 
     def _vote(self):
-        if not self._answer(self._ask(1)):
+        if not self._answer(self._ask(not self._died())):
             raise Undone("a rank has died in this piece")
 
     def _ask(self, mine):
@@ -219,12 +227,12 @@ class Recovery:
             ) from error
         if not isinstance(error, Undone):
             self._answer(self._ask(0))
+        self._late = False
         dead = self._shrink()
         elements, norm = self._owed()
         self.lost.append(dict(step=self.reducer.step, ranks=dead, left=self.size,
                               residuals=elements * len(dead), norm=norm, noticed=noticed,
                               seconds=perf_counter() - start))
-        self._late = False
         if self.rank == 0:
             print(f"mpicomp: {_ranks(dead)} died in step {self.reducer.step}, which {self.size} "
                   f"do again{self._loss()}", file=sys.stderr, flush=True)
@@ -242,7 +250,7 @@ class Recovery:
             if base.size < self.least:
                 raise DeadRankError(f"{_ranks(dead)} died and {base.size} are left, fewer than "
                                     f"least={self.least}. The newest checkpoint goes on")
-            if self._answer(self._ask(self._regroup())):
+            if self._answer(self._ask(self._regroup() and not self._died())):
                 return dead
 
     def _regroup(self) -> bool:
@@ -258,7 +266,7 @@ class Recovery:
                 self._regrouped(self)
             return True
         except Exception as error:
-            if not mpi.dead_rank(error):
+            if not self._died(error):
                 raise
             for comm in [*made, *self._tracked, *self.reducer.communicators]:
                 comm.Revoke()

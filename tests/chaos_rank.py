@@ -2,7 +2,7 @@
 
     launch/run --with-ft -n 12 tests/chaos_rank.py FOLDER '{"ranks": 4, "trials": [...]}'
 
-A trial is {"method": ..., "victim": 2, "phase": ..., "step": ..., "moment": ...}, or a method alone:
+A trial is {"method": ..., "victim": 2, "phase": ..., "step": ..., "moment": ...}, or only a method:
 
 victim, phase, step  who is killed, in what: "backward", "exchange", "step" or "checkpoint"
 moment               when, as a fraction of what that phase took this rank the last time
@@ -73,7 +73,7 @@ def owed(state):
         kind, _, name = key.partition("/")
         if kind in ("error", "error2"):
             total[name] = total.get(name, 0) + value
-    return total
+    return {name: value for name, value in total.items() if value.any()}  # a new leader has zeros
 
 
 class Momentum:
@@ -251,6 +251,9 @@ def trial(comm):
     tell(final=final, repeated=repeated, lost=lost, sent=training.reducer.stats.sent)
 
 
+(folder / f"up-{MPI.COMM_WORLD.rank}").touch()
+while len(list(folder.glob("up-*"))) < MPI.COMM_WORLD.size:
+    time.sleep(0.1)  # not in MPI, which takes the cores from those that still start
 world = MPI.COMM_WORLD.Dup()
 for number, chosen in enumerate(plan["trials"]):
     over = folder / f"over-{number}"

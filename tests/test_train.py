@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -235,7 +236,7 @@ def test_with_survive_the_others_go_on_and_another_rank_writes(start, tmp_path):
     done = start(3, "--with-ft", "-c", SURVIVED, LAUNCH / "train.py", *RUNS["onebit"], *LENGTH,
                  "--survive", "--out", "parts")
     assert done.returncode == 0, done.stderr
-    assert "rank 0 died in step 10, which 2 do again" in done.stderr
+    assert re.search("rank 0 died in step 1[01], which 2 do again", done.stderr)
     result = json.loads((tmp_path / "parts" / "result.json").read_text())
     (lost,) = result["lost"]
     assert lost["ranks"] == [0] and lost["left"] == 2 and lost["residuals"] > 0
