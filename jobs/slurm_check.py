@@ -20,7 +20,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.dont_write_bytecode = True
@@ -29,14 +31,17 @@ LOCAL = [sys.executable, str(ROOT / "jobs" / "local-slurm")]
 TRAIN = ["--data", "fsdd", "--method", "onebit", "--log-every", "5", "--save-every", "15"]
 VERSIONS = """import sys; from importlib.metadata import version
 print(*(f"{name} {version(name)}" for name in (sys.argv[1], "mpi4py", "torch")), end="")"""
-# A stand-in for the Python of the job: each step takes longer, so that there is time to disturb it.
+# A stand-in for the Python of the job, which waits after some steps until it has been disturbed.
 SLOW = """#!/bin/sh
 exec "{python}" -c '
-import runpy, sys, time
+import os, runpy, sys, time
 from mpicomp import checkpoint
-post = checkpoint.Signals.post
+post, posts, go = checkpoint.Signals.post, [], os.environ["MPICOMP_OUT"] + ".go"
 def later(self):
-    time.sleep({seconds})
+    posts.append(1)
+    while len(posts) == {at} + 1 and not os.path.exists(go):
+        time.sleep(0.1)
+    time.sleep(0.1 * (len(posts) > {at}))
     post(self)
 checkpoint.Signals.post = later
 del sys.argv[0]
@@ -66,7 +71,7 @@ class Job:
         self.row, self.logs = dict(launch=launch, case=case), options.logs
         self.began = time.monotonic()
         slow = folder / f"python-{launch}"
-        slow.write_text(SLOW.format(python=python, seconds=options.pause))
+        slow.write_text(SLOW.format(python=python, at=options.at))
         slow.chmod(0o755)
         partition = "patient" if case == "preempted with grace" else "main"
         self.id = slurm("sbatch", "--parsable", "-p", partition, "-N", options.nodes,
@@ -74,6 +79,10 @@ class Job:
                         "--steps", options.steps, MPICOMP_LAUNCH=launch, MPICOMP_PYTHON=str(slow),
                         MPICOMP_OUT=str(self.out),
                         PATH=f"{Path(python).parent}:{os.environ['PATH']}").strip()
+
+    def release(self):
+        """Let the ranks go on."""
+        Path(f"{self.out}.go").touch()
 
     def look(self):
         """Fields of `scontrol show job`."""
@@ -85,7 +94,7 @@ class Job:
             return json.loads((self.out / "metrics.jsonl").read_text().splitlines()[-1])["step"]
         return 0
 
-    def wait(self, ready, what, seconds=600):
+    def wait(self, ready, what, seconds=1200):
         late = time.monotonic() + seconds
         while not ready():
             if time.monotonic() > late or self.look()["JobState"] in OVER and not ready():
@@ -120,18 +129,35 @@ class Job:
         return self.row
 
 
+def requeue(job, options):
+    slurm("scontrol", "requeue", job.id)
+    job.wait(lambda: job.look()["JobState"] != "RUNNING", "the requeue", 60)
+
+
 def preempt(job, options):
-    """A more urgent job takes all nodes for three seconds."""
-    slurm("sbatch", "-p", "urgent", "-N", options.nodes, "--exclusive", "-o", "/dev/null",
-          "--wrap", "sleep 3")
+    """A more urgent job takes all nodes for three seconds, from all jobs at once."""
+    if job.turn == 0:
+        slurm("sbatch", "-p", "urgent", "-N", options.nodes, "--exclusive", "-o", "/dev/null",
+              "--wrap", "sleep 3")
+
+    def begun():
+        seen = job.look()
+        return seen["JobState"] != "RUNNING" or seen.get("PreemptTime", "None") != "None"
+
+    job.wait(begun, "the preemption", 300)
+
+
+def usr1(job, options):
+    slurm("scancel", "--batch", "--signal=USR1", job.id)
+    job.wait(lambda: "USR1: passed on" in job.log.read_text(errors="replace"), "USR1", 60)
 
 
 def near_limit(job, options):
-    """Leave it a minute, so that Slurm itself sends USR1; the next start gets the hour again."""
+    """Leave it two minutes, so that Slurm itself sends USR1; the next start gets the hour again."""
     begun = job.look()["RunTime"].split(":")
-    minutes = int(begun[0]) * 60 + int(begun[1]) + 1
+    minutes = int(begun[0]) * 60 + int(begun[1]) + 2
     slurm("scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
-    job.wait(lambda: job.look()["JobState"] in ("COMPLETING", "PENDING"), "USR1 by Slurm")
+    job.wait(lambda: "USR1: passed on" in job.log.read_text(errors="replace"), "USR1", 180)
     slurm("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
 
 
@@ -139,34 +165,35 @@ def kill_rank(job, options):
     """The job must fail soon, and go on once somebody requeues it."""
     for pid in job.ranks(1):
         os.kill(pid, signal.SIGKILL)
+    job.release()
     began = time.monotonic()
-    job.wait(lambda: job.look()["JobState"] == "FAILED", "FAILED", 120)
+    job.wait(lambda: job.look()["JobState"] == "FAILED", "FAILED", 240)
     job.row["seconds_to_fail"] = round(time.monotonic() - began, 1)
     slurm("scontrol", "requeue", job.id)
 
 
-CASES = {
-    "undisturbed": None,
-    "requeued": lambda job, options: slurm("scontrol", "requeue", job.id),
-    "preempted": preempt,
-    "USR1": lambda job, options: slurm("scancel", "--batch", "--signal=USR1", job.id),
-    "preempted with grace": preempt,
-    "time limit": near_limit,
-    "rank killed": kill_rank}
+CASES = {"undisturbed": None, "requeued": requeue, "preempted": preempt, "USR1": usr1,
+         "preempted with grace": preempt, "time limit": near_limit, "rank killed": kill_rank}
 
 
-def trial(launch, case, python, folder, options):
-    """Run a job, disturb it, and say how it went."""
+def trial(launch, case, python, folder, options, ready):
+    """Run a job, disturb it when those beside it are `ready` as well, and say how it went."""
     job = Job(launch, case, python, folder, options)
     disturb = CASES[case]
+    if not disturb:
+        job.release()
     try:
         if disturb:
             job.wait(lambda: job.step() >= options.at, f"step {options.at}")
             job.row["disturbed_after"] = job.step()
+            job.turn = ready.wait(1200)
             disturb(job, options)
-            job.wait(lambda: int(job.look()["Restarts"]) > 0, "a second start")
-    except RuntimeError as problem:
-        job.row["problem"] = str(problem)
+            time.sleep(2)  # until the ranks have heard of it
+            job.release()
+            job.wait(lambda: int(job.look()["Restarts"]) > 0, "a second start", 300)
+    except RuntimeError as problem:  # BrokenBarrierError is one
+        ready.abort()
+        job.row["problem"] = repr(problem)
         slurm("scancel", job.id)
     return job.finish()
 
@@ -192,10 +219,12 @@ def main():
     parser.add_argument("--python", default=str(ROOT / ".venv" / "bin" / "python"))
     parser.add_argument("--mpich", metavar="PYTHON", help="the Python with MPICH, for pmi2")
     parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=70)
-    parser.add_argument("--at", type=int, default=20, help="disturb after this step")
-    parser.add_argument("--pause", type=float, default=0.1, help="seconds added to each step")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--at", type=int, default=20,
+                        help="disturb after this step (a multiple of 5)")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what jobs printed there")
+    parser.add_argument("--add", action="store_true",
+                        help="to the trials of today's file; the other options must be the same")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.inside:
@@ -219,18 +248,27 @@ def outside(nodes):
         subprocess.run([*LOCAL, "down"], stdout=subprocess.DEVNULL)
 
 
+def trials(cases, pythons, folder, options, there):
+    """The rows of all trials but those that are `there`; all launchers of a case side by side."""
+    for case in cases:
+        launches = [launch for launch in pythons if pythons[launch] and (launch, case) not in there]
+        if launches:
+            ready = threading.Barrier(len(launches))
+            with ThreadPoolExecutor(len(launches)) as pool:
+                yield from pool.map(lambda launch, case=case, ready=ready: trial(
+                    launch, case, pythons[launch], folder, options, ready), launches)
+
+
 def run(options, about):
     """All trials, the undisturbed ones first; whether all was well. Writes after each."""
     cases = ["undisturbed", *(case for case in options.case if case != "undisturbed")]
     pythons = {launch: options.mpich if launch == "pmi2" else options.python
                for launch in options.launch}
     result = ROOT / "jobs" / "results" / f"slurm-{datetime.date.today()}"
-    rows = []
+    rows = json.loads(result.with_suffix(".json").read_text())["rows"] if options.add else []
+    there = {(row["launch"], row["case"]) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
-        for case, launch in ((case, launch) for case in cases for launch in pythons):
-            if not pythons[launch]:
-                continue
-            row = trial(launch, case, pythons[launch], Path(folder), options)
+        for row in trials(cases, pythons, Path(folder), options, there):
             row["equal"] = bool(row["parameters_sha256"]) and (
                 row["parameters_sha256"] == (rows or [row])[0]["parameters_sha256"])
             rows.append(row)

@@ -39,7 +39,7 @@ preempted() { [[ $(scontrol show job "$SLURM_JOB_ID") =~ ' PreemptTime='[0-9] ]]
 asked=
 "${launch[@]}" "${command[@]}" &
 ranks=$!
-trap 'asked=USR1; kill -USR1 "$ranks"' USR1
+trap 'asked=USR1; echo "USR1: passed on to the ranks"; kill -USR1 "$ranks"' USR1
 trap 'asked=TERM' TERM
 while kill -0 "$ranks" 2>/dev/null; do wait "$ranks"; done    # a signal ends wait, not the ranks
 wait "$ranks"
