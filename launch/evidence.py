@@ -214,7 +214,8 @@ def chosen(names):
             picked += [e for e in every if e.name == name]
         else:
             sys.exit(f"launch/reproduce: no system or experiment is called {name!r}; there are: "
-                     + ", ".join([*SYSTEMS, *(e.name for e in every), "all", "speed", "slice", "report"]))
+                     + ", ".join([*SYSTEMS, *(e.name for e in every), "all", "speed", "slice",
+                                  "report"]))
     return picked
 
 

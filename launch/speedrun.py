@@ -1,4 +1,4 @@
-"""`launch/reproduce speed`: launch/speed.py on four emulated hosts at two rates, table and picture."""
+"""`launch/reproduce speed`: launch/speed.py on four emulated hosts, two rates; table, picture."""
 
 import json
 import subprocess

@@ -102,7 +102,8 @@ def distribute(name, model, optimizer, progress="auto"):
     if name.endswith("fp16"):
         net.register_comm_hook(None, default_hooks.fp16_compress_hook)
     elif name.endswith("powersgd"):
-        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
+        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1,
+                                            start_powerSGD_iter=2)
         net.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
     return net, optimizer, None
 
