@@ -19,6 +19,7 @@ MORE = {"1gbit": ("dense",), "100mbit": ()}
 RESULT = ROOT / "jobs" / "results" / "speed.json"
 PICTURE = "speed.png"
 BASE = "ddp gloo"
+RATES = {"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s"}
 
 
 def cluster(*words):
@@ -61,7 +62,8 @@ def table(kept):
     """The lines of the table, in Markdown."""
     for links, contenders in by_contender(kept["runs"]).items():
         seeds = len(next(iter(contenders.values())))
-        yield f"| {links}, {seeds} seed{'s' * (seeds > 1)} | steps | seconds | gain | ratio |"
+        yield (f"| {RATES.get(links, links)}, {seeds} seed{'s' * (seeds > 1)} | steps | seconds "
+               "| gain | ratio |")
         yield "|---|---|---|---|---|"
         base = {one["seed"]: one["seconds"] for one in contenders[BASE]}
         for name, all_runs in contenders.items():
@@ -82,21 +84,24 @@ def draw(kept, path):
     """Accuracy against seconds of the first seed, a panel for each rate; logarithmic in time."""
     pyplot = report.style()
     found = by_contender(kept["runs"])
+    names = list(dict.fromkeys(one["name"] for one in kept["runs"]))
+    colours = dict(zip(names, report.COLOURS))
     figure, axes = pyplot.subplots(1, len(found), figsize=(11, 4.6), sharey=True, dpi=120,
                                    facecolor="white")
     for axis, (links, contenders) in zip(axes, found.items()):
-        for i, (name, all_runs) in enumerate(contenders.items()):
+        for name, all_runs in contenders.items():
             _, seconds, accuracy = zip(*all_runs[0]["curve"][1:])
             theirs = name.startswith("ddp")
             axis.plot(seconds, [100 * a for a in accuracy], linewidth=1.6, label=name,
-                      linestyle="--" if theirs else "-", color=report.COLOURS[i])
-            axis.plot(seconds[-1], 100 * accuracy[-1], "o", markersize=5, color=report.COLOURS[i])
+                      linestyle="--" if theirs else "-", color=colours[name])
+            axis.plot(seconds[-1], 100 * accuracy[-1], "o", markersize=5, color=colours[name])
         axis.set(xscale="log", xlabel="seconds of training")
         report.plain_numbers(axis.xaxis)
-        axis.set_title(f"{links} links", pad=10)
+        axis.set_title(RATES.get(links, links), pad=10)
     axes[0].set(ylabel="accuracy on the test set, %", ylim=(60, None))
-    axes[-1].legend(fontsize=8, framealpha=0.8, edgecolor="none", loc="lower right")
-    figure.tight_layout(w_pad=2)
+    figure.tight_layout(w_pad=2, rect=(0, 0, 0.86, 1))
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, edgecolor="none",
+                  loc="center right")
     figure.savefig(path)
     pyplot.close(figure)
 

@@ -13,6 +13,7 @@ LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 sys.path.append(str(LAUNCH))
 import bands  # noqa: E402
 import evidence  # noqa: E402
+import speedrun  # noqa: E402
 import experiments  # noqa: E402
 import report  # noqa: E402
 from recipes import RECIPES  # noqa: E402
@@ -125,3 +126,23 @@ def test_a_page_is_brought_up_to_date_where_its_marks_are(tmp_path, monkeypatch)
     assert (docs / "reproduce-x.png").stat().st_size > 1000
     report.write()
     assert (docs / "results.md").read_text() == once
+
+
+def test_time_to_accuracy_is_told_for_each_rate_and_seed(tmp_path):
+    def run(name, links, seed, seconds, reached=True):
+        return dict(name=name, links=links, seed=seed, seconds=seconds, steps=30, reached=reached,
+                    ratio=None if name.startswith("ddp") else 31.0,
+                    curve=[[0, 0.0, 0.1], [15, seconds / 2, 0.7], [30, seconds, 0.85]])
+
+    kept = dict(runs=[run("ddp gloo", "1gbit", 0, 40.0), run("onebit", "1gbit", 0, 10.0),
+                      run("ddp gloo", "1gbit", 1, 60.0), run("onebit", "1gbit", 1, 30.0),
+                      run("ddp gloo", "100mbit", 0, 400.0),
+                      run("onebit", "100mbit", 0, 50.0, reached=False)])
+    lines = list(speedrun.table(kept))
+    assert "| onebit | 30 | 20.0 (10.0 .. 30.0) | 3.0x | 31 |" in lines  # 4x and 2x
+    assert "| onebit | 30 | 50.0 | 1 of 1 did not get there | 31 |" in lines
+    assert [line.split(",")[0] for line in lines if "seed" in line] == ["| 1 Gbit/s",
+                                                                        "| 100 Mbit/s"]
+    pytest.importorskip("matplotlib")
+    speedrun.draw(kept, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
