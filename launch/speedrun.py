@@ -16,7 +16,7 @@ SEEDS = {"1gbit": 2, "100mbit": 1}  # as many as take about half an hour in all
 METHODS = ("onebit", "terngrad", "strom:tau=0.02", "dropping:rate=0.99", "adacomp")
 # dense has nothing to win where DDP takes minutes; it runs where it can be told from DDP
 MORE = {"1gbit": ("dense",), "100mbit": ()}
-RESULT = ROOT / "jobs" / "results" / "speed.json"
+RESULT = Path("jobs", "results", "speed.json")
 PICTURE = "speed.png"
 BASE = "ddp gloo"
 RATES = {"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s"}
@@ -47,7 +47,7 @@ def run(seeds=None):
     finally:
         cluster("down")
     command = "launch/reproduce speed" + (f" --seeds {seeds}" if seeds else "")
-    RESULT.write_text(json.dumps({**environment(command), "runs": runs}) + "\n")
+    (ROOT / RESULT).write_text(json.dumps({**environment(command), "runs": runs}) + "\n")
 
 
 def by_contender(runs):
@@ -108,9 +108,9 @@ def draw(kept, path):
 
 def write():
     """Table and picture into docs/, where there is a result."""
-    if not RESULT.exists():
+    if not (report.ROOT / RESULT).exists():
         return
-    kept = json.loads(RESULT.read_text())
+    kept = json.loads((report.ROOT / RESULT).read_text())
     report.drawn("speed", draw, kept, report.DOCS / PICTURE)
     report.put("speed", [*table(kept), f"![accuracy against seconds]({PICTURE})", "",
                          f"`{kept['command']}`, {kept['date']}"])

@@ -13,9 +13,9 @@ LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 sys.path.append(str(LAUNCH))
 import bands  # noqa: E402
 import evidence  # noqa: E402
-import speedrun  # noqa: E402
 import experiments  # noqa: E402
 import report  # noqa: E402
+import speedrun  # noqa: E402
 from recipes import RECIPES  # noqa: E402
 
 EVERY = [e for group in experiments.SYSTEMS.values() for e in group]
