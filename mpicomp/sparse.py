@@ -72,6 +72,7 @@ class Sparse:
 
     def clear(self):
         """The step is skipped."""
+        self._means = []
         for _, p in self.named:
             p.grad = None
 
