@@ -4,7 +4,7 @@ The model, for a gradient of n elements over P ranks, packets of L bytes (see do
 
     allgather   encode + a + b (P-1) L                + P decodes
     allreduce   encode + a + b 2 (P-1)/P bytes        + 1 decode
-    sharded     encode + 2 a + b 2 (P-1)/P L          + encode / P + 2 decodes
+    sharded     encode + 2 a + b 2 (P-1)/P L          + encode / P + 2 decodes + 3 copies
     step        compute + codec + max(0, wire - what backward hides)
 
 a (seconds a call) and b (seconds a received byte) are measured for each kind of call on the ranks
@@ -22,7 +22,7 @@ from mpicomp.layout import Layout
 from mpicomp.philox import Key
 
 CANDIDATES = ("dense", "bf16", "terngrad", "onebit", "onebit:exchange=sharded")
-WORTH = 1.1  # a compressed method is advised only if it is predicted to be so much faster
+WORTH = 1.25  # a compressed method is advised only if it is predicted to be so much faster
 SAMPLE = 1 << 21  # elements on which codecs are measured
 
 
@@ -114,8 +114,8 @@ def measure_codec(method, comm, rows=1024) -> Codec:
     return Codec(worst[0] / layout.size, worst[1] / layout.size, used / layout.size)
 
 
-def predict(method, codec, links, n, ranks, hidden=0.0) -> Prediction:
-    """The parts of one step's exchange, by the model above."""
+def predict(method, codec, links, n, ranks, hidden=0.0, copy=0.0) -> Prediction:
+    """The parts of one step's exchange, by the model above; `copy` is seconds an element."""
     size = codec.bytes * n
     encode, decode = codec.encode * n, codec.decode * n
     share = (ranks - 1) / ranks
@@ -125,7 +125,8 @@ def predict(method, codec, links, n, ranks, hidden=0.0) -> Prediction:
             encode = 0.0
     elif method.exchange == "sharded":
         wire = links["gather"].seconds(2 * share * size, calls=2)
-        encode, decode = encode * (1 + 1 / ranks), decode * 2
+        # into the order of the shards, and back from the sum and from the packets
+        encode, decode = encode * (1 + 1 / ranks) + copy * n, decode * 2 + 2 * copy * n
     else:
         wire = links["gather"].seconds((ranks - 1) * size)
         decode *= ranks
@@ -141,6 +142,11 @@ class Advice:
     predictions: tuple
     choice: str
     reason: str
+
+    @property
+    def copy(self):
+        """Seconds to copy an element on all ranks at once: what dense takes to encode."""
+        return next(iter(self.codecs.values())).encode
 
 
 def report(method, stats, advice=None) -> str:
@@ -166,7 +172,8 @@ def advise(comm, n, candidates=CANDIDATES, hidden=0.0, ranks=None) -> Advice:
     links = measure_links(comm)
     codecs = {repr(m): measure_codec(m, comm) for m in methods}
     ranks = ranks or comm.size
-    predictions = [predict(m, codecs[repr(m)], links, n, ranks, hidden) for m in methods]
+    copy = codecs[repr(methods[0])].encode  # dense
+    predictions = [predict(m, codecs[repr(m)], links, n, ranks, hidden, copy) for m in methods]
     dense, best = predictions[0], min(predictions, key=lambda p: p.total)
     if ranks == 1:
         choice, reason = dense, "there is one rank, and nothing to exchange"

@@ -13,7 +13,8 @@ def run(n, hidden, candidates, ranks) -> dict:
     rows = []
     for p in advice.predictions:
         method, codec = systems.method(p.method), advice.codecs[p.method]
-        others = [predict(method, codec, advice.links, n, c, hidden).total for c in counts]
+        others = [predict(method, codec, advice.links, n, c, hidden, advice.copy).total
+                  for c in counts]
         rows.append((_short(p.method), f"{1e3 * p.encode:.1f}", f"{1e3 * p.wire:.1f}",
                      f"{1e3 * p.decode:.1f}", f"{32 / (8 * codec.bytes):.1f}",
                      *(f"{1e3 * t:.1f}" for t in others)))
