@@ -1,4 +1,4 @@
-"""method="auto": predictions are the arithmetic of docs/planning.md, and dense wins when in doubt."""
+"""method="auto": predictions are the arithmetic of docs/planning.md; dense wins when in doubt."""
 
 import pytest
 
