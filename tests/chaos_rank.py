@@ -242,7 +242,7 @@ def trial(comm):
         return
     final = digest([p for p in training.model.parameters()])
     lost, repeated = recovery.lost, None
-    if lost:
+    if lost and lost[0]["step"] < STEPS:  # else the last step was over, and nothing was done again
         again = Training(recovery.comm)
         again.load(began["state"])
         for step in range(began["step"], STEPS):
