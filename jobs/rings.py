@@ -12,7 +12,7 @@ gathers: packets from all ranks to all, against MPI's Iallgather.
 
 import argparse
 import statistics
-from time import perf_counter, sleep
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -72,10 +72,8 @@ def gathers(size, comm):
 
     def drained(postings):
         for requests in postings:
-            looks = 0
-            while not all([request.Test() for request in requests]):
-                looks += 1
-                sleep(min(2e-5 * looks, 1e-3))
+            for request in requests:
+                mpi.wait(comm, request, 600.0, "gathering")
 
     def way(lanes):
         def work():

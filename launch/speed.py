@@ -24,8 +24,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import data as datasets  # beside this file, as models is
+import data as datasets  # beside this file, as models and scores are
 import models
+import scores
 import mpicomp
 from mpicomp import mpi
 from mpicomp.bench.step import PEERS, distribute, join_gloo
@@ -49,22 +50,17 @@ class Race:
     def __init__(self, comm, options):
         self.comm, self.options = comm, options
         self.data = datasets.load("fashion")
-        test, mine = self.data.test, datasets.share(len(self.data.test), comm.rank, comm.size)
-        self.x = torch.from_numpy(np.array(test.x[mine]))
-        self.y = torch.from_numpy(np.array(test.y[mine])).long()
 
     def batch(self, step, seed):
         """This rank's part of global batch `step`."""
         split = self.data.train
         rows = datasets.my_rows(len(split), BATCH, seed, step, self.comm.rank, self.comm.size)
-        return torch.from_numpy(split.x[rows]), torch.from_numpy(split.y[rows]).long()
+        return scores.rows_of(split, rows)
 
-    @torch.no_grad()
     def accuracy(self, model):
         """Of the whole test set; each rank takes a share."""
-        right = sum(int((model(self.x[at:at + 250]).argmax(1) == self.y[at:at + 250]).sum())
-                    for at in range(0, len(self.x), 250))
-        return sum(self.comm.allgather(right)) / len(self.data.test)
+        test = self.data.test
+        return scores.evaluate(model, test, np.arange(len(test)), self.comm)[1]
 
     def run(self, name, seed):
         """One run from the start until the wanted accuracy; what main writes about it."""
