@@ -13,7 +13,7 @@ capability", IJHPCA 2013; MPI_Comm_revoke, _shrink, _agree as in Open MPI 5 (mpi
 import os
 import random
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import perf_counter, sleep, time
 
 import numpy as np
@@ -23,6 +23,7 @@ from mpicomp import mpi
 from mpicomp.errors import DeadRankError, StallError
 
 SPIN = 20  # looks for the others' votes without a sleep between them
+HEARSAY = 1.0  # seconds after a revocation in which the library names the dead rank
 _kept = []  # arrays and requests of votes that nobody waits for any more
 
 
@@ -220,7 +221,7 @@ class Recovery:
             reason = ("it communicated after optimizer.step(): what follows the step must be a "
                       "piece of its own")
         if reason:
-            names = self._base.Get_failed().Translate_ranks(None, self._base.Get_group()) or []
+            names = self._known_dead()
             raise DeadRankError(
                 f"{_ranks([self._members[r] for r in names])} died in step {self.reducer.step}, "
                 f"and this piece cannot be done without: {reason}. The newest checkpoint goes on"
@@ -236,6 +237,21 @@ class Recovery:
         if self.rank == 0:
             print(f"mpicomp: {_ranks(dead)} died in step {self.reducer.step}, which {self.size} "
                   f"do again{self._loss()}", file=sys.stderr, flush=True)
+
+    def _known_dead(self):
+        """The ranks of `_base` that are known to be dead.
+
+        A rank that was woken up by another's revocation hears of the death itself a moment later,
+        if it lets MPI work.
+        """
+        start = perf_counter()
+        while True:
+            with suppress(Exception):  # that there is a dead rank
+                self._base.Iprobe()
+            dead = self._base.Get_failed().Translate_ranks(None, self._base.Get_group()) or []
+            if len(dead) or perf_counter() - start > HEARSAY:
+                return dead
+            sleep(1e-3)
 
     def _shrink(self):
         """Regroup over the ranks that are left until nobody dies meanwhile; returns who died."""
