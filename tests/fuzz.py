@@ -5,16 +5,20 @@
     python tests/fuzz.py --mutations 1000000 --asan      the slow lane: minutes a compressor
     python tests/fuzz.py --only strom --seed 7           one compressor, other mutations
     python tests/fuzz.py --backends cpu --out FILE       a backend alone; the figures as JSON
+    python tests/fuzz.py --backends cpu,shim             with the CUDA kernels, run on the CPU
 
 Each mutation is decoded by every backend: all refuse it with PacketError, or all make the same
 bytes of it, all finite. Nothing may be written outside of the output, and the packet stays as it
 is. With --asan the C++ kernels are built anew with AddressSanitizer and UBSan and run with libasan
 before everything else: a read or write outside of an array, a shift too far or a signed overflow
-ends the process. Ends with status 1 where anything of this does not hold, naming the packet.
+ends the process. What the CUDA kernels get ends where a page ends behind which nobody may read.
+Ends with status 1 where anything of this does not hold, naming the packet.
 """
 
 import argparse
+import ctypes
 import json
+import mmap
 import os
 import random
 import subprocess
@@ -30,7 +34,11 @@ import material
 from mpicomp import PacketError, kernels, packet
 from mpicomp.compressor import from_spec
 from mpicomp.kernels import cpu
+from mpicomp.kernels.gpu import device
 from mpicomp.philox import Key
+from shim import arrays
+from shim.arrays import DeviceArray
+from shim.device import Shim
 
 KERNELS = Path(kernels.__file__).parent
 SHAPES = ["vector of 7", "small convolution", "tall", "network", "scalar", "vector of 257"]
@@ -44,6 +52,7 @@ from mpicomp.kernels.cpu.library import lib
 x = np.zeros(300, np.float32)
 print(lib.mp_finite(x.ctypes.data, x.size + 1))
 """  # reads one float too many: the test of the sanitizer
+LONGER = 64  # bytes by which a mutation makes a payload longer at most
 EDGE = 8  # floats on either side of the output that nobody may write
 GRAINS = [(1 << 17, 1 << 20, 1), (16, 16, 3)]  # as always; threads and streaming on small arrays
 
@@ -89,6 +98,16 @@ def mutated(good, other, layout, rng):
     return bad
 
 
+def fenced(size):
+    """`size` zero bytes; who reads or writes behind them is ended by SIGSEGV."""
+    page = mmap.PAGESIZE
+    whole = np.frombuffer(mmap.mmap(-1, -(-size // page) * page + page), np.uint8)
+    end = whole.size - page
+    if ctypes.CDLL(None).mprotect(ctypes.c_void_p(whole.ctypes.data + end), page, 0):
+        raise OSError("mprotect failed")
+    return whole[end - size:end]
+
+
 class Target:
     """One configuration on one layout: good payloads, and what is to hold of damaged ones."""
 
@@ -99,6 +118,9 @@ class Target:
         self.wide = np.zeros(layout.size + 2 * EDGE, np.float32)
         self.out = self.wide[EDGE:-EDGE] if layout.size else self.wide[:0]
         self.exact = np.zeros(layout.size, np.float32)  # its end is the end of the memory
+        if "shim" in backends:
+            self.sent = fenced(max(map(len, self.good)) + LONGER)
+            self.filled = fenced(4 * (EDGE + layout.size)).view(np.float32)
         self.refused = self.decoded = 0
 
     def tell(self, bad, problem):
@@ -107,9 +129,30 @@ class Target:
 
     def decode(self, name, payload, together):
         """The bytes of what a backend decodes, or None where it refuses."""
+        if name == "shim":
+            return self.decode_on_device(payload, together)
         kernels.use(name)
         out = self.exact if together else self.out
         out[...] = 0
+        return out.tobytes() if self.accepts(payload, out, together) else None
+
+    def decode_on_device(self, payload, together):
+        """The same by the CUDA kernels, from and into arrays that end where memory ends."""
+        kernels.use(None)
+        self.filled[:] = 0
+        sent = self.sent[self.sent.size - payload.size:]
+        sent[:] = payload
+        result = None
+        if self.accepts(DeviceArray(sent), DeviceArray(self.filled[EDGE:]), together):
+            result = self.filled[EDGE:].tobytes()
+        if self.filled[:EDGE].any() or not np.array_equal(sent, payload):
+            self.tell(payload, "a CUDA kernel wrote outside of the output")
+        if len(arrays.LIVE) > 1000:
+            arrays.check()
+        return result
+
+    def accepts(self, payload, out, together):
+        """Decode the payload, alone or twice; False where it is refused."""
         try:
             if together:
                 self.compressor.decode_sum([payload, payload], out, self.layout,
@@ -117,8 +160,8 @@ class Target:
             else:
                 self.compressor.decode_add(payload, out, self.layout, laws.KEY, 0.5)
         except PacketError:
-            return None
-        return out.tobytes()
+            return False
+        return True
 
     def attack(self, rng):
         """One mutation, decoded by every backend."""
@@ -136,7 +179,7 @@ class Target:
             self.refused += 1
             return
         self.decoded += 1
-        if not np.isfinite(self.exact if together else self.out).all():
+        if not np.isfinite(np.frombuffer(results[0], np.float32)).all():
             self.tell(bad, "decodes to NaN or Inf")
         if payload.tobytes() != bad:
             self.tell(bad, "decoding changed the payload")
@@ -151,6 +194,8 @@ def fuzz(name, mutations, backends, seed=0):
     targets = [Target(from_spec(row.spec), material.LAYOUTS[shape], backends, seed)
                for row in material.ROWS.get(name, [material.Row(name)]) for shape in SHAPES]
     before = kernels.of(None)
+    if "shim" in backends:
+        device.use(Shim())
     try:
         for grain, stream, threads in GRAINS:
             cpu.library.limits(grain, stream), cpu.library.threads(threads)
@@ -160,7 +205,9 @@ def fuzz(name, mutations, backends, seed=0):
                 for i in range(share):
                     targets[i % len(targets)].attack(rng)
             cpu.library.vectors(2)
+        arrays.check()
     finally:
+        device.use(None)
         cpu.library.limits(), cpu.library.threads(1)
         kernels.use(next(n for n, m in kernels.backends().items() if m is before))
     return sum(t.refused for t in targets), sum(t.decoded for t in targets)
@@ -211,7 +258,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mutations", type=int, default=10_000, help="of each compressor")
     parser.add_argument("--only", action="append", help="these compressors, or header")
-    parser.add_argument("--backends", default=",".join(kernels.backends()))
+    parser.add_argument("--backends", default=",".join(kernels.backends()),
+                        help="default: %(default)s; shim: the CUDA kernels on the CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--asan", action="store_true", help="kernels with AddressSanitizer, UBSan")
     parser.add_argument("--out", type=Path, help="add the figures to this JSON file")

@@ -68,7 +68,11 @@ def room(array, width, size):
 
 
 def scalar(value):
-    """A float32 as an array of one on the device; one that is there already is not copied."""
+    """A float32 as an array of one on the device; one that is there is moved only where odd."""
+    if is_device_array(value) and value.size == 1 and device.address(value) % 4:
+        moved = device.current().empty(4, np.uint8)
+        moved[...] = value.reshape(1).view(np.uint8)
+        return moved.view(np.float32)
     if is_device_array(value):
         return floats(value, 1)
     return device.current().array(np.array([value], np.float32))
