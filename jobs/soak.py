@@ -2,9 +2,9 @@
 """A long training that is killed and resumed on other numbers of ranks: nothing may leak or drift.
 
     python jobs/soak.py                                    20,000 steps on 4 ranks, then 3, then 4
-    python jobs/soak.py --steps 2000 --ranks 2,3 --method onebit --out FILE
+    python jobs/soak.py --steps 2000 --ranks 2,3 --method onebit dryden --out FILE
 
-Each part of the steps but the last ends with SIGKILL to all ranks in the middle of a step; the next
+Each method trains by itself. Each part of its steps but the last ends with SIGKILL to all ranks in the middle of a step; the next
 goes on from the newest checkpoint, with what is owed divided anew (mpicomp.checkpoint). Every 100
 steps every rank notes its resident memory, open files, threads and MPI requests that are not done,
 and all compare their parameters to the bit. Writes the figures as JSON; status 1 if parameters
@@ -58,7 +58,7 @@ def train(options):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    reducer = mpicomp.Reducer(model.named_parameters(), options.method, comm, bucket_bytes=4096,
+    reducer = mpicomp.Reducer(model.named_parameters(), options.method[0], comm, bucket_bytes=4096,
                               seed=1).attach(optimizer)
     folder, start = Path(options.folder), 0
     if found := checkpoint.newest(folder):
@@ -115,11 +115,11 @@ def look(comm, options, model, reducer, requests, start, step, loss):
 # ---- the whole ------------------------------------------------------------------------------
 
 
-def part(options, folder, ranks, to, kill):
+def part(options, method, folder, ranks, to, kill):
     """Run one part; where it is to be `kill`ed, that is done once step `to` has passed."""
     rows = Path(folder, f"rows-{to}.jsonl")
     command = [sys.executable, str(ROOT / "launch" / "run"), "--python", sys.executable, "-n",
-               str(ranks), str(Path(__file__).resolve()), "--method", options.method, "--folder",
+               str(ranks), str(Path(__file__).resolve()), "--method", method, "--folder",
                str(Path(folder, "checkpoints")), "--rows", str(rows), "--save", str(options.save),
                "--to", str(to + 10**6 if kill else to)]
     began = time.time()
@@ -178,7 +178,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--ranks", default="4,3,4", help="of the parts, one after the other")
-    parser.add_argument("--method", default="strom:tau=0.005")
+    parser.add_argument("--method", nargs="+", default=["strom:tau=0.05"])
     parser.add_argument("--save", type=int, default=250, help="steps between checkpoints")
     parser.add_argument("--out", type=Path, help="the figures, as JSON")
     for name in ("--folder", "--rows", "--to"):
@@ -187,19 +187,26 @@ def main():
     if options.to:
         options.to = int(options.to)
         return train(options)
-    ranks = [int(n) for n in options.ranks.split(",")]
-    parts = []
-    with tempfile.TemporaryDirectory() as folder:
-        for i, n in enumerate(ranks):
-            to = options.steps * (i + 1) // len(ranks) // EVERY * EVERY
-            parts.append(judged(*part(options, folder, n, to, kill=i + 1 < len(ranks))))
-            print(json.dumps(parts[-1]), flush=True)
-    right = all(p["right"] for p in parts)
-    figures = dict(command="python jobs/soak.py " + " ".join(sys.argv[1:]), method=options.method,
-                   steps=parts[-1]["last_step"], right=right, parts=parts)
+    runs = [soak(options, method) for method in options.method]
+    right = all(run["right"] for run in runs)
+    figures = dict(command="python jobs/soak.py " + " ".join(sys.argv[1:]), right=right, runs=runs)
     if options.out:
         options.out.write_text(json.dumps(figures, indent=1) + "\n")
     return 0 if right else 1
+
+
+def soak(options, method):
+    """The figures of all parts of one method's training."""
+    ranks, parts = [int(n) for n in options.ranks.split(",")], []
+    with tempfile.TemporaryDirectory() as folder:
+        for i, n in enumerate(ranks):
+            to = options.steps * (i + 1) // len(ranks) // EVERY * EVERY
+            parts.append(judged(*part(options, method, folder, n, to, kill=i + 1 < len(ranks))))
+            print(f"{method:28} steps {parts[-1]['resumed_from']:,} to {to:,} on {n} ranks: "
+                  f"{'right' if parts[-1]['right'] else 'WRONG'}, memory grew by "
+                  f"{max(parts[-1]['memory_kib_grown'])} KiB, {parts[-1]['seconds']} s", flush=True)
+    return dict(method=method, steps=parts[-1]["last_step"],
+                right=all(p["right"] for p in parts), parts=parts)
 
 
 if __name__ == "__main__":

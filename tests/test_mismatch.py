@@ -54,7 +54,7 @@ def test_one_rank_is_different(what, comm):
     start = time.monotonic()
     text = same_error(comm, MismatchError,
                       lambda: reduce_with(comm, **(keywords if comm.rank == odd else {})))
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 5
     assert f"rank {odd}" in text and all(word in text for word in words), text
     reducer = reduce_with(comm)  # the communicator is as good as before
     assert reducer.comm.size == comm.size
