@@ -4,11 +4,12 @@
     python jobs/soak.py                                    20,000 steps on 4 ranks, then 3, then 4
     python jobs/soak.py --steps 2000 --ranks 2,3 --method onebit dryden --out FILE
 
-Each method trains by itself. Each part of its steps but the last ends with SIGKILL to all ranks in the middle of a step; the next
-goes on from the newest checkpoint, with what is owed divided anew (mpicomp.checkpoint). Every 100
-steps every rank notes its resident memory, open files, threads and MPI requests that are not done,
-and all compare their parameters to the bit. Writes the figures as JSON; status 1 if parameters
-differed, a request was left over, or memory or files grew after the first tenth of a part.
+Each method trains by itself. Each part of its steps but the last ends with SIGKILL to all ranks in
+the middle of a step; the next goes on from the newest checkpoint, with what is owed divided anew
+(mpicomp.checkpoint). Every 100 steps every rank notes its resident memory, open files, threads and
+MPI requests that are not done, and all compare their parameters to the bit. Writes the figures as
+JSON; status 1 if parameters differed, a request was left over, or memory or files grew after the
+first tenth of a part.
 """
 
 import argparse

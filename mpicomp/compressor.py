@@ -23,6 +23,8 @@ from typing import ClassVar
 from mpicomp import kernels
 from mpicomp.errors import PacketError, SpecError
 
+LARGEST = 2.0**128 - 2.0**104  # the largest float32
+
 
 class State(SimpleNamespace):
     """The arrays that a compressor keeps for one bucket; which ones is its own business."""
@@ -158,8 +160,10 @@ class Compressor(ABC):
 
     def expect_finite(self, values) -> None:
         """Raise PacketError unless all of these floats from a payload are finite."""
-        if not kernels.of(values).finite(values):
+        def complain(values):
             raise PacketError(f"{self.name}: a number in the payload is not finite")
+
+        kernels.of(values).within(values, -LARGEST, LARGEST, complain)
 
     def __repr__(self):
         return spec_text(self.name, {f.name: getattr(self, f.name) for f in fields(self)})

@@ -101,8 +101,8 @@ def test_compressors_agree(spec, shim):
     assert shim.launches or DeviceArray.copies > before  # on the device, or by the host
 
 
-BATCHED = {"strom:tau=1.0": 1, "dropping:rate=0.9,scope=layer": 2, "onebit": 0, "terngrad": 0,
-           "dorefa": 0, "bf16": 0}
+BATCHED = {"strom:tau=1.0": 1, "dropping:rate=0.9,scope=layer": 2, "dryden": 1, "onebit": 0,
+           "terngrad": 0, "dorefa": 0, "bf16": 0}
 
 
 @pytest.mark.parametrize("spec", BATCHED)
@@ -122,3 +122,26 @@ def test_encoding_reads_back_one_length_and_not_one_a_layer(spec, shim):
         else:
             compressor.encode(grad, packet, layout, Key(), state)
         assert DeviceArray.copies - before <= BATCHED[spec]
+
+
+DECODED = {"strom:tau=1.0": 0, "dropping:rate=0.9,scope=layer": 0, "dryden": 1, "onebit": 0,
+           "terngrad": 0, "dorefa": 0, "bf16": 0}
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["one packet", "three"])
+@pytest.mark.parametrize("spec", DECODED)
+def test_decoding_reads_back_one_list_and_not_one_a_packet_or_a_layer(spec, together, shim):
+    compressor = material.from_spec(spec)
+    layout = Layout.of((str(i), (40, 6)) for i in range(8))
+    grad = DeviceArray.of(np.random.default_rng(1).standard_normal(layout.size, np.float32))
+    packet, out = DeviceArray.new(compressor.capacity(layout), np.uint8), grad.copy()
+    state = compressor.init(layout, grad)
+    compressor.measure(grad, layout, state)
+    packet = packet[:compressor.encode(grad, packet, layout, Key(), state)]
+    before = DeviceArray.copies
+    with kernels.of(out).deferred():
+        if together:
+            compressor.decode_sum([packet] * 3, out, layout, [Key()] * 3, 0.25)
+        else:
+            compressor.decode_add(packet, out, layout, Key(), 0.25)
+        assert DeviceArray.copies - before <= DECODED[spec]

@@ -288,7 +288,7 @@ def test_dryden_in_strips(in_place, threads):
             size = rows * columns
             for (kind, owed), (_, grad) in zip(gradients(size), gradients(size, 1), strict=True):
                 for proportion, sample in ((64, 32), (4, 20), (1, 9)):
-                    of = rows, columns, proportion, sample, Key(9, 8, 7, 6), 5
+                    of = rows, columns, proportion, sample, Key(9, 8, 7, 6), 0
                     here, theirs = (owing(k, owed, grad, in_place, of) for k in (cpu, reference))
                     assert here == theirs, (kind, *of)
     finally:
@@ -305,7 +305,8 @@ def owing(module, owed, grad, in_place, of):
     with np.errstate(all="ignore"):
         try:
             if module is cpu:
-                used = cpu.dryden_encode_owed_2016(grad, owed, out, *of, data)
+                used = cpu.dryden_encode_owed_2016(grad, owed, out, [(0, rows, columns)], *of[2:5],
+                                                    data)
             else:
                 out[:] = owed + grad
                 cuts = reference.dryden_columns(out, *of)

@@ -54,6 +54,11 @@ class Dryden(Compressor):
         rows, columns = segment.matrix
         return (rows, columns) if rows >= self.min_rows else (segment.size, 1)
 
+    def _matrices(self, layout):
+        """(start, rows, columns) of every tensor that has elements."""
+        return [(segment.start, *self.matrix(segment)) for segment in layout.segments
+                if segment.size]
+
     def capacity(self, layout):
         """One tensor after the other, in c columns; k elements are sent, at most all.
 
@@ -101,25 +106,19 @@ class Dryden(Compressor):
         fused = getattr(kernels.of(grad), "dryden_encode_owed_2016", None)
         if fused is None or self.version != "2016":
             return super().encode_owed(grad, owed, packet, layout, key, state, out)
-        out, used = owed if out is None else out, 0
-        for segment in filter(lambda s: s.size, layout.segments):
-            rows, columns = self.matrix(segment)
-            used += fused(grad[segment.slice], owed[segment.slice], out[segment.slice], rows,
-                          columns, self.proportion, self._sample(), key, segment.start,
-                          packet[used:used + self._most(segment, rows, columns)])
-        return used
+        return fused(grad, owed, owed if out is None else out, self._matrices(layout),
+                     self.proportion, self._sample(), key, packet[:self.capacity(layout)])
 
     def decode_sum(self, payloads, out, layout, keys, weight=1.0):
-        fused = getattr(kernels.of(out), "dryden_decode_sum_2016", None)
-        if fused is None or self.version != "2016":
+        if not (fused := self._fused(kernels.of(out))):
             return super().decode_sum(payloads, out, layout, keys, weight)
-        rest = list(payloads)
-        for segment in filter(lambda s: s.size, layout.segments):
-            rows, columns = self.matrix(segment)
-            sizes = fused(rest, rows, columns, weight, out[segment.slice])
-            rest = [packet[size:] for packet, size in zip(rest, sizes)]
-        for packet, more in zip(payloads, rest):
-            self._expect_end(packet, len(packet) - len(more))
+        used = fused(payloads, self._matrices(layout), weight, out)
+        for packet, size in zip(payloads, used):
+            self._expect_end(packet, size)
+
+    def _fused(self, k):
+        """The function for all matrices of several packets, where these kernels have one."""
+        return getattr(k, "dryden_decode_sum_2016", None) if self.version == "2016" else None
 
     def _expect_end(self, packet, used):
         if used != len(packet):
@@ -127,6 +126,9 @@ class Dryden(Compressor):
 
     def decode_add(self, packet, out, layout, key, weight=1.0):
         k, used = kernels.of(out), 0
+        if fused := self._fused(k):
+            return self._expect_end(packet, *fused([packet], self._matrices(layout), weight, out,
+                                                   False))
         decode_add = k.dryden_decode_add_2016 if self.version == "2016" else \
             k.dryden_decode_add_2017
         for segment in filter(lambda s: s.size, layout.segments):

@@ -110,9 +110,12 @@ class TernGrad(Compressor):
         self.expect(packet, self.capacity(layout))
         scale = packet[:4 * len(layout.segments)].view("float32")
         most = LARGEST / (self.most_ranks or 1)  # a sum of codes must stay finite
-        if scale.size and not (0 <= scale.min() and scale.max() <= most):
+
+        def complain(scale):
             raise PacketError(f"{self.name}: scales from 0 to {most:.3g} expected, "
                               f"found {scale.min()} to {scale.max()}")
+
+        kernels.of(scale).within(scale, 0.0, most, complain)
         return scale
 
     def decode_sum(self, payloads, out, layout, keys, weight=1.0):

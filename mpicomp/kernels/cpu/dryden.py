@@ -34,13 +34,21 @@ def dryden_encode_2016(x, rows, columns, lower, upper, data):
                                 _room(data, rows, columns))
 
 
-def dryden_encode_owed_2016(grad, owed, out, rows, columns, proportion, sample, key, start, data):
-    """Thresholds and `dryden_encode_2016` of owed + grad; what is then still owed goes to `out`."""
-    n = rows * columns
-    result = lib.mp_dryden_encode_owed(floats(owed, n), floats(grad, n), floats(out, n, True), rows,
-                                       columns, proportion, _draws(sample, rows), *philox_key(key),
-                                       start, _room(data, rows, columns))
-    return refused(result, reference.dryden_decode_add_2016, data, rows, columns, -1.0, out)
+def dryden_encode_owed_2016(grad, owed, out, matrices, proportion, sample, key, data):
+    """Encode all matrices of owed + grad, (start, rows, columns); what is left goes to `out`.
+
+    Returns the bytes used.
+    """
+    used = 0
+    for start, rows, columns in matrices:
+        n = rows * columns
+        part, room = slice(start, start + n), data[used:used + 4 + 8 * columns + 4 * n]
+        result = lib.mp_dryden_encode_owed(
+            floats(owed[part], n), floats(grad[part], n), floats(out[part], n, True), rows, columns,
+            proportion, _draws(sample, rows), *philox_key(key), start, _room(room, rows, columns))
+        used += refused(result, reference.dryden_decode_add_2016, room, rows, columns, -1.0,
+                        out[part])
+    return used
 
 
 def _dryden_decode(payloads, rows, columns, weight, out, fresh):
@@ -67,14 +75,28 @@ def dryden_decode_add_2016(data, rows, columns, weight, out):
     return sizes[0]
 
 
-def dryden_decode_sum_2016(payloads, rows, columns, weight, out):
-    """out = the sum over the payloads in their order; returns the bytes of this matrix in each."""
+def dryden_decode_sum_2016(payloads, matrices, weight, out, fresh=True):
+    """out = the sum over the payloads in their order; returns the bytes that each of them needs.
+
+    Not `fresh`: what is in `out` stays in the sum.
+    """
+    used = [0] * len(payloads)
+    for start, rows, columns in matrices:
+        sizes = _matrix_sum([data[n:] for data, n in zip(payloads, used)], rows, columns, weight,
+                            out[start:start + rows * columns], fresh)
+        used = [n + size for n, size in zip(used, sizes)]
+    return used
+
+
+def _matrix_sum(payloads, rows, columns, weight, out, fresh):
+    """The bytes of this matrix in each."""
     try:
-        sizes = _dryden_decode(payloads, rows, columns, weight, out, True) if payloads else None
+        sizes = _dryden_decode(payloads, rows, columns, weight, out, fresh) if payloads else None
     except Unfit:
         sizes = None
     if sizes is None:
-        out[...] = 0
+        if fresh:
+            out[...] = 0
         sizes = [reference.dryden_decode_add_2016(data, rows, columns, weight, out)
                  for data in payloads]
     return sizes

@@ -150,6 +150,34 @@ KERNEL dryden_select(const float* x, const float* more, float* out, i64 n, i64 c
     if (threadIdx.x == 0) counts[tile] = all;
 }
 
-KERNEL write_count(const i64* all, u32* data) {
-    if (thread_number() == 0) *data = u32(*all);
+// One matrix in the packet, from word place[0] on: how many words, means[2 * columns], and the
+// words that each tile left in `room`, as gather_words moves them. place[1]: where the next begins.
+KERNEL dryden_put(const u32* room, const i64* before, i64 tiles, const i64* all, const float* means,
+                  i64 columns, i64* place, u32* data) {
+    const i64 head = place[0] + 1, first = head + 2 * columns;
+    for (i64 j = thread_number(); j < 2 * columns; j += tiles * THREADS)
+        data[head + j] = bits_of(means[j]);
+    move_words(room, before, tiles, all, data + first);
+    if (thread_number() == 0) {
+        data[head - 1] = u32(*all);
+        place[1] = first + *all;
+    }
+}
+
+// Where each matrix begins in each packet of words[packets] words: places[packets][matrices + 1];
+// -1 from where a packet is too short.
+KERNEL dryden_walk(const u64* payloads, const i64* words, i64 packets, const i64* columns,
+                   i64 matrices, i64* places) {
+    const i64 p = thread_number();
+    if (p >= packets) return;
+    const u32* data = reinterpret_cast<const u32*>(payloads[p]);
+    i64 at = 0, *place = places + p * (matrices + 1);
+    for (i64 t = 0; t < matrices; t++) {
+        place[t] = at;
+        if (at < 0) continue;
+        const i64 first = at + 1 + 2 * columns[t];
+        at = first > words[p] ? -1 : first + data[at];
+        if (at > words[p]) at = -1;
+    }
+    place[matrices] = at;
 }

@@ -55,6 +55,11 @@ KERNEL all_finite(const float* x, i64 n, u32* fault) {
     for (i64 i = thread_number(); i < n; i += i64(gridDim.x) * THREADS) say(fault, !finite(x[i]));
 }
 
+KERNEL all_within(const float* x, i64 n, float least, float most, u32* fault) {
+    for (i64 i = thread_number(); i < n; i += i64(gridDim.x) * THREADS)
+        say(fault, !(least <= x[i] && x[i] <= most));
+}
+
 // ahead = history + x * x; x /= sqrt(ahead) + 1e-8.
 KERNEL adagrad(float* x, i64 n, const float* history, float* ahead) {
     const i64 i = thread_number();

@@ -101,8 +101,13 @@ KERNEL scan_largest(i64* numbers, i64 count, i64* all) {
 
 // The words that each tile left at the beginning of its own place in `room`, moved together. A
 // block moves those of one tile; before[] and *all are what scan_sums made of the tiles' counts.
-KERNEL gather_words(const u32* room, const i64* before, i64 tiles, const i64* all, u32* data) {
+__device__ inline void move_words(const u32* room, const i64* before, i64 tiles, const i64* all,
+                                  u32* data) {
     const i64 tile = blockIdx.x, at = before[tile];
     const i64 count = (tile + 1 < tiles ? before[tile + 1] : *all) - at;
     for (i64 j = threadIdx.x; j < count; j += THREADS) data[at + j] = room[tile * TILE + j];
+}
+
+KERNEL gather_words(const u32* room, const i64* before, i64 tiles, const i64* all, u32* data) {
+    move_words(room, before, tiles, all, data);
 }

@@ -80,8 +80,12 @@ def scalar(value):
 
 def table(arrays):
     """The addresses of these arrays as a device array, kept for the next step's call."""
-    content = np.array([device.address(a) if a.size else 0 for a in arrays], np.uint64)
-    key = id(device.current()), content.tobytes()
+    return constants(np.array([device.address(a) if a.size else 0 for a in arrays], np.uint64))
+
+
+def constants(content):
+    """A small array on the device, kept for the next step's call."""
+    key = id(device.current()), content.dtype.str, content.tobytes()
     if key not in _tables:
         if len(_tables) > 4096:
             _tables.clear()

@@ -15,6 +15,12 @@ def finite(x) -> bool:
     return x.size == 0 or bool(np.isfinite(x.max()) and np.isfinite(x.min()))
 
 
+def within(x, least, most, complain) -> None:
+    """complain(x) unless every element is from `least` to `most`; NaN is not."""
+    if x.size and not (least <= x.min() and x.max() <= most):
+        complain(x)
+
+
 def take(x, to) -> bool:
     """to = x, both flat; is every element finite?"""
     to[...] = x
