@@ -101,15 +101,27 @@ def test_compressors_agree(spec, shim):
     assert shim.launches or DeviceArray.copies > before  # on the device, or by the host
 
 
-BATCHED = {"strom:tau=1.0": 1, "dropping:rate=0.9,scope=layer": 2, "dryden": 1, "onebit": 0,
-           "terngrad": 0, "dorefa": 0, "bf16": 0}
+SEVERAL = {"eight alike": [(40, 6)] * 8,
+           "entries of both widths": [(70, 9), (4, 3, 3, 3), (5,), (0,), (33, 2, 3, 3), (600, 2),
+                                      (), (40, 0), (8, 2, 3, 3), (9001,)],
+           "empty ones": [(0,), (3, 0, 2), (0, 4)]}
+BATCHED = {"strom:tau=1.0": 1, "dropping:rate=0.9,scope=layer": 2, "onebit": 0, "terngrad": 0,
+           "dorefa": 0, "bf16": 0, "adacomp": 1, "adacomp:bin=7": 1, "dryden": 1,
+           "dryden:proportion=4,min_rows=1": 1}
+DECODED = {"strom:tau=1.0": 0, "dropping:rate=0.9,scope=layer": 0, "onebit": 0, "terngrad": 0,
+           "dorefa": 0, "bf16": 0, "adacomp": 1, "adacomp:bin=7": 1, "dryden": 1,
+           "dryden:proportion=4,min_rows=1": 1}
 
 
+def layout_of(shapes):
+    return Layout.of((str(i), shape) for i, shape in enumerate(shapes))
+
+
+@pytest.mark.parametrize("shapes", SEVERAL)
 @pytest.mark.parametrize("spec", BATCHED)
-def test_encoding_reads_back_one_length_and_not_one_a_layer(spec, shim):
+def test_encoding_reads_back_one_length_and_not_one_a_layer(spec, shapes, shim):
     """Copies to the host: how many bytes were used, and with dropping whether all were finite."""
-    compressor = material.from_spec(spec)
-    layout = Layout.of((str(i), (40, 6)) for i in range(8))
+    compressor, layout = material.from_spec(spec), layout_of(SEVERAL[shapes])
     grad = DeviceArray.of(np.random.default_rng(1).standard_normal(layout.size, np.float32))
     packet = DeviceArray.new(compressor.capacity(layout), np.uint8)
     state = compressor.init(layout, grad)
@@ -124,24 +136,88 @@ def test_encoding_reads_back_one_length_and_not_one_a_layer(spec, shim):
         assert DeviceArray.copies - before <= BATCHED[spec]
 
 
-DECODED = {"strom:tau=1.0": 0, "dropping:rate=0.9,scope=layer": 0, "dryden": 1, "onebit": 0,
-           "terngrad": 0, "dorefa": 0, "bf16": 0}
-
-
-@pytest.mark.parametrize("together", [False, True], ids=["one packet", "three"])
+@pytest.mark.parametrize("shapes", SEVERAL)
 @pytest.mark.parametrize("spec", DECODED)
-def test_decoding_reads_back_one_list_and_not_one_a_packet_or_a_layer(spec, together, shim):
-    compressor = material.from_spec(spec)
-    layout = Layout.of((str(i), (40, 6)) for i in range(8))
-    grad = DeviceArray.of(np.random.default_rng(1).standard_normal(layout.size, np.float32))
-    packet, out = DeviceArray.new(compressor.capacity(layout), np.uint8), grad.copy()
-    state = compressor.init(layout, grad)
-    compressor.measure(grad, layout, state)
-    packet = packet[:compressor.encode(grad, packet, layout, Key(), state)]
+def test_decoding_reads_back_one_head_for_all_packets(spec, shapes, shim):
+    """Copies to the host: what says where each layer's part of each packet lies, and one fault."""
+    compressor, layout = material.from_spec(spec), layout_of(SEVERAL[shapes])
+    rng, packets = np.random.default_rng(2), []
+    for _ in range(3):
+        packet = np.zeros(compressor.capacity(layout), np.uint8)
+        grad = rng.standard_normal(layout.size, np.float32)
+        state = compressor.init(layout, grad)
+        compressor.measure(grad, layout, state)
+        packets.append(packet[:compressor.encode(grad, packet, layout, Key(), state)])
+    expected, out = np.zeros(layout.size, np.float32), DeviceArray.new(layout.size, np.float32)
+    compressor.decode_sum(packets, expected, layout, [Key()] * 3, 1 / 3)
+    payloads = [DeviceArray.of(packet) for packet in packets]
     before = DeviceArray.copies
     with kernels.of(out).deferred():
-        if together:
-            compressor.decode_sum([packet] * 3, out, layout, [Key()] * 3, 0.25)
-        else:
-            compressor.decode_add(packet, out, layout, Key(), 0.25)
+        compressor.decode_sum(payloads, out, layout, [Key()] * 3, 1 / 3)
         assert DeviceArray.copies - before <= DECODED[spec]
+    assert DeviceArray.copies - before <= DECODED[spec] + 1
+    assert out.get().tobytes() == expected.tobytes()
+    before = DeviceArray.copies
+    with kernels.of(out).deferred():
+        compressor.decode_add(payloads[0], out, layout, Key(), 0.5)
+        assert DeviceArray.copies - before <= DECODED[spec]
+
+
+@pytest.mark.parametrize("shapes", SEVERAL)
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_adacomp_without_a_residual_reads_back_one_length(odd, shapes, shim):
+    """Into a packet at any address: the reference's bytes, and nothing behind its capacity."""
+    compressor, layout = material.from_spec("adacomp"), layout_of(SEVERAL[shapes])
+    grad = np.random.default_rng(3).standard_normal(layout.size, np.float32)
+    expected = np.zeros(compressor.capacity(layout), np.uint8)
+    kernels.use("reference")
+    used = compressor.encode(grad, expected, layout, Key(), None)
+    kernels.use(None)
+    packet = DeviceArray.new(compressor.capacity(layout), np.uint8, odd=odd)
+    given, before = DeviceArray.of(grad), DeviceArray.copies
+    assert compressor.encode(given, packet, layout, Key(), None) == used
+    assert DeviceArray.copies - before == 1
+    assert packet.get()[:used].tobytes() == expected[:used].tobytes()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_adacomp_refuses_a_mean_that_overflows(sign, shim):
+    """Whether elements are sent (of one sign with the gradient) or not: the same words everywhere.
+
+    Nobody would take a packet with such a scale.
+    """
+    compressor, layout = material.from_spec("adacomp:bin=2"), layout_of([(4,), (8,), (3, 1, 1)])
+    owed, grad = np.full(layout.size, 3e38, np.float32), np.full(layout.size, 1e37, np.float32)
+    owed[:4], said = 1, []
+    for backend in [*kernels.backends(), None]:
+        kernels.use(backend)
+        memory = Host if backend else Device
+        packet = memory.new(np.zeros(compressor.capacity(layout), np.uint8))
+        with np.errstate(all="ignore"), pytest.raises(PacketError) as error:
+            compressor.encode_owed(memory.new(sign * grad), memory.new(owed), packet, layout, Key(),
+                                   None)
+        said.append(str(error.value))
+    assert said == ["adacomp: a number in the payload is not finite"] * len(said)
+
+
+def test_adacomp_names_the_first_wrong_packet_and_layer(shim):
+    """Of several damaged entries the refusal is that of the reference, packet by packet."""
+    compressor, layout = material.from_spec("adacomp:bin=4"), layout_of([(8,), (5,), (3,)])
+    good = np.zeros(compressor.capacity(layout), np.uint8)
+    grad = np.arange(1, layout.size + 1, dtype=np.float32)
+    good = good[:compressor.encode(grad, good, layout, Key(), None)]
+    places = np.cumsum(good[12:24].view(np.uint32)) + 24  # behind the entries of each layer
+    said = []
+    for wrong in ([(0, 0), (1, 1)], [(0, 1), (1, 0)], [(1, 2), (0, 1)], [(1, 0)]):
+        packets = [good.copy(), good.copy()]
+        for number, layer in wrong:
+            packets[number][places[layer] - 1] = 3 << 2  # not the last one of a bin
+        for memory in (Host, Device):
+            kernels.use("reference" if memory is Host else None)
+            with pytest.raises(PacketError) as error:
+                compressor.decode_sum([memory.new(p) for p in packets],
+                                      memory.new(np.zeros(layout.size, np.float32)), layout,
+                                      [Key(), Key()])
+            said.append(str(error.value))
+    assert said[::2] == said[1::2]
+    assert [text.split("below ")[1].split()[0] for text in said[::2]] == ["8", "5", "5", "8"]

@@ -256,7 +256,8 @@ def test_an_adacomp_entry_that_steps_back_over_a_chunk_is_refused():
     """A bin of 500 lies across element 4096, where the next part of a sum begins."""
     entries = np.array([(500 - 2 + 8) << 2, 100 << 2 | 1, 5 << 2 | 3], np.uint16).view(np.uint8)
     with pytest.raises(PacketError, match="ascend"):
-        cpu.adacomp_decode_sum([entries], [np.float32(1)], 500, 1.0, np.zeros(8192, np.float32))
+        cpu.adacomp_decode_sum([(slice(0, 8192), 500, [entries], [np.float32(1)])], 1.0,
+                               np.zeros(8192, np.float32))
 
 
 def check_dryden():

@@ -67,15 +67,23 @@ class AdaComp(Compressor):
 
     def encode(self, x, packet, layout, key, state):
         k = kernels.of(x)
+        whole = getattr(k, "adacomp_encode_layers", None)
+        if whole is not None:
+            return whole(x, None, None, self.factor, self._layers(layout), packet)
         return self._encode(packet, layout, lambda at, size, room: k.adacomp_encode(
             x[at], x[at], self.factor, size, room))
 
     def encode_owed(self, grad, owed, packet, layout, key, state, out=None):
         out, k = owed if out is None else out, kernels.of(grad)
+        whole = getattr(k, "adacomp_encode_layers", None)
+        if whole is not None:
+            return whole(grad, owed, out, self.factor, self._layers(layout), packet)
         fused = getattr(k, "adacomp_encode_owed", None)
         if fused is not None:
-            return self._encode(packet, layout, lambda at, size, room: fused(
+            used = self._encode(packet, layout, lambda at, size, room: fused(
                 grad[at], owed[at], out[at], self.factor, size, room))
+            self.expect_finite(packet[:4 * len(layout.segments)].view("float32"))
+            return used
         if out is not owed:
             out[...] = owed
         out += grad
@@ -95,33 +103,43 @@ class AdaComp(Compressor):
             used += width * int(counts[i])
         return used
 
-    def _read(self, packet, layout):
-        """(scales, payload of each layer), both by the layer's number."""
-        head, used = 4 * len(layout.segments), 8 * len(layout.segments)
-        if len(packet) < used:
-            raise PacketError(f"adacomp: {used} bytes of scales and counts expected, found "
-                              f"{len(packet)}")
-        scales = packet[:head].view("float32")
-        counts = packet[head:used].view("uint32")
-        self.expect_finite(scales)
-        parts = {}
-        for i, _, _, width in self._layers(layout):
-            parts[i] = slice(used, used + width * int(counts[i]))
-            used = parts[i].stop
-        self.expect(packet, used)
-        return scales, {i: packet[part] for i, part in parts.items()}
+    def _read(self, payloads, layout, k):
+        """(slice, bin, entries in each payload, scale in each payload) of every layer, in order.
+
+        The entries stay where they are; heads on a device are read back with one copy for all.
+        """
+        layers, head = self._layers(layout), 8 * len(layout.segments)
+        fetch = getattr(k, "adacomp_heads", None)
+        heads = fetch(payloads, head) if fetch else [packet[:head] for packet in payloads]
+        read = [(segment.slice, size, [], []) for _, segment, size, _ in layers]
+        for packet, front in zip(payloads, heads):
+            if len(packet) < head:
+                raise PacketError(f"adacomp: {head} bytes of scales and counts expected, found "
+                                  f"{len(packet)}")
+            own, counts = front[:head // 2].view("float32"), front[head // 2:].view("uint32")
+            self.expect_finite(own)
+            used = head
+            for (i, _, _, width), (_, _, entries, scales) in zip(layers, read):
+                stop = used + width * int(counts[i])
+                entries.append(packet[used:stop])
+                scales.append(own[i])
+                used = stop
+            self.expect(packet, used)
+        return read
 
     def decode_add(self, packet, out, layout, key, weight=1.0):
-        scales, parts = self._read(packet, layout)
-        decode_add = kernels.of(out).adacomp_decode_add
-        for i, segment, size, _ in self._layers(layout):
-            decode_add(parts[i], scales[i], size, weight, out[segment.slice])
+        k = kernels.of(out)
+        whole = getattr(k, "adacomp_decode_layers", None)
+        read = self._read([packet], layout, k)
+        if whole is not None:
+            whole(read, weight, out)
+            return
+        for at, size, (entries,), (scale,) in read:
+            k.adacomp_decode_add(entries, scale, size, weight, out[at])
 
     def decode_sum(self, payloads, out, layout, keys, weight=1.0):
-        fused = getattr(kernels.of(out), "adacomp_decode_sum", None)
+        k = kernels.of(out)
+        fused = getattr(k, "adacomp_decode_sum", None)
         if fused is None:
             return super().decode_sum(payloads, out, layout, keys, weight)
-        read = [self._read(packet, layout) for packet in payloads]
-        for i, segment, size, _ in self._layers(layout):
-            fused([parts[i] for _, parts in read], [scales[i] for scales, _ in read], size, weight,
-                  out[segment.slice])
+        fused(self._read(payloads, layout, k), weight, out)

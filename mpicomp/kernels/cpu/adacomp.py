@@ -34,7 +34,7 @@ def adacomp_encode_owed(grad, owed, out, factor, size, data):
         return 0, np.float32(0)
     count, scale = _adacomp_encode(owed, grad, floats(out, n, True), factor, size, data)
     if count < 0:
-        raise PacketError("adacomp: the scale in the payload is not finite")
+        raise PacketError("adacomp: a number in the payload is not finite")
     return count, scale
 
 
@@ -53,8 +53,16 @@ def adacomp_decode_add(data, scale, size, weight, out):
     refused(result, reference.adacomp_decode_add, data, scale, size, weight, out)
 
 
-def adacomp_decode_sum(payloads, scales, size, weight, out):
-    """out = the sum of +-(weight * scale) at the elements named, over the payloads in order."""
+def adacomp_decode_sum(layers, weight, out):
+    """out[at] = the sum of +-(weight * scale) at the elements named, over the packets in order.
+
+    `layers` are (at, bin, the entries in each packet, the scale in each packet).
+    """
+    for at_, size, payloads, scales in layers:
+        _decode_sum(payloads, scales, size, weight, out[at_])
+
+
+def _decode_sum(payloads, scales, size, weight, out):
     decode_sum(lambda: _adacomp_decode(payloads, scales, size, weight, out, True),
                lambda i, data: reference.adacomp_decode_add(data, scales[i], size, weight, out),
                payloads, out)

@@ -30,12 +30,18 @@ KERNEL adacomp_bins(const float* x, const float* more, float* out, const float* 
     if (lane() == 0) largest[bin] = float_of(most), counts[bin] = count;
 }
 
-// The mean of the bins' largest from the folded lanes. One thread works.
-KERNEL adacomp_scale(const float* lanes, i64 bins, float* scale, u32* fault) {
+// A layer's place in the packet: scale, the mean of the bins' largest from the folded lanes, and
+// the number of its entries. They begin ends[0] bytes behind the head, the next layer's at ends[1].
+// A layer without bins has neither lanes nor total. One thread works.
+KERNEL adacomp_head(const float* lanes, i64 bins, const i64* total, int width, i64* ends,
+                    float* scale, u32* count, u32* fault) {
     if (thread_number() > 0) return;
     float sum = 0;
-    for (int lane = 0; lane < 32; lane++) sum += lanes[lane];
-    *scale = sum / float(bins);
+    for (int lane = 0; bins && lane < 32; lane++) sum += lanes[lane];
+    const i64 entries = bins ? *total : 0;
+    *scale = bins ? sum / float(bins) : 0;
+    *count = u32(entries);
+    ends[1] = ends[0] + width * entries;
     say(fault, !finite(*scale));
 }
 
@@ -70,14 +76,16 @@ __device__ inline void put_entry(u8* data, int width, i64 k, i64 field, bool las
 }
 
 // A warp writes the entries of its bin: first the runs of empty bins before it, then its elements.
-// In `out`, if there is, stands g; what was sent is taken off. entries[] was scanned.
+// In `out`, if there is, stands g; what was sent is taken off. entries[] was scanned. The layer's
+// entries begin *start bytes into `packet`.
 KERNEL adacomp_write(const float* x, float* out, const float* grad, float ahead, i64 n, i64 size,
                      const float* largest, const i64* counts, i64 most, const i64* previous,
                      const i64* place, const i64* entries, const float* scale, int width,
-                     u8* data) {
+                     const i64* start, u8* packet) {
     const i64 bin = thread_number() / 32, begin = bin * size;
     if (begin >= n || !counts[bin]) return;  // a whole warp
     const i64 end = begin + size < n ? begin + size : n;
+    u8* data = packet + *start;
     i64 at = entries[bin / THREADS] + place[bin], sent = 0;
     const i64 empty = bin - previous[bin] - 1, runs = ceil_div(empty, most);
     for (i64 r = lane(); r < runs; r += 32) {
