@@ -25,9 +25,17 @@ class Slot:
 
     def __init__(self, name, parameter, view, flat):
         self.name, self.parameter, self.view, self.flat = name, parameter, view, flat
-        self.direct = parameter.dtype == torch.float32 and parameter.device == view.device
+        self._same_kind = parameter.dtype == torch.float32 and parameter.device == view.device
         self.ready, self.fine = False, True
         self._on_host = not staging.is_device_array(flat)
+
+    @property
+    def direct(self) -> bool:
+        """May p.grad be a view of the bucket? Not where the parameter's elements lie otherwise.
+
+        torch's fused optimizers walk through memory, whatever the strides.
+        """
+        return self._same_kind and self.parameter.is_contiguous()
 
     def fill(self):
         """Bring the parameter's gradient into the bucket; zeros where there is none."""
@@ -45,7 +53,7 @@ class Slot:
             self.fine = one_pass(gradient.detach().numpy().reshape(-1), self.flat)
             return
         elif gradient is not self.view:
-            self.view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
+            self.view.copy_((gradient.to_dense() if gradient.is_sparse else gradient).detach())
         if self.scale != 1.0:
             self.view.mul_(1.0 / self.scale)
         self.fine = (gradient is None or kernels.of(self.flat).finite(self.flat)
@@ -58,9 +66,9 @@ class Slot:
         if self.direct:
             self.parameter.grad = self.view
         elif self.parameter.grad is None or self.parameter.grad.is_sparse:
-            self.parameter.grad = self.view.to(self.parameter.device, self.parameter.dtype)
+            self.parameter.grad = torch.empty_like(self.parameter).copy_(self.view).detach()
         else:
-            self.parameter.grad.copy_(self.view)
+            self.parameter.grad.detach().copy_(self.view)
 
     def move(self):
         """Add what now stands in the bucket to the parameter itself; there is no gradient left."""

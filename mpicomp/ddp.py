@@ -59,7 +59,7 @@ class HookState:
     def _make(self, named_parameters):
         """The Reducer, with its hooks taken off and slots that DDP fills."""
         reducer = Reducer(named_parameters, self.method, self.comm, **self._keywords)
-        reducer.close()
+        reducer._unhook()
         self._home = {}
         for bucket in reducer._buckets:
             bucket.slots = [_DdpSlot(s.name, s.parameter, s.view, s.flat) for s in bucket.slots]

@@ -97,6 +97,11 @@ def wait(comm, request, timeout, what):
         pause = min(pause + 1e-5, 1e-3)
 
 
+def keep(*what):
+    """Never free these: calls are open that MPI may yet answer by writing there."""
+    _abandoned.append(what)
+
+
 def dead_rank(error) -> bool:
     """Does this exception say that a rank has died? ULFM's error classes, and our own."""
     if isinstance(error, DeadRankError):

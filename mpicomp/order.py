@@ -129,7 +129,7 @@ class Order:
     def restore(self, state):
         """Take over the order of a saved state; a state of the first step or later has one."""
         order = state["order"].tolist() if "order" in state else self.registered
-        self._noting, self.next = self._noting and not int(state["step"]), None
+        self._noting, self._seen, self.next = not int(state["step"]), [], None
         if order != self.now:
             self._rebuild(order)
 

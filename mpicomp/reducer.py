@@ -4,7 +4,8 @@ import sys
 from contextlib import contextmanager
 from functools import partial
 
-from mpicomp import amp, kernels, mpi, packet, place, systems
+from mpicomp import kernels, mpi, packet, place, systems
+from mpicomp.attachment import Attachment
 from mpicomp.bucket import make_buckets
 from mpicomp.connection import Connection
 from mpicomp.delay import Delay
@@ -24,7 +25,7 @@ from mpicomp.watchdog import Watchdog
 _said = set()  # notes that this process has printed
 
 
-class Reducer(Connection, Delivery, Persistence):
+class Reducer(Attachment, Connection, Delivery, Persistence):
     """Replaces every gradient by its mean over ranks, exchanged as `method` says.
 
     named_parameters  (name, parameter) pairs, as model.named_parameters() gives them; those that
@@ -93,6 +94,7 @@ class Reducer(Connection, Delivery, Persistence):
         self._next = 0  # the bucket to launch next: plan order, on every rank
         self._finished, self._bad = False, {}
         self._optimizers, self._stepped = [], set()
+        self._strangers, self._given, self._closed = {}, {}, False
         self._synchronising, self._checked = True, False
         self._watchdog = Watchdog(self)
         self._hooks = [p.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
@@ -112,45 +114,6 @@ class Reducer(Connection, Delivery, Persistence):
             if self.comm.rank == 0 and note not in _said:
                 _said.add(note)
                 print(f"mpicomp: {note}", file=sys.stderr)
-
-    def attach(self, optimizer, scaler=None):
-        """Call `finish` before every optimizer.step(), or at the end of its closure. Returns self.
-
-        The optimizer stays the user's own object. From now on every rank must call step()
-        equally often, also where it had no examples. Give a torch.amp.GradScaler here: gradients
-        then travel unscaled, and what overflows on one rank all ranks skip.
-        """
-        if scaler is not None:
-            amp.refuse_raise(self.nonfinite)
-            if self._exchange.asynchronous:
-                raise SpecError(f"a GradScaler needs a synchronous exchange, found {self.method!r}")
-            amp.follow_scale(self._order.slots, scaler)
-            amp.finish_before_unscale(self, scaler)
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
-        self._optimizers.append(optimizer)
-        return self
-
-    def _before_step(self, optimizer, args, kwargs):
-        """Finish; where step is given a closure that runs backward itself, finish after that."""
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            return self.finish()
-
-        def averaged():
-            loss = closure()
-            self.finish()
-            return loss
-
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": averaged}
-        return (args[0], averaged, *args[2:]), kwargs
-
-    def _after_step(self, optimizer, args, kwargs):
-        """When every attached optimizer has stepped, the next step begins."""
-        self._stepped.add(id(optimizer))
-        if len(self._stepped) == len(self._optimizers):
-            self._reopen()
 
     @contextmanager
     def no_sync(self):
@@ -174,12 +137,14 @@ class Reducer(Connection, Delivery, Persistence):
     def _arrived(self, bucket, slot, parameter):
         """The gradient of one parameter is complete and can go into its bucket."""
         self._reopen()
-        if not self._synchronising:
-            return
         if slot.ready:
             raise MismatchError(
                 f"rank {self.comm.rank}: a second gradient of {slot.name!r} arrived before the "
-                "step: wrap every backward() but the last one in  with reducer.no_sync():")
+                "step: wrap every backward() but the last one, and only those, in  with "
+                "reducer.no_sync():  (checkpoint() of a module that is used twice does this in one "
+                "backward(); there use_reentrant=False helps)")
+        if not self._synchronising:
+            return
         self._fill(bucket, slot)
         self._launch_ready()
         with self.stats.stage("post"):
@@ -201,7 +166,12 @@ class Reducer(Connection, Delivery, Persistence):
         bucket.missing -= 1
 
     def _launch_ready(self):
-        while self._next < len(self._buckets) and not self._buckets[self._next].missing:
+        """Send what is complete; not before ranks are known to agree, which waits for `finish`.
+
+        A comparison in here would wait for ranks that are in another Reducer's finish.
+        """
+        while (self._checked and self._next < len(self._buckets)
+               and not self._buckets[self._next].missing):
             self._launch(self._buckets[self._next], touched=True)
 
     @property
@@ -218,9 +188,6 @@ class Reducer(Connection, Delivery, Persistence):
 
     def _launch(self, bucket, touched):
         """Send a complete bucket on its way."""
-        if not self._checked:
-            check_replicas(self)
-            self._checked = True
         self._resume()
         if self._delay:
             self._delay.launch(bucket)
@@ -239,10 +206,17 @@ class Reducer(Connection, Delivery, Persistence):
         """Wait until every p.grad is the mean over ranks (average=False: the sum). Idempotent.
 
         Parameters without a gradient count as zero; a bucket that had none on any rank is left
-        alone. Raises NonFiniteError, MismatchError or StallError, on all ranks alike.
+        alone. Raises NonFiniteError, MismatchError or StallError, on all ranks alike. Where no
+        optimizer is attached, a call after p.grad was zeroed, set to None or replaced is the next
+        step's.
         """
-        if self._finished:
+        if self._closed or self._finished and (self._optimizers or not self._begun_anew()):
             return
+        if self._finished:
+            self._reopen()
+        if not self._checked:
+            check_replicas(self)
+            self._checked = True
         for bucket in self._buckets[self._next:]:
             touched = bucket.touched
             for slot in bucket.slots:
@@ -270,6 +244,8 @@ class Reducer(Connection, Delivery, Persistence):
 
     def _end_step(self, skipped):
         self.step += 1
+        if not self._optimizers:
+            self._remember_given()
         elements = sum(b.layout.size for b in self._buckets) + self._rows.elements
         self.stats.step(4 * elements, skipped)
         with self._guard.tail():
@@ -302,11 +278,15 @@ class Reducer(Connection, Delivery, Persistence):
 
     def _skip(self):
         """A gradient is not finite somewhere: nobody applies this step, and all say why."""
-        self.tell_nonfinite()
         self._rows.clear()
         for bucket in self._buckets:
             for slot in bucket.slots:
                 slot.parameter.grad = None
+        try:
+            self.tell_nonfinite()
+        except NonFiniteError:
+            self._reopen()
+            raise
 
     def tell_nonfinite(self):
         """Raise NonFiniteError that says where, unless such a step is to be skipped.
@@ -325,15 +305,24 @@ class Reducer(Connection, Delivery, Persistence):
             raise NonFiniteError(f"step {step}: the gradient holds NaN or Inf ({where}). The "
                                  "residuals are as before this step; nonfinite='skip' goes on")
 
-    def close(self) -> None:
-        """Take the hooks off the parameters: this Reducer does nothing from now on.
-
-        With an asynchronous exchange call `deliver` first: others may need this rank's answers.
-        """
+    def _unhook(self):
+        """Take all hooks off."""
         for hook in self._hooks:
             hook.remove()
         self._exchange.rest()
         self._hooks.clear()
+
+    def close(self) -> None:
+        """Take the hooks off parameters and optimizers: this Reducer does nothing from now on.
+
+        With an asynchronous exchange call `deliver` first: others may need this rank's answers.
+        """
+        self._unhook()
+        self._closed = True
+        for optimizer in self._optimizers:
+            self._detach(optimizer)
+        if self._pipeline.busy:
+            mpi.keep(self._pipeline.abandon(), self._buckets, self._mail, self._warm)
 
 
 def DistributedOptimizer(optimizer, named_parameters, method="dense", comm=None, **keywords):

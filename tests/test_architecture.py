@@ -50,14 +50,15 @@ KNOWS = {
     "order": {"agree", "bucket", "mpi", "staging"},
     "connection": {"advice", "agree", "errors", "exchange", "mpi", "place", "systems", "watchdog"},
     "recovery": {"errors", "mpi"},
+    "attachment": {"amp", "errors", "mpi"},
     "variants": {"compressor", "exchange", "systems"},
-    "reducer": {"", "amp", "bucket", "connection", "delay", "delivery", "exchange", "kernels",
-                "mpi", "order", "persistence", "place", "plan", "receipt", "sparse", "systems",
-                "watchdog"} | BASE,
+    "reducer": {"", "attachment", "bucket", "connection", "delay", "delivery", "exchange",
+                "kernels", "mpi", "order", "persistence", "place", "plan", "receipt", "sparse",
+                "systems", "watchdog"} | BASE,
 }
 TORCH = {"reducer", "place", "order", "persistence", "delivery", "shard_optimizer", "bucket",
          "broadcast", "plan", "nn", "ddp", "bench", "amp", "process_group", "checkpoint",
-         "repartition", "recovery", "sparse"}
+         "repartition", "recovery", "sparse", "attachment"}
 MPI = {"exchange", "mpi", "reducer", "order", "delivery", "broadcast", "cli", "bench", "ddp",
        "process_group", "signals", "probe", "recovery", "watchdog"}
 CUPY = {"device.py", "staging.py"}

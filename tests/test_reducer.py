@@ -267,7 +267,7 @@ def test_a_closure_is_averaged(comm, keyword):
 
     for _ in range(2):
         loss = optimizer.step(closure=closure) if keyword else optimizer.step(closure)
-        assert loss == 7
+        assert loss == 7 * comm.size  # the sum, as of the gradients
     ranks = sum(range(1, comm.size + 1))
     assert named[0][1].tolist() == [[-2 * ranks] * 3] * 2 and reducer.stats.steps == 2
 
