@@ -194,3 +194,23 @@ def test_training_in_small_buckets_goes_on_well(spec, comm):
     replicas_are_identical(comm, model)
     first, last = (sum(comm.allgather(sum(part))) for part in (losses[:4], losses[-4:]))
     assert last < first
+
+
+@pytest.mark.parametrize("spec", ["terngrad", "onebit"])
+def test_a_state_of_the_first_step_begins_anew_in_the_same_process(spec, comm):
+    """Its first step has buckets as registered, and notes the order again: the same packets."""
+    model, optimizer = begin(spec, comm)
+    parameters, state = [p.detach().clone() for p in model.parameters()], None
+    ends = []
+    for _ in range(2):
+        if state is not None:
+            optimizer.reducer.load_state_dict(state)
+            optimizer.state.clear()
+            with torch.no_grad():
+                for p, value in zip(model.parameters(), parameters):
+                    p.copy_(value)
+        state = optimizer.reducer.state_dict()
+        steps(model, optimizer, comm, 0, 1, 2)
+        ends.append(digest(model.parameters()))
+    assert ends[0] == ends[1]
+    assert named(optimizer.reducer)[0][0].startswith("last")
