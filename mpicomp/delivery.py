@@ -29,6 +29,8 @@ class Delivery:
 
         Raises StallError, naming the ranks, if they do not come within `stall_timeout`.
         """
+        if self._delay or self._exchange.asynchronous:
+            self._require_no_step("deliver")
         if self._delay:
             self._delay.deliver(self._optimizers)
         if not self._exchange.asynchronous:
@@ -53,7 +55,10 @@ class Delivery:
         has been said (Dryden 2016 does so at the end of each epoch). float32, uncompressed. With an
         asynchronous exchange what is under way is delivered first. peers: it is added to p.grad.
         server: the owners apply what is owed as one more push; nothing is left for step().
+
+        Raises MismatchError between backward and the step that it belongs to.
         """
+        self._require_no_step("flush")
         if self.method.adagrad:
             raise SpecError("flush: with adagrad=yes the second residual is no gradient, and "
                             "cannot be added to the first")
@@ -95,11 +100,14 @@ class Delivery:
         mail.restore(dict.fromkeys(owed, kernels.of(bucket.grad).zeros(bucket.layout.size)))
         return total
 
+    def _require_no_step(self, what):
+        """Raise where gradients have arrived that no step has used."""
+        if not self._finished and any(s.ready for b in self._buckets for s in b.slots):
+            raise MismatchError(f"rank {self.comm.rank}: {what}() in the middle of a step: call "
+                                "it after optimizer.step()")
+
     def _settle(self, reason):
         """Everything sent is received, and all ranks are at the same step."""
-        if not self._finished and any(s.ready for b in self._buckets for s in b.slots):
-            raise MismatchError(f"rank {self.comm.rank}: {reason}() in the middle of a step: call "
-                                "it after optimizer.step()")
         self._resume()
         self.stats.reason = self.method.name  # also of answers to those who are still on the way
         with self.stats.stage("wait"):

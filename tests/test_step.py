@@ -8,7 +8,7 @@ from torch.nn.utils import clip_grad_norm_
 from training import digest, examples, give, network, parameters, replicas_are_identical
 
 import mpicomp
-from mpicomp import SpecError
+from mpicomp import MismatchError, SpecError
 
 pytestmark = pytest.mark.mpi
 SPECS = ["dense", "fp16:feedback=yes", "terngrad", "onebit", "dorefa", "strom:tau=0.02",
@@ -118,6 +118,27 @@ def test_a_rank_without_examples_under_a_scaler(comm):
         replicas_are_identical(comm, run.model)
     assert run.reducer.stats.steps == 4 and run.reducer.stats.skipped == 1
     assert len(set(comm.allgather(run.scaler.get_scale()))) == 1
+
+
+@pytest.mark.parametrize("begun", [1, 2])
+@pytest.mark.parametrize("spec", ["strom:tau=0.5", "onebit", "dense:delay=1"])
+def test_flush_and_deliver_refuse_a_step_that_has_begun(spec, begun, comm):
+    """Some of its gradients are there, or all: they would be lost. The step can be ended."""
+    named = parameters(w=(20, 3), b=20)
+    optimizer = torch.optim.SGD([p for _, p in named], lr=1.0)
+    reducer = mpicomp.Reducer(named, spec, comm, bucket_bytes=4).attach(optimizer)
+    ones = [np.ones(p.shape) for _, p in named]
+    give(named, ones)
+    optimizer.step()
+    optimizer.zero_grad()
+    give(named[:begun], ones[:begun])
+    what = "deliver" if "delay" in spec else "flush"
+    with pytest.raises(MismatchError, match=rf"{what}\(\) in the middle of a step: call it after"):
+        getattr(reducer, what)()
+    optimizer.step()
+    reducer.deliver()
+    owed = sum(v for key, v in reducer.state_dict().items() if key.endswith("/w"))
+    assert torch.allclose(owed - named[0][1].detach(), torch.full((20, 3), 2.0))
 
 
 def test_a_scaler_needs_steps_that_may_be_skipped(comm):
