@@ -52,9 +52,10 @@ class Delivery:
         """Make every p.grad the mean (or sum) of what all ranks still owe; residuals become zero.
 
         Call it on all ranks between two steps, then optimizer.step(): afterwards all that was given
-        has been said (Dryden 2016 does so at the end of each epoch). float32, uncompressed. With an
-        asynchronous exchange what is under way is delivered first. peers: it is added to p.grad.
-        server: the owners apply what is owed as one more push; nothing is left for step().
+        has been said (Dryden 2016 does so at the end of each epoch). float32, uncompressed. Rows
+        (sparse=) owe nothing: their p.grad becomes None. With an asynchronous exchange what is
+        under way is delivered first. peers: it is added to p.grad. server: the owners apply what is
+        owed as one more push; nothing is left for step().
 
         Raises MismatchError between backward and the step that it belongs to.
         """
@@ -89,6 +90,7 @@ class Delivery:
             bucket.grad[...] = staging.fitting(total, bucket.grad)
             for slot in bucket.slots:
                 slot.give_back()
+        self._rows.clear()
         self._finished = True
 
     def _owed(self, bucket, mail):

@@ -169,3 +169,18 @@ def test_ranks_that_name_others_disagree(comm):
         model.named_parameters(), "dense", comm, sparse=["table.weight"] * (comm.rank == 0)))
     assert "sparse" in text
     assert outcome(comm, lambda: None) == [None] * comm.size
+
+
+def test_flush_does_not_apply_the_rows_of_the_last_step_again(comm):
+    """They owe nothing; what the buckets owe is said."""
+    model = Model(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    reducer = mpicomp.Reducer(model.named_parameters(), "strom:tau=0.5", comm,
+                              sparse=mpicomp.sparse_parameters(model)).attach(optimizer)
+    backward(model, rows_of(comm.rank, 0))
+    optimizer.step()
+    table, out = model.table.weight.detach().clone(), model.out.weight.detach().clone()
+    reducer.flush()
+    optimizer.step()
+    assert torch.equal(model.table.weight, table)
+    assert not torch.equal(model.out.weight, out)
