@@ -5,11 +5,12 @@ divided by the scale on their way into the bucket and the mean is multiplied by 
 The scaler then does what it does in one process. Scales are powers of two, so this rounds nothing.
 """
 
+from contextlib import contextmanager
 from functools import wraps
 
 import torch
 
-from mpicomp.errors import SpecError
+from mpicomp.errors import MismatchError, SpecError
 
 
 def refuse_raise(nonfinite):
@@ -30,6 +31,19 @@ def follow_scale(slots, scaler):
     take()
 
 
+@contextmanager
+def true_units(slots):
+    """In this context gradients are handed out without a scale, for optimizer.step() itself."""
+    scales = [slot.scale for slot in slots]
+    try:
+        for slot in slots:
+            slot.scale = 1.0
+        yield
+    finally:
+        for slot, scale in zip(slots, scales):
+            slot.scale = scale
+
+
 def finish_before_unscale(reducer, scaler):
     """Let scaler.unscale_ and scaler.step find the mean gradient, or NaN on all ranks."""
     inner = scaler.unscale_
@@ -37,6 +51,9 @@ def finish_before_unscale(reducer, scaler):
     @wraps(inner)
     def unscale_(optimizer):
         reducer.finish()
+        if reducer._outcome == "flushed":
+            raise MismatchError(f"rank {reducer.comm.rank}: after flush() p.grad has no scale: "
+                                "call optimizer.step(), not scaler.step(optimizer)")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if all(p.grad is None for p in parameters):  # skipped: the scaler wants to see why
             for p in parameters:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from mpicomp import kernels, mpi, staging
+from mpicomp import amp, kernels, mpi, staging
 from mpicomp.errors import MismatchError, SpecError
 from mpicomp.place import on_place
 from mpicomp.shard_optimizer import ShardOptimizer
@@ -13,6 +13,7 @@ class Delivery:
     """The part of the Reducer that says and applies what is left: `deliver` and `flush`."""
 
     _saved_shard = None  # of a checkpoint, until the shard's optimizer is made
+    _outcome = None  # how the last finish or flush ended: "skipped", "flushed" or well
 
     @on_place
     def deliver(self):
@@ -52,7 +53,8 @@ class Delivery:
         """Make every p.grad the mean (or sum) of what all ranks still owe; residuals become zero.
 
         Call it on all ranks between two steps, then optimizer.step(): afterwards all that was given
-        has been said (Dryden 2016 does so at the end of each epoch). float32, uncompressed. Rows
+        has been said (Dryden 2016 does so at the end of each epoch). float32, uncompressed; no loss
+        scale is in it, so under a GradScaler it is optimizer.step() as well, not scaler.step. Rows
         (sparse=) owe nothing: their p.grad becomes None. With an asynchronous exchange what is
         under way is delivered first. peers: it is added to p.grad. server: the owners apply what is
         owed as one more push; nothing is left for step().
@@ -88,10 +90,11 @@ class Delivery:
             if self._exchange.asynchronous:
                 total += bucket.grad
             bucket.grad[...] = staging.fitting(total, bucket.grad)
-            for slot in bucket.slots:
-                slot.give_back()
+            with amp.true_units(bucket.slots):
+                for slot in bucket.slots:
+                    slot.give_back()
         self._rows.clear()
-        self._finished = True
+        self._finished, self._outcome = True, "flushed"
 
     def _owed(self, bucket, mail):
         """The sum of this rank's residuals of a bucket, which become zero."""

@@ -243,7 +243,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         self._end_step(skipped)
 
     def _end_step(self, skipped):
-        self.step += 1
+        self.step, self._outcome = self.step + 1, "skipped" if skipped else None
         if not self._optimizers:
             self._remember_given()
         elements = sum(b.layout.size for b in self._buckets) + self._rows.elements

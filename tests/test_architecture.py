@@ -45,7 +45,7 @@ KNOWS = {
     "receipt": {"errors", "mpi"},
     "advice": {"errors", "layout", "mpi", "philox", "systems"},
     "shard_optimizer": {"errors"},
-    "delivery": {"", "errors", "kernels", "mpi", "place", "shard_optimizer", "staging"},
+    "delivery": {"", "amp", "errors", "kernels", "mpi", "place", "shard_optimizer", "staging"},
     "persistence": {"advice", "errors", "place", "staging"},
     "order": {"agree", "bucket", "mpi", "staging"},
     "connection": {"advice", "agree", "errors", "exchange", "mpi", "place", "systems", "watchdog"},

@@ -141,6 +141,23 @@ def test_flush_and_deliver_refuse_a_step_that_has_begun(spec, begun, comm):
     assert torch.allclose(owed - named[0][1].detach(), torch.full((20, 3), 2.0))
 
 
+@pytest.mark.parametrize("spec", ["onebit", "strom:tau=0.02,exchange=sharded"])
+def test_flush_under_a_scaler_is_without_scale(spec, comm):
+    """optimizer.step() follows, as without a scaler; scaler.step would divide by the scale."""
+    plain, scaled = Run(comm, spec), Run(comm, spec, 2.0**10)
+    for step in range(6):
+        for run in plain, scaled:
+            run.step(step)
+            if step % 2:
+                run.reducer.flush()
+                if run is scaled:
+                    with pytest.raises(MismatchError, match=r"after flush.* call optimizer.step"):
+                        run.scaler.step(run.optimizer)
+                run.optimizer.step()
+        assert scaled.everything == plain.everything
+    assert scaled.reducer.stats.steps == 6 and scaled.scales[-1] == 2.0**13
+
+
 def test_a_scaler_needs_steps_that_may_be_skipped(comm):
     named = parameters(w=3)
     optimizer = torch.optim.SGD([named[0][1]], lr=1.0)
