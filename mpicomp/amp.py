@@ -55,9 +55,17 @@ def finish_before_unscale(reducer, scaler):
             raise MismatchError(f"rank {reducer.comm.rank}: after flush() p.grad has no scale: "
                                 "call optimizer.step(), not scaler.step(optimizer)")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if all(p.grad is None for p in parameters):  # skipped: the scaler wants to see why
-            for p in parameters:
+        absent = [p for p in parameters if p.grad is None]
+        if reducer._outcome == "skipped":  # the scaler wants to see why
+            for p in absent:
                 p.grad = torch.full_like(p, float("nan"))
+        elif len(absent) == len(parameters):
+            # nobody had a gradient, or none has landed (delay=1): torch refuses to look at nothing
+            absent[0].grad = torch.zeros_like(absent[0])
+            try:
+                return inner(optimizer)
+            finally:
+                absent[0].grad = None
         return inner(optimizer)
 
     scaler.unscale_ = unscale_

@@ -7,7 +7,7 @@ is applied (p.grad is None), and what is under way at the end is applied by `Red
 Replicas stay bit-identical: the delay is the same on all ranks.
 """
 
-from mpicomp import kernels, packet
+from mpicomp import amp, kernels, packet
 from mpicomp.errors import MismatchError, NonFiniteError
 
 
@@ -98,11 +98,15 @@ class Delay:
         self.landed.clear()
 
     def deliver(self, optimizers):
-        """Land what is under way and step on it; without an optimizer it is left in p.grad."""
+        """Land what is under way and step on it; without an optimizer it is left in p.grad.
+
+        It is handed out without a loss scale, since no scaler takes part.
+        """
         if self.step is None:
             return
         self.land()
-        self._hand_out()
+        with amp.true_units(self.reducer._order.slots):
+            self._hand_out()
         self._raise_error()
         for optimizer in optimizers:
             optimizer.step()

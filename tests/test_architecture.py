@@ -32,7 +32,7 @@ KNOWS = {
     "watchdog": {"errors"}, "sparse": {"", "errors", "mpi", "packet"},
     "agree": {"errors", "mpi"},
     "bucket": {"kernels", "layout", "place", "staging"},
-    "delay": {"", "errors", "kernels", "packet"},
+    "delay": {"", "amp", "errors", "kernels", "packet"},
     "amp": {"errors"},
     "signals": set(),
     "repartition": {"errors", "exchange", "layout"},

@@ -158,6 +158,55 @@ def test_flush_under_a_scaler_is_without_scale(spec, comm):
     assert scaled.reducer.stats.steps == 6 and scaled.scales[-1] == 2.0**13
 
 
+def overflows_in(steps, run, comm, **keywords):
+    """Six steps, in some of which the last rank overflows."""
+    for step in range(6):
+        run.step(step, sick=step in steps and comm.rank == comm.size - 1, **keywords)
+
+
+@pytest.mark.parametrize("spec", ["dense:delay=1", "onebit:exchange=sharded,delay=1",
+                                  "terngrad:delay=1"])
+def test_a_loss_scale_changes_nothing_with_delay(spec, comm):
+    """To the bit, deliver() included; a step in which nothing has landed does not lower the scale.
+
+    What overflows in step 2 is noticed in step 3, by all ranks.
+    """
+    plain, scaled = Run(comm, spec), Run(comm, spec, 2.0**10)
+    for run in plain, scaled:
+        overflows_in([2], run, comm)
+        run.reducer.deliver()
+        run.step(6)
+        run.step(7)
+        run.reducer.deliver()
+    assert scaled.scales == [2.0**k for k in (10, 11, 11, 10, 10, 11, 11, 12)]
+    assert scaled.everything == plain.everything
+    assert scaled.reducer.stats.skipped == plain.reducer.stats.skipped == 1
+    replicas_are_identical(comm, scaled.model)
+
+
+@pytest.mark.parametrize("dtype, fused", [(torch.float32, False)])
+def test_steps_in_which_ranks_have_no_examples(dtype, fused, comm):
+    """Where none has any, nothing moves, and the scale does not fall."""
+    w = torch.nn.Parameter(torch.ones(5, dtype=dtype))
+    optimizer = torch.optim.AdamW([w], lr=0.5, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    mpicomp.Reducer([("w", w)], "dense", comm, nonfinite="skip").attach(optimizer, scaler)
+    scales = []
+    for step in range(5):
+        optimizer.zero_grad()
+        if comm.rank == 0 and step != 3:
+            scaler.scale((w.float() * (np.inf if step == 1 else 0.25)).sum()).backward()
+        else:
+            scaler.scale(torch.zeros(()))
+        before = w.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        assert w.isfinite().all() and torch.equal(w, before) == (step in (1, 3))
+    assert scales == [2.0**10] + [2.0**9] * 4
+    assert len(set(comm.allgather(digest([w])))) == 1
+
+
 def test_a_scaler_needs_steps_that_may_be_skipped(comm):
     named = parameters(w=3)
     optimizer = torch.optim.SGD([named[0][1]], lr=1.0)
