@@ -45,16 +45,22 @@ def true_units(slots):
 
 
 def finish_before_unscale(reducer, scaler):
-    """Let scaler.unscale_ and scaler.step find the mean gradient, or NaN on all ranks."""
+    """Let scaler.unscale_ and scaler.step find the mean gradient, or NaN on all ranks.
+
+    Only for optimizers of this Reducer's parameters: others may share the scaler, as in a GAN.
+    """
+    known = {id(p) for _, p in reducer._named + reducer._rows.named}
     inner = scaler.unscale_
 
     @wraps(inner)
     def unscale_(optimizer):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(id(p) in known for p in parameters):
+            return inner(optimizer)
         reducer.finish()
         if reducer._outcome == "flushed":
             raise MismatchError(f"rank {reducer.comm.rank}: after flush() p.grad has no scale: "
                                 "call optimizer.step(), not scaler.step(optimizer)")
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         absent = [p for p in parameters if p.grad is None]
         if reducer._outcome == "skipped":  # the scaler wants to see why
             for p in absent:

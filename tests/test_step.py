@@ -207,6 +207,36 @@ def test_steps_in_which_ranks_have_no_examples(dtype, fused, comm):
     assert len(set(comm.allgather(digest([w])))) == 1
 
 
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("spec", ["strom:tau=0.05", "onebit"])
+def test_two_reducers_share_a_scaler(spec, updates, comm):
+    """A GAN as torch's guide has it: to the bit as without a scaler, in as many steps."""
+    found = []
+    for scale in None, 64.0:
+        torch.manual_seed(0)
+        both = judge, maker = torch.nn.Linear(3, 2), torch.nn.Linear(2, 3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=bool(scale))
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in both]
+        reducers = [mpicomp.Reducer(m.named_parameters(), spec, comm, nonfinite="skip").attach(
+            optimizer, scaler if scale else None) for m, optimizer in zip(both, optimizers)]
+        for step in range(4):
+            z = torch.full((1, 2), 0.3 * (step + 1) + comm.rank)
+            optimizers[0].zero_grad()
+            scaler.scale((judge(torch.ones(1, 3)) - judge(maker(z).detach())).sum()).backward()
+            scaler.step(optimizers[0])
+            if updates == 2:
+                scaler.update()
+            optimizers[1].zero_grad()
+            with reducers[0].no_sync():
+                scaler.scale(judge(maker(z)).sum()).backward()
+            scaler.step(optimizers[1])
+            scaler.update()
+        assert [r.step for r in reducers] == [4, 4]
+        found.append([digest(p for m in both for p in m.parameters()),
+                      *(digest(list(r.state_dict().values())[1:]) for r in reducers)])
+    assert found[0] == found[1]
+
+
 def test_a_scaler_needs_steps_that_may_be_skipped(comm):
     named = parameters(w=3)
     optimizer = torch.optim.SGD([named[0][1]], lr=1.0)
