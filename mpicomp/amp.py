@@ -50,32 +50,64 @@ def finish_before_unscale(reducer, scaler):
     Only for optimizers of this Reducer's parameters: others may share the scaler, as in a GAN.
     """
     known = {id(p) for _, p in reducer._named + reducer._rows.named}
-    inner = scaler.unscale_
+    looked_at = set()  # optimizers since the last update
+    inner, inner_step = scaler.unscale_, scaler.step
 
-    @wraps(inner)
-    def unscale_(optimizer):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if not any(id(p) in known for p in parameters):
-            return inner(optimizer)
+    def ours(optimizer):
+        return any(id(p) in known for p in _parameters(optimizer))
+
+    def look(optimizer, check):
+        """Finish; then check(optimizer) finds NaN where ranks skip, and something where nobody had
+        a gradient, or none has landed (delay=1): torch refuses to look at nothing."""
         reducer.finish()
+        if not scaler.is_enabled():
+            return check(optimizer)
         if reducer._outcome == "flushed":
             raise MismatchError(f"rank {reducer.comm.rank}: after flush() p.grad has no scale: "
                                 "call optimizer.step(), not scaler.step(optimizer)")
+        looked_at.add(id(optimizer))
+        parameters = _parameters(optimizer)
         absent = [p for p in parameters if p.grad is None]
-        if reducer._outcome == "skipped":  # the scaler wants to see why
+        if reducer._outcome == "skipped":
             for p in absent:
                 p.grad = torch.full_like(p, float("nan"))
         elif len(absent) == len(parameters):
-            # nobody had a gradient, or none has landed (delay=1): torch refuses to look at nothing
             absent[0].grad = torch.zeros_like(absent[0])
             try:
-                return inner(optimizer)
+                return check(optimizer)
             finally:
                 absent[0].grad = None
-        return inner(optimizer)
+        return check(optimizer)
 
-    scaler.unscale_ = unscale_
-    _after(scaler, "update", reducer._reopen)  # where the scaler skipped, no optimizer has stepped
+    @wraps(inner)
+    def unscale_(optimizer):
+        return look(optimizer, inner) if ours(optimizer) else inner(optimizer)
+
+    @wraps(inner_step)
+    def step(optimizer, *args, **kwargs):
+        # with fused=True torch looks at gradients itself, before the step and so before finish
+        if (getattr(optimizer, "_step_supports_amp_scaling", False) and scaler.is_enabled()
+                and ours(optimizer)):
+            parameters = _parameters(optimizer)
+            if id(optimizer) not in looked_at:
+                half = any(p.dtype == torch.float16 for p in parameters)  # unscale_ refuses these
+                look(optimizer, scaler._check_inf_per_device if half else scaler.unscale_)
+            if reducer._outcome == "skipped":
+                return None  # in its first step fused SGD would keep a momentum nobody has written
+            if all(p.grad is None for p in parameters):
+                return optimizer.step(*args, **kwargs)
+        return inner_step(optimizer, *args, **kwargs)
+
+    def updated():
+        looked_at.clear()
+        reducer._reopen()  # where the scaler skipped, no optimizer has stepped
+
+    scaler.unscale_, scaler.step = unscale_, step
+    _after(scaler, "update", updated)
+
+
+def _parameters(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _after(scaler, name, then):

@@ -19,10 +19,11 @@ SPECS = ["dense", "fp16:feedback=yes", "terngrad", "onebit", "dorefa", "strom:ta
 class Run:
     """A training whose step can be scaled, accumulated and clipped, on all ranks or on one."""
 
-    def __init__(self, comm, spec=None, scale=None, **keywords):
+    def __init__(self, comm, spec=None, scale=None, fused=False, enabled=True, **keywords):
         self.comm, self.model = comm, network()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        self.scaler = scale and torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+        self.scaler = scale and torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2,
+                                                     enabled=enabled)
         self.scales, self.reducer = [], None
         if spec:
             self.reducer = mpicomp.Reducer(
@@ -120,44 +121,6 @@ def test_a_rank_without_examples_under_a_scaler(comm):
     assert len(set(comm.allgather(run.scaler.get_scale()))) == 1
 
 
-@pytest.mark.parametrize("begun", [1, 2])
-@pytest.mark.parametrize("spec", ["strom:tau=0.5", "onebit", "dense:delay=1"])
-def test_flush_and_deliver_refuse_a_step_that_has_begun(spec, begun, comm):
-    """Some of its gradients are there, or all: they would be lost. The step can be ended."""
-    named = parameters(w=(20, 3), b=20)
-    optimizer = torch.optim.SGD([p for _, p in named], lr=1.0)
-    reducer = mpicomp.Reducer(named, spec, comm, bucket_bytes=4).attach(optimizer)
-    ones = [np.ones(p.shape) for _, p in named]
-    give(named, ones)
-    optimizer.step()
-    optimizer.zero_grad()
-    give(named[:begun], ones[:begun])
-    what = "deliver" if "delay" in spec else "flush"
-    with pytest.raises(MismatchError, match=rf"{what}\(\) in the middle of a step: call it after"):
-        getattr(reducer, what)()
-    optimizer.step()
-    reducer.deliver()
-    owed = sum(v for key, v in reducer.state_dict().items() if key.endswith("/w"))
-    assert torch.allclose(owed - named[0][1].detach(), torch.full((20, 3), 2.0))
-
-
-@pytest.mark.parametrize("spec", ["onebit", "strom:tau=0.02,exchange=sharded"])
-def test_flush_under_a_scaler_is_without_scale(spec, comm):
-    """optimizer.step() follows, as without a scaler; scaler.step would divide by the scale."""
-    plain, scaled = Run(comm, spec), Run(comm, spec, 2.0**10)
-    for step in range(6):
-        for run in plain, scaled:
-            run.step(step)
-            if step % 2:
-                run.reducer.flush()
-                if run is scaled:
-                    with pytest.raises(MismatchError, match=r"after flush.* call optimizer.step"):
-                        run.scaler.step(run.optimizer)
-                run.optimizer.step()
-        assert scaled.everything == plain.everything
-    assert scaled.reducer.stats.steps == 6 and scaled.scales[-1] == 2.0**13
-
-
 def overflows_in(steps, run, comm, **keywords):
     """Six steps, in some of which the last rank overflows."""
     for step in range(6):
@@ -184,27 +147,42 @@ def test_a_loss_scale_changes_nothing_with_delay(spec, comm):
     replicas_are_identical(comm, scaled.model)
 
 
-@pytest.mark.parametrize("dtype, fused", [(torch.float32, False)])
-def test_steps_in_which_ranks_have_no_examples(dtype, fused, comm):
-    """Where none has any, nothing moves, and the scale does not fall."""
-    w = torch.nn.Parameter(torch.ones(5, dtype=dtype))
-    optimizer = torch.optim.AdamW([w], lr=0.5, fused=fused)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    mpicomp.Reducer([("w", w)], "dense", comm, nonfinite="skip").attach(optimizer, scaler)
-    scales = []
-    for step in range(5):
-        optimizer.zero_grad()
-        if comm.rank == 0 and step != 3:
-            scaler.scale((w.float() * (np.inf if step == 1 else 0.25)).sum()).backward()
-        else:
-            scaler.scale(torch.zeros(()))
-        before = w.detach().clone()
-        scaler.step(optimizer)
-        scaler.update()
-        scales.append(scaler.get_scale())
-        assert w.isfinite().all() and torch.equal(w, before) == (step in (1, 3))
-    assert scales == [2.0**10] + [2.0**9] * 4
-    assert len(set(comm.allgather(digest([w])))) == 1
+@pytest.mark.parametrize("spec", ["onebit", "strom:tau=0.02,exchange=sharded"])
+def test_flush_under_a_scaler_is_without_scale(spec, comm):
+    """optimizer.step() follows, as without a scaler; scaler.step would divide by the scale."""
+    plain, scaled = Run(comm, spec), Run(comm, spec, 2.0**10)
+    for step in range(6):
+        for run in plain, scaled:
+            run.step(step)
+            if step % 2:
+                run.reducer.flush()
+                if run is scaled:
+                    with pytest.raises(MismatchError, match=r"after flush.* call optimizer.step"):
+                        run.scaler.step(run.optimizer)
+                run.optimizer.step()
+        assert scaled.everything == plain.everything
+    assert scaled.reducer.stats.steps == 6 and scaled.scales[-1] == 2.0**13
+
+
+@pytest.mark.parametrize("begun", [1, 2])
+@pytest.mark.parametrize("spec", ["strom:tau=0.5", "onebit", "dense:delay=1"])
+def test_flush_and_deliver_refuse_a_step_that_has_begun(spec, begun, comm):
+    """Some of its gradients are there, or all: they would be lost. The step can be ended."""
+    named = parameters(w=(20, 3), b=20)
+    optimizer = torch.optim.SGD([p for _, p in named], lr=1.0)
+    reducer = mpicomp.Reducer(named, spec, comm, bucket_bytes=4).attach(optimizer)
+    ones = [np.ones(p.shape) for _, p in named]
+    give(named, ones)
+    optimizer.step()
+    optimizer.zero_grad()
+    give(named[:begun], ones[:begun])
+    what = "deliver" if "delay" in spec else "flush"
+    with pytest.raises(MismatchError, match=rf"{what}\(\) in the middle of a step: call it after"):
+        getattr(reducer, what)()
+    optimizer.step()
+    reducer.deliver()
+    owed = sum(v for key, v in reducer.state_dict().items() if key.endswith("/w"))
+    assert torch.allclose(owed - named[0][1].detach(), torch.full((20, 3), 2.0))
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -235,6 +213,55 @@ def test_two_reducers_share_a_scaler(spec, updates, comm):
         found.append([digest(p for m in both for p in m.parameters()),
                       *(digest(list(r.state_dict().values())[1:]) for r in reducers)])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+@pytest.mark.parametrize("spec", ["dense", "onebit:exchange=sharded", "strom:tau=0.02"])
+def test_an_optimizer_that_takes_the_scale_itself(spec, clip, comm):
+    """fused=True: torch would look for Inf before the exchange, on each rank apart.
+
+    The first step is one of those that overflow, on one rank.
+    """
+    plain, scaled = Run(comm, spec, fused=True), Run(comm, spec, 2.0**10, fused=True)
+    for run in plain, scaled:
+        overflows_in([0, 3], run, comm, clip=clip)
+    assert scaled.scales == [2.0**k for k in (9, 9, 10, 9, 9, 10)]
+    assert scaled.everything == plain.everything
+    assert scaled.reducer.stats.steps == 6 and scaled.reducer.stats.skipped == 2
+    replicas_are_identical(comm, scaled.model)
+
+
+@pytest.mark.parametrize("dtype, fused", [(torch.float32, False), (torch.float32, True),
+                                          (torch.float16, True)])
+def test_steps_in_which_ranks_have_no_examples(dtype, fused, comm):
+    """Where none has any, nothing moves, and the scale does not fall."""
+    w = torch.nn.Parameter(torch.ones(5, dtype=dtype))
+    optimizer = torch.optim.AdamW([w], lr=0.5, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    mpicomp.Reducer([("w", w)], "dense", comm, nonfinite="skip").attach(optimizer, scaler)
+    scales = []
+    for step in range(5):
+        optimizer.zero_grad()
+        if comm.rank == 0 and step != 3:
+            scaler.scale((w.float() * (np.inf if step == 1 else 0.25)).sum()).backward()
+        else:
+            scaler.scale(torch.zeros(()))
+        before = w.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        assert w.isfinite().all() and torch.equal(w, before) == (step in (1, 3))
+    assert scales == [2.0**10] + [2.0**9] * 4
+    assert len(set(comm.allgather(digest([w])))) == 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_that_is_switched_off(fused, comm):
+    """unscale_ finishes all the same; where a step is skipped, it is not NaN that is applied."""
+    plain, scaled = (Run(comm, "onebit", scale, fused, enabled=False) for scale in (None, 2.0**10))
+    for run in plain, scaled:
+        overflows_in([2], run, comm, clip=0.2)
+    assert scaled.everything == plain.everything
 
 
 def test_a_scaler_needs_steps_that_may_be_skipped(comm):
