@@ -54,7 +54,8 @@ def finish_before_unscale(reducer, scaler):
     inner, inner_step = scaler.unscale_, scaler.step
 
     def ours(optimizer):
-        return any(id(p) in known for p in _parameters(optimizer))
+        """Its parameters that are this Reducer's."""
+        return [p for group in optimizer.param_groups for p in group["params"] if id(p) in known]
 
     def look(optimizer, check):
         """Finish; then check(optimizer) finds NaN where ranks skip, and something where nobody had
@@ -66,7 +67,7 @@ def finish_before_unscale(reducer, scaler):
             raise MismatchError(f"rank {reducer.comm.rank}: after flush() p.grad has no scale: "
                                 "call optimizer.step(), not scaler.step(optimizer)")
         looked_at.add(id(optimizer))
-        parameters = _parameters(optimizer)
+        parameters = ours(optimizer)
         absent = [p for p in parameters if p.grad is None]
         if reducer._outcome == "skipped":
             for p in absent:
@@ -88,7 +89,7 @@ def finish_before_unscale(reducer, scaler):
         # with fused=True torch looks at gradients itself, before the step and so before finish
         if (getattr(optimizer, "_step_supports_amp_scaling", False) and scaler.is_enabled()
                 and ours(optimizer)):
-            parameters = _parameters(optimizer)
+            parameters = ours(optimizer)
             if id(optimizer) not in looked_at:
                 half = any(p.dtype == torch.float16 for p in parameters)  # unscale_ refuses these
                 look(optimizer, scaler._check_inf_per_device if half else scaler.unscale_)
@@ -104,10 +105,6 @@ def finish_before_unscale(reducer, scaler):
 
     scaler.unscale_, scaler.step = unscale_, step
     _after(scaler, "update", updated)
-
-
-def _parameters(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _after(scaler, name, then):

@@ -385,3 +385,22 @@ def test_sparse_gradients_of_an_embedding(spec, set_to_none, comm):
         results.append((digest(table.parameters()),
                         digest(v for k, v in reducer.state_dict().items() if k != "step")))
     assert results[0] == results[1]
+
+
+def test_a_frozen_layer_stays_without_a_gradient_where_a_scaler_skips(comm):
+    """The optimizer has it, the Reducer does not: nothing of it is exchanged, or filled with NaN."""
+    model = network()
+    frozen = [*model.parameters()][0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    reducer = mpicomp.Reducer(model.named_parameters(), "onebit", comm, nonfinite="skip")
+    reducer.attach(optimizer, scaler)
+    x, y = examples(comm, 0)
+    for overflow in (True, False):
+        optimizer.zero_grad(set_to_none=False)
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        scaler.scale(loss * (float("inf") if overflow else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert frozen.grad is None
+    assert (reducer.stats.steps, reducer.stats.skipped) == (2, 1)
