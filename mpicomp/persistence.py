@@ -53,8 +53,10 @@ class Persistence:
         """Go on from what `state_dict` gave on this rank: the same packets follow, to the bit.
 
         To be called on all ranks: the next exchange first compares step, buckets and parameters.
-        Raises MismatchError, with nothing changed, if names or shapes do not fit this model.
+        Raises MismatchError, with nothing changed, if names or shapes do not fit this model, or
+        between backward() and step().
         """
+        self._require_no_step("load_state_dict")
         now = self.state_dict()
         odd = sorted((set(now) ^ set(state)) - {"order"})
         if odd:

@@ -170,6 +170,18 @@ def test_no_sync_after_the_exchange_has_begun(spec, comm):
     reducer.finish()
 
 
+def test_a_state_is_not_loaded_in_the_middle_of_a_step(comm):
+    """What is under way would replace the residual that was loaded."""
+    named, reducer = make(comm, "onebit")
+    state = reducer.state_dict()
+    give(named, [np.ones((2, 3)), np.ones(4)])
+    with pytest.raises(MismatchError, match="load_state_dict.. in the middle of a step"):
+        reducer.load_state_dict(state)
+    reducer.finish()
+    reducer.load_state_dict(state)
+    assert reducer.step == 0
+
+
 def test_close_takes_the_optimizers_hooks_off_as_well(comm):
     named, reducer = make(comm)
     optimizer = torch.optim.SGD([p for _, p in named], lr=1.0)

@@ -388,7 +388,7 @@ def test_sparse_gradients_of_an_embedding(spec, set_to_none, comm):
 
 
 def test_a_frozen_layer_stays_without_a_gradient_where_a_scaler_skips(comm):
-    """The optimizer has it, the Reducer does not: nothing of it is exchanged, or filled with NaN."""
+    """The optimizer has it, the Reducer does not: nothing of it is exchanged or made NaN."""
     model = network()
     frozen = [*model.parameters()][0].requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
