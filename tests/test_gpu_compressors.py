@@ -105,12 +105,12 @@ SEVERAL = {"eight alike": [(40, 6)] * 8,
            "entries of both widths": [(70, 9), (4, 3, 3, 3), (5,), (0,), (33, 2, 3, 3), (600, 2),
                                       (), (40, 0), (8, 2, 3, 3), (9001,)],
            "empty ones": [(0,), (3, 0, 2), (0, 4)]}
-BATCHED = {"strom:tau=1.0": 1, "dropping:rate=0.9,scope=layer": 2, "onebit": 0, "terngrad": 0,
-           "dorefa": 0, "bf16": 0, "adacomp": 1, "adacomp:bin=7": 1, "dryden": 1,
-           "dryden:proportion=4,min_rows=1": 1}
-DECODED = {"strom:tau=1.0": 0, "dropping:rate=0.9,scope=layer": 0, "onebit": 0, "terngrad": 0,
-           "dorefa": 0, "bf16": 0, "adacomp": 1, "adacomp:bin=7": 1, "dryden": 1,
-           "dryden:proportion=4,min_rows=1": 1}
+ONEBIT = dict.fromkeys(["onebit", "onebit:wire=cntk", "onebit:threshold=mean", "onebit:bits=2",
+                        "onebit:wire=cntk,threshold=mean", "onebit:bits=8,wire=cntk"], 0)
+READ = ONEBIT | {"terngrad": 0, "dorefa": 0, "bf16": 0, "adacomp": 1, "adacomp:bin=7": 1, "dryden": 1,
+                 "dryden:proportion=4,min_rows=1": 1}
+BATCHED = READ | {"strom:tau=1.0": 1, "dropping:rate=0.9,scope=layer": 2}
+DECODED = READ | {"strom:tau=1.0": 0, "dropping:rate=0.9,scope=layer": 0}
 
 
 def layout_of(shapes):

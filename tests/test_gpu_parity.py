@@ -77,7 +77,64 @@ def check_5trit():
             parity.packed(data, rng, scale, -0.25, x.size, name="ternary_decode_add_5trit")
 
 
-CHECKS = {**parity.CHECKS, check_5trit: ["ternary_encode_5trit", "ternary_decode_add_5trit"]}
+def check_cntk():
+    for rows, columns, x, rng in matrices():
+        data = parity.same("onebit_encode_cntk", x, rows, columns, payload(rows, columns))
+        damaged(data, rng, rows, columns, 0.3, x.size, name="onebit_decode_add_cntk")
+
+
+def check_threshold():
+    for rows, columns, x, _ in matrices():
+        for wire in ("means", "cntk"):
+            parity.same("onebit_encode_mean", x, rows, columns, wire, payload(rows, columns))
+
+
+def check_columns():
+    for rows, columns in MATRICES:  # bounds and ranges are infinite, which decoding refuses
+        x = np.random.default_rng(rows).uniform(-3e38, 3e38, rows * columns).astype(np.float32)
+        for bits in (2, 4, 8):
+            parity.same("columns_encode", x, rows, columns, bits, "means",
+                        payload(rows, columns, bits))
+    for rows, columns, x, rng in matrices():
+        for bits in (2, 4, 8):
+            for wire in ("means", "cntk"):
+                data = payload(rows, columns, bits)
+                data = parity.same("columns_encode", x, rows, columns, bits, wire, data)
+                damaged(data, rng, rows, columns, bits, wire, -0.3, x.size,
+                        name="columns_decode_add")
+
+
+def matrices():
+    """(rows, columns, x, rng) of each matrix and kind of gradient."""
+    for rows, columns in MATRICES:
+        for _, x, rng in parity.each_gradient([rows * columns]):
+            yield rows, columns, x, rng
+
+
+def payload(rows, columns, bits=1):
+    return np.full(columns * (8 + 4 * -(-rows * bits // 32)), 255, np.uint8)
+
+
+def damaged(data, rng, rows, columns, *arguments, name):
+    """`parity.packed`, and with bounds of one column that meet, are far apart, or in disorder."""
+    parity.packed(data, rng, rows, columns, *arguments, name=name)
+    wire = arguments[1] if name == "columns_decode_add" else "cntk"
+    for lower, upper in BOUNDS:
+        wrong = data.copy()
+        words = wrong.view(np.float32)
+        column = rng.integers(0, columns)
+        at = (column * (words.size // columns), 1) if wire == "cntk" else (column, columns)
+        words[at[0]], words[at[0] + at[1]] = lower, upper
+        parity.same(name, wrong, rows, columns, *arguments[:-1],
+                    rng.choice(np.array([-0.0, 1], np.float32), arguments[-1]))
+
+
+BOUNDS = ((-0.0, 0.0), (1, 1), (0, 9e-37), (0, 2e-36), (-2e38, 2e38), (2, 1), (0, -np.inf),
+          (np.inf, np.inf), (np.nan, 1), (0, np.inf), (-np.inf, 0))
+CHECKS = {**parity.CHECKS, check_5trit: ["ternary_encode_5trit", "ternary_decode_add_5trit"],
+          check_cntk: ["onebit_encode_cntk", "onebit_decode_add_cntk"],
+          check_threshold: ["onebit_encode_mean"],
+          check_columns: ["columns_encode", "columns_decode_add"]}
 
 
 @pytest.mark.limit(120)

@@ -91,22 +91,25 @@ class OneBit(Compressor):
             used = part.stop
         return used
 
+    def _decoder(self, k, kind):
+        """k's function that decodes these payloads, or None, and what it is told of their words."""
+        if self.bits > 1:
+            return getattr(k, f"columns_{kind}", None), (self.bits, self.wire)
+        name = f"onebit_{kind}_cntk" if self.wire == "cntk" else f"onebit_{kind}"
+        return getattr(k, name, None), ()
+
     def decode_sum(self, payloads, out, layout, keys, weight=1.0):
-        fused = getattr(kernels.of(out), "onebit_decode_sum", None)
-        if fused is None or self.wire == "cntk" or self.bits > 1:
+        fused, told = self._decoder(kernels.of(out), "decode_sum")
+        if fused is None:
             return super().decode_sum(payloads, out, layout, keys, weight)
         for packet in payloads:
             self.expect(packet, self.capacity(layout))
         for segment, rows, columns, part in self._parts(layout):
-            fused([packet[part] for packet in payloads], rows, columns, weight, out[segment.slice])
+            fused([packet[part] for packet in payloads], rows, columns, *told, weight,
+                  out[segment.slice])
 
     def decode_add(self, packet, out, layout, key, weight=1.0):
         self.expect(packet, self.capacity(layout))
-        k = kernels.of(out)
-        decode_add = k.onebit_decode_add_cntk if self.wire == "cntk" else k.onebit_decode_add
+        decode, told = self._decoder(kernels.of(out), "decode_add")
         for segment, rows, columns, part in self._parts(layout):
-            if self.bits > 1:
-                k.columns_decode_add(packet[part], rows, columns, self.bits, self.wire, weight,
-                                     out[segment.slice])
-            else:
-                decode_add(packet[part], rows, columns, weight, out[segment.slice])
+            decode(packet[part], rows, columns, *told, weight, out[segment.slice])

@@ -14,6 +14,7 @@
 #include "cuda/strom.cuh"
 #include "cuda/dropping.cuh"
 #include "cuda/onebit.cuh"
+#include "cuda/columns.cuh"
 #include "cuda/ternary.cuh"
 #include "cuda/dorefa.cuh"
 #include "cuda/dryden.cuh"

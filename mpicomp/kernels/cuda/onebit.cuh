@@ -2,8 +2,8 @@
 #pragma once
 
 // A thread takes 32 rows of one column of x, or of x + more, which it keeps in `out`. It writes
-// their bits (1 where v >= 0), the first level of the folds of the negative and of the others,
-// sums[2][words][columns], and how many the others are.
+// their bits (1 where v >= 0; unless `bits` is null), the first level of the folds of the negative
+// and of the others, sums[2][words][columns], and how many the others are.
 KERNEL onebit_signs(const float* x, const float* more, float* out, i64 rows, i64 columns, u32* bits,
                     float* sums, u32* counts) {
     const i64 words = ceil_div(rows, 32), t = thread_number();
@@ -18,7 +18,7 @@ KERNEL onebit_signs(const float* x, const float* more, float* out, i64 rows, i64
         if (v >= 0) word |= 1u << k, upper += v;  // what is left out would add +0
         else lower += v;
     }
-    bits[t] = word;
+    if (bits) bits[t] = word;
     sums[t] = lower;
     sums[words * columns + t] = upper;
     counts[t] = __popc(word);

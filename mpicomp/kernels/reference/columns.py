@@ -28,7 +28,8 @@ def column_codes(v, bits):
 
     The deviation is about 0, in float64 from the sum of v * v. The number of steps is odd, so that
     the middle one stands for 0; what is at `upper` or beyond gets a code of its own above them.
-    In float32: code = (v - lower) * (steps / (upper - lower)), truncated; 0 up to `lower`.
+    In float32: code = (v - lower) * (steps / (upper - lower)), truncated; 0 up to `lower`. What is
+    no number in an infinite range, which decoding refuses, has the code 0.
     """
     wide = v.astype(np.float64)
     upper = (4 * np.sqrt(fold(wide * wide) / v.shape[0])).astype(np.float32)
@@ -38,7 +39,7 @@ def column_codes(v, bits):
     single = width < CLOSE
     factor = np.where(single, np.float32(0), steps / np.where(single, np.float32(1), width))
     inside = np.clip(v, lower, upper)
-    codes = ((inside - lower) * factor).astype(np.uint32)
+    codes = np.fmax((inside - lower) * factor, np.float32(0)).astype(np.uint32)
     codes[v >= upper] = 2**bits - 1
     codes[v <= lower] = 0
     return codes, lower, upper
