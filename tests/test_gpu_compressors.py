@@ -107,10 +107,11 @@ SEVERAL = {"eight alike": [(40, 6)] * 8,
            "empty ones": [(0,), (3, 0, 2), (0, 4)]}
 ONEBIT = dict.fromkeys(["onebit", "onebit:wire=cntk", "onebit:threshold=mean", "onebit:bits=2",
                         "onebit:wire=cntk,threshold=mean", "onebit:bits=8,wire=cntk"], 0)
-READ = ONEBIT | {"terngrad": 0, "dorefa": 0, "bf16": 0, "adacomp": 1, "adacomp:bin=7": 1, "dryden": 1,
-                 "dryden:proportion=4,min_rows=1": 1}
-BATCHED = READ | {"strom:tau=1.0": 1, "dropping:rate=0.9,scope=layer": 2}
-DECODED = READ | {"strom:tau=1.0": 0, "dropping:rate=0.9,scope=layer": 0}
+READ = ONEBIT | {"terngrad": 0, "dorefa": 0, "bf16": 0, "adacomp": 1, "adacomp:bin=7": 1,
+                 "dryden": 1, "dryden:proportion=4,min_rows=1": 1}
+DROPPING, PAIRS = "dropping:rate=0.9,scope=layer", "dropping:rate=0.9,scope=layer,survivors=onebit"
+BATCHED = READ | {"strom:tau=1.0": 1, DROPPING: 2, PAIRS: 1}
+DECODED = READ | {"strom:tau=1.0": 0, DROPPING: 0, PAIRS: 0}
 
 
 def layout_of(shapes):

@@ -104,6 +104,22 @@ def check_columns():
                         name="columns_decode_add")
 
 
+def check_signs():
+    for _, x, rng in parity.each_gradient():
+        for rate in (0.9, 0.0, 0.5):
+            cut, means = reference.drop_cut(x, rate, 0), np.zeros(2, np.float32)
+            for start in (0, 11):
+                parity.same("drop_signs", x, cut, start, means, np.zeros(4 * x.size, np.uint8),
+                            used=lambda count: 4 * count)
+            data = np.zeros(4 * x.size, np.uint8)
+            data = data[:4 * reference.drop_signs(x, cut, 0, means, data)]
+            starts = [0, 0, x.size // 3, x.size // 3, x.size // 2, x.size]
+            pairs = rng.standard_normal(2 * len(starts), np.float32)
+            parity.packed(data, rng, pairs, starts, 0.3, x.size, name="drop_signs_decode_add")
+            pairs[rng.integers(0, pairs.size)] = np.inf
+            parity.packed(data, rng, pairs, starts, 0.3, x.size, name="drop_signs_decode_add")
+
+
 def matrices():
     """(rows, columns, x, rng) of each matrix and kind of gradient."""
     for rows, columns in MATRICES:
@@ -134,6 +150,7 @@ BOUNDS = ((-0.0, 0.0), (1, 1), (0, 9e-37), (0, 2e-36), (-2e38, 2e38), (2, 1), (0
 CHECKS = {**parity.CHECKS, check_5trit: ["ternary_encode_5trit", "ternary_decode_add_5trit"],
           check_cntk: ["onebit_encode_cntk", "onebit_decode_add_cntk"],
           check_threshold: ["onebit_encode_mean"],
+          check_signs: ["drop_signs", "drop_signs_decode_add"],
           check_columns: ["columns_encode", "columns_decode_add"]}
 
 

@@ -77,6 +77,9 @@ class Dropping(Compressor):
     def encode(self, x, packet, layout, key, state):
         k, scopes = kernels.of(x), self._scopes(layout)
         room = self.capacity(layout)
+        fused = getattr(k, "drop_signs_encode", None)
+        if self.survivors == "onebit" and fused:
+            return fused(x, scopes, self.rate, self._sample(), self.cut == "marian-feb2017", packet)
         if self.survivors == "onebit":
             means = packet[:8 * len(scopes)].view("float32")
             used = 8 * len(scopes)

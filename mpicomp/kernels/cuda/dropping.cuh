@@ -46,3 +46,44 @@ KERNEL drop_values(const float* x, i64 count, u32* data) {
     const i64 k = thread_number();
     if (k < count) data[count + k] = bits_of(x[data[k]]);
 }
+
+// Of one scope of x: words index << 1 | positive of what is larger than the cut, as drop_select
+// leaves indices, and in the same way the values that are negative and the others, whose numbers go
+// to below[tile] and above[tile].
+KERNEL drop_signs(const float* x, i64 n, const float* cut, i64 start, u32* room, float* lower,
+                  float* upper, i64* counts, i64* below, i64* above) {
+    __shared__ u32 cells[CELLS + 1];
+    __shared__ u32 others[CELLS + 1];
+    const i64 own = blockIdx.x, at = own * TILE;
+    u32 sent = 0, negative = 0, place[ITEMS], under[ITEMS];
+    float v[ITEMS];
+    for (int k = 0; k < ITEMS; k++) {
+        const i64 i = item(own, k);
+        if (i >= n) break;
+        v[k] = x[i];
+        const bool goes = fabsf(v[k]) > *cut;
+        sent |= u32(goes) << k;
+        negative |= u32(goes && v[k] < 0) << k;
+    }
+    const u32 all = places(sent, place, cells), negatives = places(negative, under, others);
+    for (int k = 0; k < ITEMS; k++) {
+        if (!(sent >> k & 1)) continue;
+        const bool positive = !(negative >> k & 1);
+        room[at + place[k]] = u32(start + item(own, k)) << 1 | u32(positive);
+        if (positive) upper[at + place[k] - under[k]] = v[k];
+        else lower[at + under[k]] = v[k];
+    }
+    if (threadIdx.x) return;
+    counts[own] = all;
+    below[own] = negatives;
+    above[own] = all - negatives;
+}
+
+// means[2] = sum / count of the negative and of the positive ones; 0 where there are none.
+KERNEL drop_means(const float* lower, const i64* below, const float* upper, const i64* above,
+                  float* means) {
+    const i64 side = thread_number();
+    if (side > 1) return;
+    const i64 count = side ? *above : *below;
+    means[side] = (side ? *upper : *lower) / float(count ? count : 1);
+}

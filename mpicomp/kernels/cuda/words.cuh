@@ -30,6 +30,25 @@ KERNEL words_add_means(const u32* words, i64 count, const float* means, i64 colu
     if (fits) out[index] += means[(words[k] & 1) * columns + index % columns] * weight;
 }
 
+// The same with the means of the scope that the element lies in: means[scopes][2]. Scope s begins
+// at starts[s]; where several begin at one element it lies in the last.
+KERNEL words_add_scopes(const u32* words, i64 count, const float* means, const i64* starts,
+                        i64 scopes, float weight, float* out, i64 n, u32* fault) {
+    const i64 k = thread_number();
+    if (k >= count) return;
+    const i64 index = words[k] >> 1, before = k ? i64(words[k - 1] >> 1) : -1;
+    const bool fits = in_order(before, index, n);
+    say(fault, !fits);
+    if (!fits) return;
+    i64 scope = 0, end = scopes;  // scope + 1 < end: starts[scope] <= index < starts[end]
+    while (scope + 1 < end) {
+        const i64 middle = scope + (end - scope) / 2;
+        if (starts[middle] <= index) scope = middle;
+        else end = middle;
+    }
+    out[index] += means[2 * scope + (words[k] & 1)] * weight;
+}
+
 // int32 index[count] and float32 values[count]: out += weight * value.
 KERNEL values_add(const int* indices, const float* values, i64 count, float weight, float* out,
                   i64 n, u32* fault) {

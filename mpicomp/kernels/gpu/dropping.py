@@ -4,9 +4,9 @@ import numpy as np
 
 from mpicomp.kernels import reference
 from mpicomp.kernels.gpu import device
-from mpicomp.kernels.gpu.arguments import (checked, floats, new_fault, or_host, payload, refusal,
-                                           refusals, room, scalar)
-from mpicomp.kernels.gpu.sums import SWEEP, host
+from mpicomp.kernels.gpu.arguments import (checked, constants, floats, new_fault, or_host, payload,
+                                           refusal, refusals, room, scalar)
+from mpicomp.kernels.gpu.sums import SWEEP, finite_fault, fold, host, lanes_of
 from mpicomp.kernels.gpu.tiles import TILE, compact, gather, scanned, tiles_of
 
 
@@ -99,3 +99,60 @@ def drop_decode_sum(payloads, weight, out):
         _drop_add(data, weight, floats(out), fault)
     checked(fault, refusals(lambda _, data, out: reference.drop_decode_add(data, weight, out),
                             payloads, out))
+
+
+# ---- survivors=onebit ---------------------------------------------------------------------------
+
+
+def _drop_signs(x, cut, start, first, words, counts, means):
+    """What one scope leaves in its tiles, from `first` on, of `words` and `counts`; its means."""
+    d, own = device.current(), tiles_of(x.size)
+    sides = [(d.empty(own * TILE, np.float32), d.empty(own, np.int64)) for _ in range(2)]
+    (lower, below), (upper, above) = sides
+    d.launch("drop_signs", own * device.THREADS, x, x.size, cut, start,
+             words[first * TILE:(first + own) * TILE], lower, upper, counts[first:first + own],
+             below, above)
+    found = []
+    for values, numbers in sides:  # in order, then zeros, which change no sum that began with +0
+        kept, count = d.zeros(max(x.size, 1), np.float32), scanned(numbers)
+        gather(values, numbers, count, kept)
+        found += fold(lanes_of(kept), 1, 32, 1), count
+    d.launch("drop_means", 2, *found, means)
+
+
+@or_host
+def drop_signs(x, cut, start, means, data):
+    d, n, cut = device.current(), floats(x).size, scalar(cut)
+    with room(data, 4, 4 * n) as packet:
+        words, counts = d.empty(tiles_of(n) * TILE, np.uint32), d.empty(tiles_of(n), np.int64)
+        _drop_signs(x, cut, start, 0, words, counts, floats(means, 2))
+        total = scanned(counts)
+        gather(words, counts, total, packet)
+    return int(host(total)[0])
+
+
+def drop_signs_encode(x, scopes, rate, sample, first_version, data):
+    """means[scopes][2] and the words of all scopes; returns the bytes used, read back once."""
+    d, head = device.current(), 8 * len(scopes)
+    tiles = sum(tiles_of(stop - start) for start, stop in scopes)
+    words, counts, first = d.empty(tiles * TILE, np.uint32), d.empty(tiles, np.int64), 0
+    with room(data, 4, head + 4 * floats(x).size) as packet:
+        for number, (start, stop) in enumerate(scopes):
+            part = x[start:stop]
+            _drop_signs(part, _drop_cut(part, None, rate, sample, first_version), start, first,
+                        words, counts, packet[8 * number:8 * number + 8])
+            first += tiles_of(stop - start)
+        total = scanned(counts)
+        gather(words, counts, total, packet[head:])
+    return head + 4 * int(host(total)[0])
+
+
+@or_host
+def drop_signs_decode_add(data, means, starts, weight, out):
+    d, fault, words = device.current(), new_fault(), payload(data, 4)
+    pairs = payload(means.view(np.uint8), 4, 8 * len(starts)).view(np.float32)
+    finite_fault(pairs, fault)
+    d.launch("words_add_scopes", words.size // 4, words, words.size // 4, pairs,
+             constants(np.array(starts, np.int64)), len(starts), weight, floats(out), out.size,
+             fault)
+    checked(fault, refusal(reference.drop_signs_decode_add, data, means, starts, weight, out))
