@@ -21,7 +21,9 @@ SPECS = ("dense", "fp16", "bf16", "strom:tau=1.0", "strom:tau=1.0,strict=no",
          "dropping:rate=0.99", "dropping:rate=0.9,sample=exact", "onebit", "terngrad",
          "terngrad:packing=planar,clip=0.0", "terngrad:packing=5trit", "terngrad:packing=int8",
          "dorefa", "dorefa:bits=3", "dorefa:bits=2,packing=int8", "dorefa:bits=8,packing=int16",
-         "dryden", "dryden:proportion=4,min_rows=1", "adacomp", "adacomp:bin=50")
+         "dryden", "dryden:proportion=4,min_rows=1", "adacomp", "adacomp:bin=50",
+         "onebit:wire=cntk", "onebit:threshold=mean", "onebit:bits=4",
+         "dropping:rate=0.99,survivors=onebit")
 PEERS = 8
 STEPS = ("dense", "onebit", "strom:tau=3.3")
 # bytes that must move an element when encoding: the gradient, and with a residual its reading and
