@@ -176,10 +176,14 @@ reducer = optimizer.reducer
 
 # ---------------------------------------------------------------- where it goes on from
 
-finished, found = comm.bcast(agreed(lambda: None if rank else (
-    (out / "result.json").exists(), checkpoint.newest(out / "checkpoint"))))
+finished, found, folders = comm.bcast(agreed(lambda: None if rank else (
+    (out / "result.json").exists(), checkpoint.newest(out / "checkpoint"),
+    checkpoint.folders(out / "checkpoint"))))
 if found and not finished and not args.resume:
     refuse(f"{out} holds an unfinished run; add --resume to go on with it, or delete the folder")
+if folders and not found and (args.resume or not finished):
+    refuse(f"{out / 'checkpoint'} holds {len(folders)} checkpoint(s), all of them damaged; to "
+           "start over, move that folder away or choose another --out")
 
 
 def divided(everyone, mine):

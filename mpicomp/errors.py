@@ -10,7 +10,7 @@ class SpecError(MpicompError, ValueError):
 
 
 class CheckpointError(MpicompError, OSError):
-    """A rank could not write its part of a checkpoint. Raised on every rank."""
+    """A checkpoint that a rank could not write (raised on every rank), or cannot read."""
 
 
 class LaunchError(MpicompError, RuntimeError):

@@ -90,6 +90,23 @@ def test_killed_and_resumed_is_as_never_killed_to_the_bit(start, tmp_path, name)
     assert [row["step"] for row in rows(parts) if row["kind"] == "train"] == [*range(3, 25, 3)]
 
 
+@pytest.mark.limit(240)
+def test_checkpoints_that_cannot_be_read_are_not_deleted(start, tmp_path):
+    words = [LAUNCH / "train.py", "--batch", "8", "--steps", "2", "--save-every", "1", "--out", "x"]
+    assert start(None, *words).returncode == 0
+    folders = sorted((tmp_path / "x" / "checkpoint").iterdir())
+    for folder in folders:
+        (folder / "rank-0.pt").write_bytes(b"x")
+    (tmp_path / "x" / "result.json").unlink()
+    for more in ["--resume"], []:
+        refused = start(None, *words, *more)
+        assert refused.returncode == 2 and "holds 2 checkpoint(s), all of them" in refused.stderr
+        assert sorted((tmp_path / "x" / "checkpoint").iterdir()) == folders
+    for folder in folders:  # a person has looked at them
+        folder.rename(tmp_path / folder.name)
+    assert start(None, *words, "--resume").returncode == 0
+
+
 @pytest.mark.limit(120)
 def test_an_unknown_method_is_one_line_and_status_2(start):
     refused = start(2, LAUNCH / "train.py", "--data", "fsdd", "--method", "twobit")
