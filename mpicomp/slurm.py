@@ -15,12 +15,22 @@ LAUNCHERS = {
     "pmi2": SRUN.format("pmi2"),
     "mpirun": 'mpirun -n "$SLURM_NTASKS" --map-by "slot:PE=$SLURM_CPUS_PER_TASK" --bind-to core'}
 
+TRAPS = """\
+# USR1 comes before the time limit, to this shell alone: the ranks must hear of it through their
+# launcher, save after the same step, and end with status 75. TERM comes to the ranks as well.
+asked='' ranks=''    # both may come before there are ranks
+pass_on() { echo "USR1: passed on to the ranks"; kill -USR1 "$ranks"; }
+trap 'asked=USR1; [ -z "$ranks" ] || pass_on' USR1
+trap 'asked=TERM' TERM
+"""
+
 HEAD = """\
 #!/usr/bin/env bash
 # Made by: {made_by}
 {directives}
 set -uo pipefail
-{setup}
+
+{traps}{setup}
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK    # since Slurm 22.05 srun does not inherit it
 export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 launch=({launch})
@@ -30,20 +40,24 @@ finished={finished}
 """
 
 END = """\
-# USR1 comes before the time limit, to this shell alone: the ranks must hear of it through their
-# launcher, save after the same step, and end with status 75. TERM comes to the ranks as well.
 echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
 [ -z "$finished" ] || rm -f "$finished"
 # A job that is preempted with a grace time: its ranks get TERM, and this shell gets nothing.
 preempted() { [[ $(scontrol show job "$SLURM_JOB_ID") =~ ' PreemptTime='[0-9] ]]; }
-asked=
-"${launch[@]}" "${command[@]}" &
-ranks=$!
-trap 'asked=USR1; echo "USR1: passed on to the ranks"; kill -USR1 "$ranks"' USR1
-trap 'asked=TERM' TERM
-while kill -0 "$ranks" 2>/dev/null; do wait "$ranks"; done    # a signal ends wait, not the ranks
-wait "$ranks"
-status=$?
+case $asked in      # heard already: there is no time left to begin
+    USR1) status=138 ;;
+    TERM) status=143 ;;
+    *)  "${launch[@]}" "${command[@]}" &
+        ranks=$!
+        [ "$asked" != USR1 ] || pass_on
+        while kill -0 "$ranks" 2>/dev/null; do wait "$ranks"; done  # a signal ends wait, not them
+        wait "$ranks"
+        status=$? ;;
+esac
+# 138: they did not listen yet. Where they never do, that must come to an end.
+killed_by_usr1() {
+    [ "$asked" = USR1 ] && [ "$status" -eq 138 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ]
+}
 
 # mpirun has been seen to end with 0 after it lost a node: a file that the ranks leave when all is
 # done is surer than the status, which is all that counts where none is named.
@@ -52,7 +66,7 @@ if [ -e "$finished" ] || { [ -z "$finished" ] && [ "$status" -eq 0 ]; }; then
 elif [ "$asked" = TERM ]; then
     echo "ended by Slurm, status $status; what it requeues goes on from the newest checkpoint"
     exit "$status"
-elif [ "$asked" = USR1 ] || [ "$status" -eq 75 ] || preempted; then
+elif [ "$status" -eq 75 ] || killed_by_usr1 || preempted; then
     echo "status $status; requeued, to go on from the newest checkpoint"
     scontrol requeue "$SLURM_JOB_ID"
 else
@@ -87,12 +101,29 @@ def directives(*, name, nodes, ranks_per_node, cpus, gpus_per_node=0, time, warn
                           "expected one rank for each GPU; leave out --ranks-per-node")
     if not re.fullmatch(r"\d+|(\d+-)?\d+(:\d+){0,2}", time):
         raise LaunchError(f"--time {time!r}: expected minutes, or [days-]hours:minutes:seconds")
+    if 0 < _seconds(time) <= warning:
+        raise LaunchError(f"--time {time} --warning {warning}: the job would be told to save when "
+                          f"it starts, and be requeued for ever; expected less than the "
+                          f"{_seconds(time)} seconds that it has")
+    if not re.fullmatch(r"[\w.+=@-]+", name):
+        raise LaunchError(f"--name {name!r}: expected letters, digits and . _ - + = @ only, for "
+                          "the log is named after it")
     words = [f"--job-name={name}", f"--nodes={nodes}", f"--ntasks-per-node={ranks_per_node}",
              f"--cpus-per-task={cpus}", f"--time={time}", f"--signal=B:USR1@{warning}",
              "--requeue", "--open-mode=append", "--output=%x-%j.log"]
     if gpus_per_node:
         words[4:4] = ["--gpus-per-task=1"]
     return "\n".join(f"#SBATCH {word}" for word in (*words, *extra))
+
+
+def _seconds(time):
+    """Of a time as Slurm takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not dash and len(parts) < 3:
+        parts.insert(0, 0)
+    hours, minutes, seconds = [*parts, 0, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def script(command, *, mpi, made_by="mpicomp.slurm", setup=(), finished="", **resources):
@@ -112,5 +143,5 @@ def script(command, *, mpi, made_by="mpicomp.slurm", setup=(), finished="", **re
     if "\n" in "".join((*command, finished, made_by)):
         raise LaunchError("a word of the command holds a line break; put it into a script")
     return HEAD.format(
-        made_by=made_by, directives=directives(**resources), setup="\n".join(("", *setup)),
+        made_by=made_by, directives=directives(**resources), setup="\n".join(("", *setup)), traps=TRAPS,
         launch=LAUNCHERS[mpi], command=shlex.join(command), finished=shlex.quote(finished)) + END

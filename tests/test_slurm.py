@@ -60,6 +60,8 @@ def test_those_written_by_hand_end_as_those_that_are_made(name):
     assert text.endswith("\n" + slurm.END)
     assert "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK" in text
     assert made().endswith("\n" + slurm.END)
+    for script in text, made(setup=["module load x"]):  # before anything that takes time
+        assert f"\nset -uo pipefail\n\n{slurm.TRAPS}" in script
 
 
 def test_the_launchers_written_by_hand_are_those_that_are_made():
@@ -139,7 +141,7 @@ def test_ranks_that_saved_are_requeued(job):
 
 
 @pytest.mark.parametrize("status", [75, 138])
-def test_usr1_reaches_the_ranks_and_whatever_their_status_the_job_is_requeued(
+def test_usr1_reaches_the_ranks_and_where_they_saved_or_did_not_listen_the_job_is_requeued(
         job, tmp_path, status):
     process = job(JOBS / "train.sbatch", WAITS.format(signal="USR1", status=status))
     until(tmp_path / "waiting")
@@ -150,6 +152,31 @@ def test_usr1_reaches_the_ranks_and_whatever_their_status_the_job_is_requeued(
     assert "USR1: passed on to the ranks" in said and "heard" in said
     assert said[-2:] == [f"status {status}; requeued, to go on from the newest checkpoint",
                          "scontrol requeue 7"]
+
+
+@pytest.mark.parametrize("status, variables", [
+    (1, {}), (0, {}), (110, {}), (138, dict(SLURM_RESTART_COUNT="10"))])
+def test_usr1_and_another_status_is_a_failure_and_not_requeued_for_ever(
+        job, tmp_path, status, variables):
+    """A full disk, or ranks that never come as far as to listen."""
+    process = job(JOBS / "train.sbatch", WAITS.format(signal="USR1", status=status), **variables)
+    until(tmp_path / "waiting")
+    process.send_signal(signal.SIGUSR1)
+    code, output = finish(process)
+    assert code == (status or 1) and f"failed: status {status}, and there is no" in output
+    assert "\nscontrol requeue" not in output
+
+
+@pytest.mark.parametrize("name, code, said", [
+    ("SIGUSR1", 0, "status 138; requeued, to go on"), ("SIGTERM", 143, "ended by Slurm, status 143")])
+def test_a_signal_before_there_are_ranks_is_not_lost(job, tmp_path, name, code, said):
+    path = tmp_path / "made.sbatch"
+    path.write_text(made(setup=["touch waiting; sleep 0.5"]))
+    process = job(path, "echo begun")
+    until(tmp_path / "waiting")
+    process.send_signal(getattr(signal, name))
+    found, output = finish(process)
+    assert (found, said in output, "begun" in output) == (code, True, False), output
 
 
 def test_a_job_that_was_preempted_with_grace_is_requeued(job):
@@ -237,10 +264,24 @@ def test_the_plugin_follows_from_the_mpi_library(library, plugin):
     (["--", "srun", "x"], "srun comes from the script itself"),
     (["--gpus-per-node", "4", "--ranks-per-node", "2", "--", "x"], "one rank for each GPU"),
     (["--time", "soon", "--", "x"], "--time 'soon': expected minutes"),
+    (["--time", "2", "--", "x"], "--time 2 --warning 180: the job would be told to save when"),
+    (["--time", "0:02:00", "--warning", "120", "--", "x"], "less than the 120 seconds"),
+    (["--name", "my job", "--", "x"], "--name 'my job': expected letters"),
     (["-o", "no/such/folder", "--", "x"], "no/such/folder: No such file or directory")])
 def test_launch_refuses_with_what_to_type(words, problem, capsys):
     assert cli.main(["launch", "--slurm", "--mpi", "pmix", *words]) == 2
-    assert capsys.readouterr().err.startswith("mpicomp launch: ") and problem
+    said = capsys.readouterr().err
+    assert said.startswith("mpicomp launch: ") and problem in said
+
+
+@pytest.mark.parametrize("time, seconds", [
+    ("3", 180), ("2:30", 150), ("1:00:05", 3605), ("1-2", 93600), ("1-2:30", 95400),
+    ("1-2:30:04", 95404)])
+def test_a_time_is_read_as_slurm_reads_it(time, seconds):
+    made(time=time, warning=seconds - 1)
+    with pytest.raises(mpicomp.LaunchError, match=f"less than the {seconds} seconds"):
+        made(time=time, warning=seconds)
+    made(time="0")  # no limit
 
 
 def test_launch_writes_a_script_that_names_its_own_making(tmp_path, capsys):
