@@ -22,22 +22,32 @@ class Signals:
         MPI.Finalize(); sys.exit(mpicomp.checkpoint.RESUME)
 
     `post` starts a MAX over ranks of 8 bytes that travels while the step is computed, so that
-    `agreed` finds it done. Signals that come after `post` count in the next step. A second signal
-    of the same kind, after 5 seconds or more, does what it did before: it ends the process. Uses a
-    duplicate of `comm`.
+    `agreed` finds it done. Signals that come after `post` count in the next step. From then on
+    every `agreed` gives the signal: it is meant to be acted on once, by ending. A second signal of
+    the same kind, after 5 seconds or more, does what it did before: it ends the process. So does
+    the first in a process that was forked from this one, such as a loader of data. Uses a duplicate
+    of `comm`.
     """
 
     def __init__(self, comm, signals=(signal.SIGTERM, signal.SIGUSR1)):
         self.comm = comm.Dup()
-        self._before = {number: signal.signal(number, self._heard) for number in signals}
+        # None: a handler of C's, which Python cannot put back
+        self._before = {number: signal.signal(number, self._heard) or signal.SIG_DFL
+                        for number in signals}
+        self._process = os.getpid()
         self._mine, self._all = np.zeros(1, np.int64), np.zeros(1, np.int64)
         self._seen, self._request, self._since = 0, None, {}
 
     def _heard(self, number, frame):
+        if os.getpid() != self._process:    # a child of ours, whose parent wants it to end
+            return self._as_before(number)
         self._seen = number
         if time.monotonic() - self._since.setdefault(number, time.monotonic()) >= SAME:
-            signal.signal(number, self._before[number])
-            signal.raise_signal(number)
+            self._as_before(number)
+
+    def _as_before(self, number):
+        signal.signal(number, self._before[number])
+        signal.raise_signal(number)
 
     def post(self):
         """Tell the others what this rank has heard so far. Collective."""
@@ -48,6 +58,9 @@ class Signals:
 
     def agreed(self) -> int:
         """The signal that any rank had heard when it posted, the same on all ranks, or 0."""
+        if self._request is None:
+            raise RuntimeError("agreed() without post(): call signals.post() before it in every "
+                               "step, on all ranks")
         self._request.Wait()
         return int(self._all[0])
 

@@ -488,6 +488,45 @@ def test_a_signal_to_one_rank_is_heard_by_all_in_the_same_step(comm):
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
+def sleep():
+    time.sleep(100)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_forked_child_is_ended_by_the_signal_as_before(number):
+    signals = checkpoint.Signals(MPI.COMM_SELF)
+    child = multiprocessing.get_context("fork").Process(target=sleep)
+    child.start()
+    try:
+        time.sleep(0.2)
+        os.kill(child.pid, number)
+        child.join(20)
+        assert child.exitcode == -number
+        signals.post()
+        assert signals.agreed() == 0    # it was not meant for this process
+    finally:
+        child.kill()
+        signals.close()
+
+
+def test_agreed_needs_post():
+    signals = checkpoint.Signals(MPI.COMM_SELF, [])
+    with pytest.raises(RuntimeError, match=r"call signals.post\(\) before it"):
+        signals.agreed()
+
+
+def test_a_handler_that_is_not_pythons_is_no_hindrance(monkeypatch):
+    before = signal.getsignal(signal.SIGUSR1)
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "signal", lambda number, handler: None)   # as where C set one
+        signals = checkpoint.Signals(MPI.COMM_SELF, [signal.SIGUSR1])
+    try:
+        signals.close()
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_a_repeated_signal_says_nothing_new_at_first_and_later_ends_the_process(monkeypatch):
     """Slurm sends two SIGTERM to ranks whose job it ends, one through srun."""
     clock, ended = [100.0], []
