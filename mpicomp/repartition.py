@@ -26,6 +26,8 @@ def repartition(states, ranks, *, keep="sum", holders=None) -> list[dict]:
     load the states themselves then: only that continues to the bit. MismatchError if the states
     are of different steps or parameters.
     """
+    if keep not in ("sum", "mean"):
+        raise ValueError(f"keep={keep!r}: expected 'sum' or 'mean'")
     step, shapes = _common(states)
     holders = list(range(ranks)) if holders is None else list(holders)
     factor = 1.0 if keep == "sum" else ranks / len(states)

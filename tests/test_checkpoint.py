@@ -395,6 +395,8 @@ def test_only_leaders_hold_residuals():
 
 def test_states_that_do_not_belong_together_are_refused():
     a, b = states_of(2)
+    with pytest.raises(ValueError, match="keep='average': expected 'sum' or 'mean'"):
+        checkpoint.repartition([a, b], 3, keep="average")
     with pytest.raises(MismatchError, match="rank 1 is of step 6.*rank 0 of step 5"):
         checkpoint.repartition([a, b | {"step": 6}], 3)
     with pytest.raises(MismatchError, match=r"rank 1 has 'error/w' of shape \[5, 12\]"):

@@ -161,6 +161,29 @@ def dry_run(tmp_path, version, *words, ranks=64, status=0, **variables):
     return output
 
 
+def test_a_dry_run_installs_nothing(tmp_path):
+    (tmp_path / "launch").mkdir()
+    for name, text in (("run", (ROOT / "launch" / "run").read_text()),
+                       ("bootstrap", "#!/bin/sh\ntouch \"$0.was-run\"\n")):
+        (tmp_path / "launch" / name).write_text(text)
+        (tmp_path / "launch" / name).chmod(0o755)
+    # -S: a Python without mpi4py
+    code, output = finish(sys.executable, "-S", tmp_path / "launch" / "run", "--dry-run", "-n", 2,
+                          "-c", "1", PYTHONPATH="")
+    assert code == 1 and output.endswith("--dry-run only prints; type: launch/bootstrap\n")
+    assert sorted(path.name for path in (tmp_path / "launch").iterdir()) == ["bootstrap", "run"]
+
+
+def test_two_dashes_may_go_before_the_script(tmp_path, script):
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text("#!/bin/sh\necho 'mpirun (Open MPI) 5.0.11'\n")
+    mpirun.chmod(0o755)
+    path = script("")
+    code, output = finish(*RUN, "--mpirun", mpirun, "-n", 2, "--dry-run", "--", path, "--", "-x")
+    assert code == 0 and output.endswith(f"rank.py {path} -- -x\n")
+    assert "nothing to run" in finish(*RUN, "-n", 2, "--")[1]
+
+
 def test_open_mpi_5_with_more_ranks_than_cores(tmp_path):
     command = dry_run(tmp_path, "mpirun (Open MPI) 5.0.11", ranks=4096)
     assert ("--allow-run-as-root" in command) == (os.geteuid() == 0)
