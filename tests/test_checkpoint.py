@@ -494,9 +494,10 @@ def sleep():
     time.sleep(100)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])  # SIGTERM is ranks.py's
 def test_a_forked_child_is_ended_by_the_signal_as_before(number):
-    signals = checkpoint.Signals(MPI.COMM_SELF)
+    before = signal.signal(number, signal.SIG_DFL)
+    signals = checkpoint.Signals(MPI.COMM_SELF, [number])
     child = multiprocessing.get_context("fork").Process(target=sleep)
     child.start()
     try:
@@ -509,6 +510,7 @@ def test_a_forked_child_is_ended_by_the_signal_as_before(number):
     finally:
         child.kill()
         signals.close()
+        signal.signal(number, before)
 
 
 def test_agreed_needs_post():
