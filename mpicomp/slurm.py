@@ -143,5 +143,6 @@ def script(command, *, mpi, made_by="mpicomp.slurm", setup=(), finished="", **re
     if "\n" in "".join((*command, finished, made_by)):
         raise LaunchError("a word of the command holds a line break; put it into a script")
     return HEAD.format(
-        made_by=made_by, directives=directives(**resources), setup="\n".join(("", *setup)), traps=TRAPS,
-        launch=LAUNCHERS[mpi], command=shlex.join(command), finished=shlex.quote(finished)) + END
+        made_by=made_by, directives=directives(**resources), traps=TRAPS,
+        setup="\n".join(("", *setup)), launch=LAUNCHERS[mpi], command=shlex.join(command),
+        finished=shlex.quote(finished)) + END

@@ -168,7 +168,8 @@ def test_usr1_and_another_status_is_a_failure_and_not_requeued_for_ever(
 
 
 @pytest.mark.parametrize("name, code, said", [
-    ("SIGUSR1", 0, "status 138; requeued, to go on"), ("SIGTERM", 143, "ended by Slurm, status 143")])
+    ("SIGUSR1", 0, "status 138; requeued, to go on"),
+    ("SIGTERM", 143, "ended by Slurm, status 143")])
 def test_a_signal_before_there_are_ranks_is_not_lost(job, tmp_path, name, code, said):
     path = tmp_path / "made.sbatch"
     path.write_text(made(setup=["touch waiting; sleep 0.5"]))
