@@ -227,7 +227,8 @@ def main():
                         help="to the trials of today's file; the other options must be the same")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    os.environ.setdefault("UCX_TLS", "tcp,self")  # MPICH's addresses of more are too long for pmi2
+    for name, value in (("UCX_TLS", "tcp,self"), ("UCX_NET_DEVICES", "eth0")):
+        os.environ.setdefault(name, value)  # MPICH's addresses of more are too long for pmi2
     if not options.inside:
         sys.exit(outside(options.nodes))
     versions = dict(slurm=slurm("sinfo", "--version").strip())
