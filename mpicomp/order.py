@@ -52,8 +52,8 @@ class Order:
         self._noting, r = False, self.reducer
         if len(r._buckets) == 1 or r._delay or r._exchange.asynchronous:
             return
-        seen = list(dict.fromkeys(self._seen))  # what never arrived comes last
-        order = np.array(seen + [i for i in self.now if i not in set(seen)], np.int32)
+        seen = dict.fromkeys(self._seen)  # what never arrived comes last
+        order = np.array([*seen, *(i for i in self.now if i not in seen)], np.int32)
         mpi.wait(r.comm, r.comm.Ibcast(order, 0), r._pipeline.timeout, "agreeing on buckets")
         if self._cut(order) != self._cut(self.now):
             self.next = order.tolist()

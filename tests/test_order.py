@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from training import digest, examples, replicas_are_identical, train
+from training import digest, examples, parameters, replicas_are_identical, train
 
 import mpicomp
 
@@ -147,6 +147,21 @@ def test_a_state_from_before_buckets_were_made_anew(comm):
     assert named(optimizer.reducer) != cut
     optimizer.reducer.load_state_dict(first)
     assert named(optimizer.reducer) == cut and optimizer.reducer.step == 0
+
+
+def test_work_to_agree_on_an_order_grows_as_parameters_do(comm):
+    hashed = []
+
+    class Number(int):
+        def __hash__(self):
+            hashed.append(self)
+            return int(self)
+
+    reducer = mpicomp.Reducer(parameters(**{f"p{i}": 2 for i in range(80)}), "dense", comm,
+                              bucket_bytes=8)
+    reducer._order._seen = list(map(Number, range(40)))
+    reducer._order.agree()
+    assert reducer._order.next == [*range(40), *range(79, 39, -1)] and len(hashed) <= 2 * 80
 
 
 def test_a_wrong_order_is_refused(comm):

@@ -11,7 +11,7 @@ from training import digest, give, parameters, replicas_are_identical, same_erro
 
 import mpicomp
 from mpicomp import MismatchError, SpecError
-from mpicomp.exchange.pipeline import Pipeline
+from mpicomp.exchange.pipeline import Pipeline, _Flight
 
 pytestmark = pytest.mark.mpi
 SPECS = ["dense", "terngrad", "strom:tau=0.02", "onebit:exchange=sharded", "onebit:warmup=3",
@@ -46,6 +46,19 @@ def test_the_thread_moves_on_without_the_caller(comm):
     assert not pipeline.busy and threading.current_thread() not in threads
     pipeline.drain()
     assert (receive == sum(range(1, comm.size + 1))).all()
+
+
+def test_buckets_that_are_through_are_not_looked_at_again(comm, monkeypatch):
+    """A step of n buckets takes about n looks, not n * n."""
+    looks, ready = [], _Flight.ready
+    monkeypatch.setattr(_Flight, "ready", lambda self, ahead: looks.append(1) or ready(self, ahead))
+    pipeline = Pipeline(comm, 10.0, "poll")
+    for step in range(2):
+        for n in range(100):
+            pipeline.launch(f"bucket {n}", iter([[]] * 2))
+        assert not pipeline.busy and len(looks) <= 1000 * (step + 1)
+        assert pipeline.where(5) == "in no exchange: 5 steps are done"
+        pipeline.drain()
 
 
 def test_an_error_in_the_thread_is_raised_by_drain(comm):

@@ -32,7 +32,7 @@ class Pipeline:
 
     def __init__(self, comm, timeout, progress="auto", within=nullcontext):
         self.comm, self.timeout, self.within = comm, timeout, within
-        self._flights = []
+        self._flights, self._over = [], 0  # the first so many are through
         self.under_way, self._since = 0.0, None  # seconds with a call open, as seen by looking
         self._crowded = mpi.ranks_here(comm) > len(os.sched_getaffinity(0))
         self.progress, self.note = _way(progress)
@@ -59,20 +59,26 @@ class Pipeline:
     @property
     def busy(self) -> bool:
         """Is any bucket under way?"""
-        return not all(flight.done for flight in list(self._flights))
+        return not all(flight.done for flight in self._open)
+
+    @property
+    def _open(self):
+        """The flights from the first on that is not through, in a list of their own."""
+        return self._flights[self._over:]
 
     def move(self) -> bool:
         """Move on whatever can move on; True if anything did."""
         moved = False
-        ahead = None
-        for flight in list(self._flights):
+        ahead, flights = None, self._open
+        for flight in flights:
             moved |= flight.post(ahead)
             while flight.ready(ahead):
                 flight.resume()
                 flight.post(ahead)
                 moved = True
             ahead = flight
-        self._clock(any(flight.requests for flight in list(self._flights)))
+        self._over += next((i for i, f in enumerate(flights) if not f.done), len(flights))
+        self._clock(any(flight.requests for flight in self._open))
         return moved
 
     def _clock(self, open_calls):
@@ -104,13 +110,14 @@ class Pipeline:
     def clear(self):
         """Forget all buckets."""
         self._flights.clear()
+        self._over = 0
 
     def abandon(self) -> list:
         """Stop, since a rank has died. What MPI may still write to lives as long as the result."""
         if self._thread:
             self._thread.stop()
             self._thread.abandon()
-        flights, self._flights = self._flights, []
+        flights, self._flights, self._over = self._flights, [], 0
         return flights
 
     def over(self, comm):
@@ -119,7 +126,7 @@ class Pipeline:
 
     def where(self, step) -> str:
         """What this rank waits for, in words; `step` is the Reducer's."""
-        waiting = next((f for f in list(self._flights) if not f.done), None)
+        waiting = next((f for f in self._open if not f.done), None)
         if waiting is None:
             return f"in no exchange: {step} steps are done"
         return f"in call {waiting.begun} of {waiting.label}, of {len(self._flights)} buckets begun"
