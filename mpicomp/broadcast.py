@@ -6,6 +6,8 @@ import torch
 from mpicomp import mpi
 from mpicomp.agree import agree
 
+PIECE = 1 << 30  # bytes of one call: MPI 3 counts to 2**31 - 1
+
 
 def broadcast_parameters(module_or_state_dict, comm=None, root=0):
     """Give every rank the parameters and buffers of rank `root`, in place.
@@ -56,7 +58,8 @@ def _broadcast(tensor, comm, root):
     """Overwrite `tensor` with root's, byte by byte, whatever its dtype and strides."""
     flat = tensor.detach().to("cpu", copy=True).contiguous().view(-1).view(torch.uint8).numpy() \
         if tensor.numel() else np.empty(0, np.uint8)
-    comm.Bcast(flat, root)
+    for at in range(0, flat.size, PIECE):
+        comm.Bcast(flat[at:at + PIECE], root)
     if tensor.numel():
         with torch.no_grad():
             tensor.copy_(torch.from_numpy(flat).view(tensor.dtype).view(tensor.shape))

@@ -75,6 +75,11 @@ def communicator(comm=None):
     return (MPI.COMM_WORLD if comm is None else comm).Dup()
 
 
+def largest() -> int:
+    """How many elements one call may have: 2**31 - 1, unless this MPI has MPI 4's large counts."""
+    return 2**31 - 1 if load().Get_version() < (4, 0) else 2**63 - 1
+
+
 def ranks_here(comm) -> int:
     """How many ranks of `comm` share this node's memory and cores. Collective."""
     if comm.size == 1:

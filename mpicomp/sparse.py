@@ -96,7 +96,8 @@ class Sparse:
         row, total = 4 + 4 * width, int(counts.sum())
         if not total:
             return None
-        if total * row < 8 * p.numel():  # an allreduce moves each element twice
+        # an allreduce moves each element twice, and counts elements where a gather counts bytes
+        if total * row < 8 * p.numel() and total * row <= mpi.largest():
             return self._gather(p, grad, counts, width, row, weight)
         dense = grad.to_dense().float().cpu().contiguous().numpy()
         whole = np.zeros_like(dense)

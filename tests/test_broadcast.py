@@ -6,7 +6,7 @@ import torch
 from training import digest, examples, network, same_error
 
 import mpicomp
-from mpicomp import MismatchError
+from mpicomp import MismatchError, broadcast
 
 pytestmark = pytest.mark.mpi
 
@@ -40,6 +40,23 @@ def test_parameters_and_buffers_of_the_root(any_comm, root):
     for name, tensor in found.items():
         assert torch.equal(tensor, expected[name]) and tensor.data_ptr() == places[name], name
         assert tensor.stride() == expected[name].stride()
+
+
+def test_large_tensors_travel_in_pieces(comm, monkeypatch):
+    """MPI 3 counts to 2**31 - 1 bytes in a call."""
+    assert broadcast.PIECE < 2**31
+    monkeypatch.setattr(broadcast, "PIECE", 7)
+    sizes = []
+
+    class Watched:
+        def Bcast(self, buffer, root):
+            sizes.append(buffer.size)
+            comm.Bcast(buffer, root)
+
+    tensor = torch.arange(5) + comm.rank
+    assert broadcast._broadcast(tensor, Watched(), last(comm)).tolist() == [
+        last(comm) + i for i in range(5)]
+    assert sizes == [7, 7, 7, 7, 7, 5]
 
 
 def test_state_dicts_and_pairs_work_too(comm):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from training import (examples, give, network, parameters, replicas_are_identical, train,
-                      whole_numbers)
+                      same_error, whole_numbers)
 
 import mpicomp
-from mpicomp import Compressor, SpecError, method
+from mpicomp import Compressor, NonFiniteError, SpecError, method, mpi
 from mpicomp.exchange import SYNCHRONOUS, hierarchical
 from mpicomp.philox import words
 
@@ -295,3 +295,70 @@ def test_p_grad_is_the_bucket_itself(spec, comm):
         places.append([p.grad.data_ptr() for p in model.parameters()])
     assert all(place == places[0] for place in places)
     assert places[0] == sorted(places[0], reverse=True) or len(set(places[0])) == len(places[0])
+
+
+# ---- what MPI cannot count -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [
+    "dense", "dense:exchange=allgather", "bf16:exchange=allreduce", "onebit:feedback=no",
+    "dense:exchange=sharded", "dense:exchange=hierarchical", "onebit:exchange=hierarchical"])
+def test_buckets_that_mpi_cannot_count_are_refused(spec, comm, monkeypatch):
+    """By all ranks when the Reducer is made; smaller buckets are the remedy."""
+    named = parameters(**{f"p{i}": 25 for i in range(8)})
+    mpicomp.Reducer(named, spec, comm)
+    limit = 70 if spec.startswith("onebit") else 600 if "sharded" in spec else 150
+    monkeypatch.setattr(mpi, "largest", lambda: limit)
+    if spec.startswith("onebit"):
+        named = parameters(**{f"p{i}": (2, 25) for i in range(8)})
+    text = same_error(comm, SpecError, lambda: mpicomp.Reducer(named, spec, comm))
+    assert f"counts to {limit}: make bucket_bytes smaller" in text
+    reducer = mpicomp.Reducer(named, spec, comm, bucket_bytes=100)
+    give(named, [np.ones(p.shape) for _, p in named])
+    reducer.finish()
+
+
+def test_lengths_that_mpi_cannot_count_are_refused_by_all(comm, monkeypatch):
+    """Where the length depends on the data it is the gathered payloads of one step that count."""
+    monkeypatch.setattr(mpi, "largest", lambda: 300)
+    named = parameters(w=100)
+    reducer = mpicomp.Reducer(named, "strom:tau=0.5", comm)
+    give(named, [np.arange(100) < 5])
+    reducer.finish()
+    give(named, [np.ones(100)])
+    assert "make bucket_bytes smaller" in same_error(comm, SpecError, reducer.finish)
+
+
+def test_how_far_mpi_counts():
+    from mpi4py import MPI
+
+    assert mpi.largest() == (2**31 - 1 if MPI.Get_version() < (4, 0) else 2**63 - 1)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("average", [True, False])
+def test_a_sum_beyond_float32_says_so_on_all_ranks(average, comm):
+    """Nothing changes, and the step can be made again; allgather divides before it adds."""
+    named = parameters(w=5)
+    reducer = mpicomp.Reducer(named, "dense", comm, average=average)
+    give(named, [np.full(5, 3e38)])
+    text = same_error(comm, NonFiniteError, reducer.finish)
+    assert f"step 0, bucket 0: every rank's gradient is finite, but their sum over {comm.size}" \
+        in text and "exchange=allgather" in text and reducer.step == 0
+    named[0][1].grad = None
+    give(named, [np.full(5, 3e38)])
+    other = mpicomp.Reducer(named, "dense:exchange=allgather", comm)
+    other.finish()
+    np.testing.assert_allclose(named[0][1].grad, 3e38, rtol=1e-6)
+
+
+def test_what_ranks_agree_on_is_four_bytes_a_piece_where_tensors_are_cut(comm):
+    """docs/wire-format.md: one scale for each part of a tensor that has an owner of its own."""
+    columns = 4 * comm.size
+    named = parameters(w=(3, columns))
+    for exchange, pieces in (("allgather", 1), ("sharded", comm.size)):
+        reducer = mpicomp.Reducer(named, f"terngrad:exchange={exchange}", comm)
+        give(named, [np.ones((3, columns))])
+        reducer.finish()
+        named[0][1].grad = None
+        assert reducer.stats.calls["Iallreduce"] == 4 * pieces

@@ -7,6 +7,7 @@ to all ranks. What the ranks agreed on before (shared scales) does not travel ag
 import numpy as np
 
 from mpicomp import kernels, packet, staging
+from mpicomp.errors import NonFiniteError, PacketError
 from mpicomp.exchange import ring
 from mpicomp.exchange.mail import Exchange
 
@@ -39,6 +40,10 @@ class Allreduce(Exchange):
         mail.inbox, mail.ring = zeros(size, np.uint8), None
         if ring.suits(self.wire, mail.inbox, mail.compressor.summable):
             mail.ring = ring.Ring(self.wire, mail.grad.size)
+            return
+        dtype, _ = self._op(mail.compressor.summable)
+        rest = size - mail.compressor.shared_bytes(mail.layout)
+        self.wire.fits(rest // np.dtype(dtype).itemsize, f"elements of {np.dtype(dtype)}")
 
     def run(self, mail, step, flags):
         yield from self.agree(mail, flags)
@@ -65,13 +70,24 @@ class Allreduce(Exchange):
                                          range(0, mail.header_box.size, packet.SIZE))
 
     def decode(self, mail, step, weight):
+        if mail.alias is not None:
+            return self._scale(mail, step, weight)
         with staging.decoding(mail.grad):
-            if mail.alias is not None:
-                kernels.of(mail.grad).dense_scale(mail.sum, weight, mail.grad)
-                return
             mail.grad[...] = 0
             mail.compressor.decode_add(mail.sum, mail.grad, mail.layout,
                                        mail.key(step, self.wire.rank), weight)
+
+    def _scale(self, mail, step, weight):
+        """Headers say that all gradients are finite: if their sum is not, it was too large."""
+        try:
+            with staging.decoding(mail.grad):
+                kernels.of(mail.grad).dense_scale(mail.sum, weight, mail.grad)
+        except PacketError:
+            raise NonFiniteError(
+                f"step {step}, bucket {mail.index}: every rank's gradient is finite, but their sum "
+                f"over {self.wire.size} ranks is beyond float32, also where average=True divides "
+                "it afterwards: make the loss smaller, or take exchange=allgather, which divides "
+                "first") from None
 
     def _op(self, kind):
         """(dtype, MPI operation) that adds this kind of number; MPI itself has no 16-bit floats."""

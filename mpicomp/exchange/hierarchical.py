@@ -9,6 +9,7 @@ import numpy as np
 
 from mpicomp import kernels, packet
 from mpicomp.errors import MismatchError
+from mpicomp.exchange import ring
 from mpicomp.exchange.allgather import Allgather
 from mpicomp.exchange.mail import Exchange, Mail
 from mpicomp.exchange.wire import Wire
@@ -92,6 +93,7 @@ class _Bucket:
     """One bucket: what members need, and the leader's mail to the other leaders."""
 
     def __init__(self, exchange, compressor, layout, index, grad, plan, seed):
+        self._check(exchange, compressor, layout)
         zeros = kernels.of(grad).zeros
         self.index, self.grad, self.plan = index, grad, plan
         self.header = zeros(packet.SIZE, np.uint8)
@@ -102,6 +104,13 @@ class _Bucket:
             self.sum = zeros(layout.size)
             self.inner = Mail(compressor, layout, index, grad, plan, seed, exchange.inner.wire)
             exchange.inner.prepare(self.inner)
+
+    @staticmethod
+    def _check(exchange, compressor, layout):
+        """Members refuse what their leader would, or they would wait for it."""
+        exchange.node.fits(layout.size, "elements of float32")
+        if compressor.fixed and not (exchange.nodes > 1 and ring.allowed()):
+            exchange.wire.fits(packet.SIZE + compressor.capacity(layout))
 
     flagged = Mail.flagged
 

@@ -36,7 +36,7 @@ class Post:
     """
 
     def __init__(self, wire, zeros):
-        self.meter, self.rank = wire.meter, wire.rank
+        self.meter, self.rank, self._fits = wire.meter, wire.rank, wire.fits
         self.comm = wire.comm.Dup()
         self.others = [r for r in range(wire.size) if r != wire.rank]
         self.blocks = 0  # made so far
@@ -46,6 +46,7 @@ class Post:
 
     def parcel(self, size) -> Parcel:
         """Room for a message of so many bytes."""
+        self._fits(size)
         room = 1 << max(6, (size - 1).bit_length())
         free = self._free[room]
         if not free:

@@ -35,6 +35,11 @@ def suits(wire, payload, kind) -> bool:
     return (allowed() and kind == "float32" and wire.size in RANKS and payload.nbytes >= LEAST)
 
 
+def passes_on(wire, longest) -> bool:
+    """Do packets of host memory, the longest of so many bytes, go around the ring?"""
+    return wire.spread and longest >= GATHER and allowed()
+
+
 def gather(wire, stage, index, send, receive, lengths, even=True):
     """Postings after which `receive` holds every rank's `send`, of `lengths` bytes, side by side.
 
@@ -43,7 +48,7 @@ def gather(wire, stage, index, send, receive, lengths, even=True):
     lane.
     """
     longest = max(lengths)
-    if not (wire.spread and longest >= GATHER and allowed() and isinstance(receive, np.ndarray)):
+    if not (passes_on(wire, longest) and isinstance(receive, np.ndarray)):
         yield [wire.allgather(stage, send, receive) if even else
                wire.allgatherv(stage, send, receive, lengths)]
         return

@@ -145,7 +145,11 @@ class _Bucket:
         for m in self.first:
             end = self.out_starts[-1] + m.outbox.size
             self.out_starts.append(end + -end % 4)  # whole words, which a GPU must have
-        self.outbox = zeros(self.out_starts.pop(), np.uint8)
+        whole = self.out_starts.pop()
+        if self.fixed:
+            longest = max(m.outbox.size for m in self.first)
+            self.exchange.wire.fits(max(whole, (size - 1) * longest))  # MPI counts up to the last
+        self.outbox = zeros(whole, np.uint8)
         for m, at in zip(self.first, self.out_starts):
             m.outbox = self.outbox[at:at + m.outbox.size]
         sizes = [m.outbox.size for m in self.first]

@@ -1,6 +1,7 @@
 """Nonblocking MPI calls that are counted, each stage on a communicator of its own."""
 
 from mpicomp import mpi, staging
+from mpicomp.errors import SpecError
 
 
 class Wire:
@@ -16,6 +17,7 @@ class Wire:
         self.comm, self.meter, self.within = comm, meter, within
         self.size, self.rank = comm.size, comm.rank
         self.spread = mpi.ranks_here(comm) < comm.size  # over several nodes
+        self.most = mpi.largest()
         self._stages = []
 
     def open(self, stages):
@@ -28,17 +30,28 @@ class Wire:
         """All that are used here, to revoke them where a rank has died."""
         return [self.comm, *self._stages]
 
+    def fits(self, count, what="bytes"):
+        """Raise SpecError where MPI cannot count so many elements in one call."""
+        if count > self.most:
+            raise SpecError(
+                f"a bucket needs an MPI call of {count:,} {what}, this MPI counts to "
+                f"{self.most:,}: make bucket_bytes smaller. Where one parameter alone is so large "
+                "take a method that sends less, or dense with exchange=allreduce, which counts "
+                "floats, or an MPI with large counts (MPI 4, as MPICH 4 is)")
+
     def book(self, call, sent, received):
         """Count bytes; `call` is one of MPI's, or says what stands for it."""
         self.meter.count(call, sent, received, self.within)
 
     def allgather(self, stage, send, receive):
         """Every rank's `send` (equal lengths) side by side in `receive`; both uint8."""
+        self.fits(send.size)
         self.book("Iallgather", send.nbytes, receive.nbytes - send.nbytes)
         return staging.call(self._stages[stage].Iallgather, send, send, receive)
 
     def allgatherv(self, stage, send, receive, lengths):
         """Every rank's `send`, of the given lengths in bytes, side by side in `receive`."""
+        self.fits(sum(lengths))
         self.book("Iallgatherv", send.nbytes, sum(lengths) - send.nbytes)
         return staging.call(self._stages[stage].Iallgatherv, send, send, [receive, lengths])
 
