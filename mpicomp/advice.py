@@ -18,6 +18,7 @@ from time import perf_counter
 import numpy as np
 
 from mpicomp import mpi, systems
+from mpicomp.errors import SpecError
 from mpicomp.layout import Layout
 from mpicomp.philox import Key
 
@@ -62,13 +63,16 @@ class Prediction:
 
 
 def measure_links(comm) -> dict:
-    """{"gather": Link, "reduce": Link} between the ranks of `comm`; about a second."""
+    """{"gather": Link, "reduce": Link} between the ranks of `comm`; about a second.
+
+    One rank receives nothing, so its links tell what a call takes and nothing about bytes.
+    """
     small, large = 1 << 10, 1 << 20
     links = {}
     for kind in ("gather", "reduce"):
         times = [_time_call(comm, kind, size) for size in (small, large)]
         received = [_received(kind, size, comm.size) for size in (small, large)]
-        slope = max(0.0, (times[1] - times[0]) / max(1, received[1] - received[0]))
+        slope = max(0.0, times[1] - times[0]) / (received[1] - received[0]) if received[0] else 0.0
         links[kind] = Link(max(0.0, times[0] - slope * received[0]), slope)
     return links
 
@@ -166,8 +170,11 @@ def advise(comm, n, candidates=CANDIDATES, hidden=0.0, ranks=None) -> Advice:
     """Measure, predict for a gradient of n elements, and choose. The same on every rank.
 
     `hidden` is how many seconds of the exchange the backward pass can hide; `ranks` predicts for
-    another number of ranks than are present.
+    another number of ranks than are present, which one rank alone cannot: SpecError.
     """
+    if comm.size == 1 and ranks not in (None, 1):
+        raise SpecError(f"ranks={ranks} found, but this job has one rank and so no link to "
+                        "measure: start it with  launch/run -n 2  or more")
     methods = [systems.method(spec) for spec in dict.fromkeys(["dense", *candidates])]
     links = measure_links(comm)
     codecs = {repr(m): measure_codec(m, comm) for m in methods}

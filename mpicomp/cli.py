@@ -21,11 +21,11 @@ def main(arguments=None) -> int:
     commands.add_parser("doctor", help="say what is installed, and what to type if it is not"
                         ).set_defaults(run=lambda _: doctor())
     plan = commands.add_parser("plan", help="predict every method's time here, and say what to use")
-    plan.add_argument("--gradient", type=lambda text: int(float(text)), default=25_000_000,
-                      metavar="N", help="elements of the model's gradient (default: %(default)s)")
+    plan.add_argument("--gradient", type=_number, default=25_000_000, metavar="N",
+                      help="elements of the model's gradient (default: %(default)s)")
     plan.add_argument("--hidden", type=float, default=0.0, metavar="S",
                       help="seconds of exchange that backward can hide (default: none)")
-    plan.add_argument("--ranks", nargs="*", type=int, default=[2, 4, 8, 16, 64], metavar="P")
+    plan.add_argument("--ranks", nargs="*", type=_number, default=[2, 4, 8, 16, 64], metavar="P")
     plan.add_argument("--methods", nargs="+", metavar="SPEC", default=None)
     plan.add_argument("--json", metavar="FILE", help="write the figures there")
     plan.set_defaults(run=advise)
@@ -76,6 +76,17 @@ def _count(text):
     return int(text)
 
 
+def _number(text):
+    """A whole number of at least 1, also as 25e6."""
+    try:
+        number = int(float(text))
+    except (ValueError, OverflowError):
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} found, expected a whole number of at least 1")
+    return number
+
+
 def launch(options) -> int:
     """Write a batch script. Raises LaunchError."""
     from mpicomp import slurm
@@ -117,28 +128,27 @@ def _library():
 def _bench_commands(parser):
     kinds = parser.add_subparsers(dest="kind", required=True)
     allreduce = kinds.add_parser("allreduce", help="the mean of N floats over the ranks present")
-    allreduce.add_argument("--sizes", nargs="+", type=lambda text: int(float(text)),
-                           default=[10_000, 1_000_000, 25_000_000], metavar="N")
+    allreduce.add_argument("--sizes", nargs="+", type=_number, metavar="N",
+                           default=[10_000, 1_000_000, 25_000_000])
     step = kinds.add_parser("step", help="seconds per training step, against torch's DDP on gloo")
     step.add_argument("--model", default="cnn", choices=("cnn", "transformer", "mlp"))
-    step.add_argument("--steps", type=int, default=4, help="timed steps in each round")
+    step.add_argument("--steps", type=_number, default=4, help="timed steps in each round")
     step.add_argument("--plot", metavar="FILE", help="draw the stages of a step there (matplotlib)")
     step.add_argument("--progress", nargs="+", default=["auto"], choices=("auto", "poll", "thread"),
                       metavar="WAY", help="auto, poll or thread; several: each method with each")
     step.add_argument("--no-peers", dest="peers", action="store_false", help="leave out DDP")
     codec = kinds.add_parser("kernels", help="what each codec costs, against memcpy; one process")
-    codec.add_argument("--elements", type=lambda text: int(float(text)), default=25_030_656,
-                       metavar="N")
+    codec.add_argument("--elements", type=_number, default=25_030_656, metavar="N")
     codec.add_argument("--backend", help="reference or cpu (default: all that are here)")
     codec.add_argument("--only", default="", help="methods whose name holds this")
-    codec.add_argument("--rounds", type=int, default=15, help="turns of each case")
+    codec.add_argument("--rounds", type=_number, default=15, help="turns of each case")
     codec.add_argument("--json", metavar="FILE", help="write the figures there")
     codec.add_argument("--plot", metavar="FILE", help="draw the ratios there (matplotlib)")
     codec.set_defaults(run=bench, methods=())
     for kind, rounds in ((allreduce, 10), (step, 5)):
         kind.add_argument("--methods", nargs="+", metavar="SPEC",
                           default=["dense", "terngrad", "onebit", "strom:tau=3"])
-        kind.add_argument("--rounds", type=int, default=rounds, help="turns of each contender")
+        kind.add_argument("--rounds", type=_number, default=rounds, help="turns of each contender")
         kind.add_argument("--json", metavar="FILE", help="write the figures there")
         kind.set_defaults(run=bench)
 

@@ -273,7 +273,7 @@ def split_spec(spec: str) -> tuple[str, str | None, dict]:
         if close < 0:
             raise SpecError(f"{spec!r}: the bracket is not closed")
         opened = head.index("(")
-        head, inner, rest = head[:opened], head[opened + 1:close], head[close + 1:]
+        head, inner, rest = head[:opened], head[opened + 1:close], head[close + 1:].strip()
         if rest and not rest.startswith(":"):
             raise SpecError(f"{spec!r}: ':' expected after ')', found {rest!r}")
         rest = rest[1:]

@@ -33,7 +33,8 @@ class HookState:
     named_parameters  of the module inside of DDP. Without them parameters are called "0", "1", ...
                       in the order in which DDP first shows them, the ranks are compared in the
                       first step instead of here, and a rule(...) by name is refused
-    keywords          average, bucket_bytes, seed, nonfinite and stall_timeout, as for Reducer
+    keywords          average, bucket_bytes, seed, nonfinite and stall_timeout, as for Reducer;
+                      not sparse: gradients of DDP travel dense
 
     bucket_bytes is that of mpicomp's buckets; choose bucket_cap_mb of DDP not larger, or backward
     is over before the first one is complete. After an error in backward (NonFiniteError with
@@ -41,6 +42,10 @@ class HookState:
     """
 
     def __init__(self, method="dense", comm=None, *, named_parameters=None, **keywords):
+        if "sparse" in keywords:
+            raise SpecError(f"HookState: sparse={keywords['sparse']!r} found, which only "
+                            "mpicomp.Reducer takes: leave it out, and sparse gradients of DDP are "
+                            "exchanged as the dense ones that they stand for")
         self.comm, self._keywords = mpi.communicator(comm), keywords
         self.method = systems.method(method)
         if self.method.delay or exchange(self.method.exchange).asynchronous:
@@ -172,12 +177,15 @@ class HookState:
     def load_state_dict(self, state) -> None:
         """Go on from what `state_dict` gave on this rank, to the bit.
 
+        What it gives before the first step without named_parameters says only that: nothing is
+        loaded where no step was made.
         Raises MismatchError where it does not fit: here, or in the first step where
         named_parameters were not given.
         """
+        unbegun = state == {"step": 0}
         if self._reducer is None:
-            self._loaded = dict(state)
-        else:
+            self._loaded = None if unbegun else dict(state)
+        elif not (unbegun and self._reducer.step == 0):
             self._reducer.load_state_dict(state)
 
 

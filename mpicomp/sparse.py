@@ -28,10 +28,14 @@ def divide(named, names, method):
     """(pairs that go into buckets, pairs that travel as rows, what is wrong or None)."""
     names, known = list(names), [name for name, _ in named]
     odd = [name for name in names if name not in known]
+    scalar = [name for name, p in named if name in names and not p.dim()]
     problem = None
     if odd:
         problem = SpecError(f"sparse={odd[0]!r} found, expected names of parameters: there are "
                             + ", ".join(known))
+    elif scalar:
+        problem = SpecError(f"sparse={scalar[0]!r} found, a parameter of shape [], expected one "
+                            "that has rows: leave it out, it then travels as the others do")
     elif names and method and (method.delay or method.exchange in ("peers", "server")):
         problem = SpecError(f"sparse= needs a synchronous exchange without delay, found {method!r}")
     return ([pair for pair in named if pair[0] not in names],

@@ -175,6 +175,9 @@ def _read_case(text):
     name, _, options = split_spec(text)
     if name == "residual":
         return from_spec(text)
+    if name == "auto":
+        raise SpecError(f"rule: {text!r} found as a case, auto chooses a method for the whole "
+                        "model: name one, or make the model's method auto")
     for key in ("exchange", *_OF_METHOD):
         if key in options:
             raise SpecError(f"rule: {key}={options[key]} found in the case {text!r}, it belongs "
@@ -243,7 +246,13 @@ def method(spec) -> Method:
     if name not in known or inner is not None and name != "rule":
         raise SpecError(f"no method is called {spec if inner else name!r}; there are: "
                         + ", ".join(known))
-    cls = Dense if name == "auto" else find(name)
+    if name == "auto":
+        if options:
+            found = ", ".join(f"{key}={value}" for key, value in options.items())
+            raise SpecError(f"auto: {found} found, auto has no options: it chooses method and "
+                            "exchange itself. Type auto, or name a method")
+        return auto()
+    cls = find(name)
     if inner is not None:
         options["inner"] = Cases.read(inner, _read_case)
     options = parse_options(name, (*fields(cls), *fields(_Common)), options)

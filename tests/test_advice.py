@@ -1,8 +1,10 @@
 """method="auto": predictions are the arithmetic of docs/planning.md; dense wins when in doubt."""
 
+import json
+
 import pytest
 
-from mpicomp import advice, systems
+from mpicomp import SpecError, advice, cli, systems
 from mpicomp.advice import Codec, Link, advise, predict
 
 N, P = 1_000_000, 4
@@ -34,3 +36,42 @@ def test_dense_wins_unless_another_is_much_faster(faster, choice, comm, monkeypa
     expected = "dense" if comm.size == 1 else choice
     assert systems.method(found.choice).name == expected
     assert ("nothing to exchange" if comm.size == 1 else "ms") in found.reason
+
+
+def test_one_rank_has_no_links_to_predict_from(comm):
+    """What a call takes grows with its size also where nobody receives a byte."""
+    links = advice.measure_links(comm)
+    assert {link.per_byte for link in links.values()} == {0.0}
+    with pytest.raises(SpecError, match="launch/run -n 2"):
+        advise(comm, N, ("onebit",), ranks=4)
+
+
+def test_plan_on_one_rank_says_nothing_of_others(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(advice, "SAMPLE", 1 << 14)
+    path = tmp_path / "plan.json"
+    assert cli.main(["plan", "--gradient", "1e6", "--methods", "onebit", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "P=" not in printed and "Gbit/s" not in printed
+    assert "nothing to exchange" in printed and "launch/run -n 2 -m mpicomp plan" in printed
+    assert json.loads(path.read_text())["ranks"] == 1
+
+
+@pytest.mark.parametrize("words", [
+    "plan --ranks 0", "plan --ranks 2 two", "plan --gradient 0", "bench allreduce --sizes 10 0",
+    "bench allreduce --rounds 0", "bench allreduce --sizes inf", "bench step --steps 0",
+    "bench kernels --rounds -1", "bench kernels --elements 1e-3"])
+def test_numbers_of_which_there_is_nothing_to_measure(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words.split())
+    assert ended.value.code == 2
+    assert f"{words.split()[-1]} found, expected a whole number of at least 1" in \
+        capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("words, told", [
+    ("--only nosuch", "--only nosuch found, expected a part of one of strom:tau=31.6, "),
+    ("--elements 100", "--elements 100 found, expected at least 4096")])
+def test_kernels_that_do_not_exist(words, told, capsys):
+    assert cli.main(["bench", "kernels", "--rounds", "1", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"mpicomp bench: {told}") and error.count("\n") == 1

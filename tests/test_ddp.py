@@ -149,6 +149,17 @@ def test_saved_and_loaded_is_not_having_stopped(spec, names, group, comm):
     assert after.steps(3, 4, 5).everything == straight.everything
 
 
+@pytest.mark.parametrize("names", [True, False])
+def test_a_state_from_before_the_first_step_loads_everywhere(names, group, comm):
+    early = ddp.HookState("onebit", comm).state_dict()
+    assert early == {"step": 0}
+    run, plain = Run(comm, "onebit", names=names), Run(comm, "onebit", names=names)
+    run.state.load_state_dict(early)
+    assert run.steps(0, 1).everything == plain.steps(0, 1).everything
+    with pytest.raises(MismatchError, match="the saved state lacks"):
+        run.state.load_state_dict(early)  # two steps cannot be taken back
+
+
 def test_no_sync_accumulates(group, comm):
     hooked, plain = Run(comm, "onebit"), Run(comm, "onebit", hook=False)
     for run, inside in ((hooked, hooked.wrapped), (plain, plain.state)):
@@ -243,6 +254,8 @@ def test_errors_that_name_what_to_type(group, comm):
     for spec in "onebit:delay=1", "strom:exchange=peers":
         with pytest.raises(SpecError, match="use mpicomp.Reducer"):
             ddp.HookState(spec, comm)
+    with pytest.raises(SpecError, match=r"sparse=\['weight'\] found"):
+        ddp.HookState("onebit", comm, sparse=["weight"])
     with pytest.raises(SpecError, match="nonfinite='skip'"):
         ddp.HookState("onebit", comm).follow(torch.amp.GradScaler("cpu"))
     with pytest.raises(mpicomp.LaunchError, match="exists already"):

@@ -71,6 +71,13 @@ def test_cases_of_a_rule_are_named(comm):
     assert f"rule *b:dense {comm.size * 256:,} (57 %)" in text
 
 
+def test_cases_of_a_rule_with_equal_compressors_are_told_apart(comm):
+    stats = run(comm, "rule(*b:dense; size<20:dense; onebit)", 1,
+                parameters(w=(64, 10), b=64, s=15)).stats
+    assert +stats.reasons == {"rule": HEADER, "rule *b:dense": 256, "rule size<20:dense": 60,
+                              "rule rest:onebit": 160}
+
+
 @pytest.mark.parametrize("name", ["allgather", "sharded", "hierarchical"])
 def test_reasons_add_up_to_what_was_sent(name, comm):
     named = parameters(w=(64, 10), b=64, k=(8, 40))

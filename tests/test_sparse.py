@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from training import digest, give, network, outcome, same_error
+from training import digest, give, network, outcome, parameters, same_error
 
 import mpicomp
 from mpicomp import MismatchError, NonFiniteError, SpecError
@@ -158,6 +158,10 @@ def test_what_it_cannot_do(comm):
         text = same_error(comm, SpecError, lambda: mpicomp.Reducer(
             model.named_parameters(), spec, comm, sparse=names))
         assert words in text
+    named = parameters(scalar=(), table=(5, 2))
+    text = same_error(comm, SpecError, lambda: mpicomp.Reducer(named, "dense", comm,
+                                                               sparse=["table", "scalar"]))
+    assert "sparse='scalar' found" in text and "rows" in text
     assert mpicomp.sparse_parameters(network()) == []
     assert mpicomp.sparse_parameters(model.table) == ["weight"]
 

@@ -51,6 +51,14 @@ def test_blanks_and_order_do_not_matter(spec):
     assert method(spec) == method("strom:tau=0.5")
 
 
+def test_blanks_behind_the_bracket_of_a_rule_do_not_matter():
+    expected = method("rule(*.bias:dense; onebit):exchange=sharded")
+    for spec in ("rule(*.bias:dense; onebit) : exchange = sharded",
+                 " rule( *.bias : dense ; onebit ): exchange=sharded "):
+        assert method(spec) == expected
+    assert from_spec("residual(onebit) ") == from_spec("residual(onebit)")
+
+
 def test_numbers_from_python_are_taken_for_what_they_are():
     assert Strom(tau=1) == Strom(tau=1.0) == from_spec("strom:tau=1") == Strom(tau=np.float32(1))
     assert repr(Strom(tau=1)) == repr(Strom(tau=np.float64(1)))
@@ -90,6 +98,10 @@ WRONG = [  # specification, what the error must name
     ("onebit:warmup=-1", ["warmup=-1"]),
     ("onebit:own=raw", ["own", "sharded"]),
     ("onebit:adagrad=yes", ["adagrad", "sharded"]),
+    ("auto:exchange=sharded", ["auto", "exchange=sharded", "no options"]),
+    ("auto:warmup=3", ["warmup=3", "no options"]),
+    ("rule(last<=2:auto; onebit)", ["'auto'", "whole model"]),
+    ("rule(*.bias:dense; auto)", ["'auto'", "whole model"]),
     (7, ["7", "text"]),
     (None, ["None", "text"]),
 ]

@@ -13,6 +13,7 @@ import numpy as np
 from mpicomp import kernels, systems
 from mpicomp.bench.settled import settle
 from mpicomp.bench.timing import in_turn, noise_warning, ratios, summary, table
+from mpicomp.errors import SpecError
 from mpicomp.layout import Layout
 from mpicomp.philox import Key
 
@@ -127,8 +128,16 @@ def run(n, rounds, backend=None, only="", plot=None) -> dict:
     """{"backends": {name: {"elements", "rounds", "small", "cases": {label: {what: {...}}}}}}.
 
     Every backend that is present, or the one named, the fastest first; `plot` is a file for a
-    picture, which needs matplotlib. Raises SpecError for a backend that is not here.
+    picture, which needs matplotlib. Raises SpecError for a backend that is not here, and where
+    there is nothing to measure.
     """
+    names = dict.fromkeys(spec for spec, _ in CASES)
+    if not any(only in spec for spec in names):
+        raise SpecError(f"--only {only} found, expected a part of one of {', '.join(names)}")
+    rows = max(int(shape.split()[0]) for _, shape in CASES if shape != "vector")
+    if n < rows:
+        raise SpecError(f"--elements {n} found, expected at least {rows}, a column of the largest "
+                        "matrix")
     if backend:
         kernels.use(backend)
     memcpy, found, warnings = Memcpy(n, np.random.default_rng(1)), {}, []

@@ -9,7 +9,8 @@ def run(n, hidden, candidates, ranks) -> dict:
     """Print links, codecs and predictions on rank 0; returns the figures."""
     comm = mpi.communicator()
     advice = advise(comm, n, candidates, hidden)
-    counts = sorted({*ranks, comm.size} - {1})
+    alone = comm.size == 1  # no link: nothing can be told of other numbers of ranks
+    counts = [] if alone else sorted({*ranks, comm.size} - {1})
     rows = []
     for p in advice.predictions:
         method, codec = systems.method(p.method), advice.codecs[p.method]
@@ -19,13 +20,17 @@ def run(n, hidden, candidates, ranks) -> dict:
                      f"{1e3 * p.decode:.1f}", f"{32 / (8 * codec.bytes):.1f}",
                      *(f"{1e3 * t:.1f}" for t in others)))
     if comm.rank == 0:
-        for kind, link in advice.links.items():
+        for kind, link in {} if alone else advice.links.items():
             rate = 8e-9 / link.per_byte if link.per_byte else float("inf")
             print(f"{kind}: {1e6 * link.latency:.0f} us a call, {rate:.2f} Gbit/s received a rank")
-        print(f"\n{n:,} elements, {comm.size} ranks here, {1e3 * hidden:.0f} ms hidden by backward")
+        here = "1 rank" if alone else f"{comm.size} ranks"
+        print(f"\n{n:,} elements, {here} here, {1e3 * hidden:.0f} ms hidden by backward")
         print(table(("", "encode ms", "wire ms", "decode ms", "ratio",
                      *(f"P={c} ms" for c in counts)), rows))
         print(f"\nuse {_short(advice.choice)}: {advice.reason}", flush=True)
+        if alone:
+            print("For more ranks links must be measured: start it with  "
+                  "launch/run -n 2 -m mpicomp plan  or with more ranks", flush=True)
     return {"elements": n, "ranks": comm.size, "hidden": hidden, "choice": advice.choice,
             "reason": advice.reason,
             "links": {k: vars(v) for k, v in advice.links.items()},

@@ -100,9 +100,10 @@ def holds(test, segment) -> bool:
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring parameters of one bucket with the same compressor: a layout of their own."""
+    """Neighbouring parameters of one bucket under the same test: a layout of their own."""
 
     number: int
+    test: str
     compressor: Compressor
     slice: slice
     layout: Layout
@@ -121,7 +122,7 @@ def runs(rule, layout) -> tuple[Run, ...]:
         if not groups or groups[-1][0] != case:
             groups.append([case, []])
         groups[-1][1].append(segment)
-    return tuple(Run(number, rule.inner[case][1], slice(own[0].start, own[-1].stop),
+    return tuple(Run(number, *rule.inner[case], slice(own[0].start, own[-1].stop),
                      Layout.of((s.name, s.shape) for s in own))
                  for number, (case, own) in enumerate(groups))
 
@@ -240,11 +241,10 @@ class Rule(Compressor):
         found = {"rule lengths": self._head(layout)} if self._head(layout) else {}
         lengths = iter(payload[:self._head(layout)].view(np.uint32))
         for run in runs(self, layout):
-            test = next(test for test, c in self.inner if c == run.compressor)
             size = run.compressor.capacity(run.layout) if run.compressor.fixed else \
                 int(next(lengths))
             core = run.compressor.inner if isinstance(run.compressor, Residual) else run.compressor
-            case = f"rule {test or 'rest'}:{core.name}"
+            case = f"rule {run.test or 'rest'}:{core.name}"
             found[case] = found.get(case, 0) + _whole(size)
         return found
 
