@@ -1,7 +1,6 @@
 """Checkpoints: whole whatever happens while one is written; residuals for any number of ranks."""
 
 import errno
-import json
 import multiprocessing
 import os
 import re
