@@ -8,6 +8,7 @@ rounded once, so everything between is float32. Gradients from elsewhere are cop
 import torch
 
 from mpicomp import kernels, place, staging
+from mpicomp.errors import NonFiniteError
 from mpicomp.layout import Layout
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,6 +59,16 @@ class Slot:
             self.view.mul_(1.0 / self.scale)
         self.fine = (gradient is None or kernels.of(self.flat).finite(self.flat)
                      if self._on_host else None)
+
+    def refuse_overflow(self, step):
+        """Raise NonFiniteError unless the parameter's dtype can hold what stands in the bucket."""
+        def complain(_):
+            raise NonFiniteError(
+                f"step {step}: every rank's gradient is finite, but their sum for {self.name!r} is "
+                f"beyond {self.parameter.dtype}: take average=True, or make the loss smaller")
+
+        most = torch.finfo(self.parameter.dtype).max
+        kernels.of(self.flat).within(self.flat, -most, most, complain)
 
     def give_back(self):
         """Make p.grad what now stands in the bucket."""

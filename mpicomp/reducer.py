@@ -234,7 +234,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         skipped |= any(mail.flagged(packet.NONFINITE) for mail in self._lane[1])
         self._finished = True
         with self._guard.commit():  # until its end nothing has changed that lasts
-            full = [] if skipped else self._decode()
+            full, skipped = ([], True) if skipped else self._decode_or_skip()
         if skipped:
             self._skip()
             if self._lane[0].asynchronous:  # what the others said counts all the same
@@ -258,6 +258,18 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         if self._receipt:
             self._receipt.check(self.step)
 
+    def _decode_or_skip(self):
+        """(what `_decode` gives, False); ([], True) where the sum of all is not finite, on any rank
+        alike, though every gradient is: that too is an overflow that `nonfinite` decides on."""
+        try:
+            return self._decode(), False
+        except NonFiniteError:
+            if self.nonfinite == "raise":
+                self._drop_gradients()
+                self._reopen()
+                raise
+            return [], True
+
     def _decode(self):
         """(bucket, mail) of all that any rank had a gradient for, the mean in bucket.flight."""
         exchange, mails = self._lane
@@ -266,6 +278,10 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         with self.stats.stage("decode"):
             for _, mail in full:
                 exchange.decode(mail, self.step, self._weight)
+            if not self.average and not exchange.asynchronous:
+                for bucket, _ in full:
+                    for slot in bucket.slots:
+                        slot.refuse_overflow(self.step)
         return full
 
     def _apply(self, full):
@@ -278,15 +294,18 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
 
     def _skip(self):
         """A gradient is not finite somewhere: nobody applies this step, and all say why."""
-        self._rows.clear()
-        for bucket in self._buckets:
-            for slot in bucket.slots:
-                slot.parameter.grad = None
+        self._drop_gradients()
         try:
             self.tell_nonfinite()
         except NonFiniteError:
             self._reopen()
             raise
+
+    def _drop_gradients(self):
+        self._rows.clear()
+        for bucket in self._buckets:
+            for slot in bucket.slots:
+                slot.parameter.grad = None
 
     def tell_nonfinite(self):
         """Raise NonFiniteError that says where, unless such a step is to be skipped.

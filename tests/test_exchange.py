@@ -356,6 +356,36 @@ def test_a_sum_beyond_float32_says_so_on_all_ranks(average, comm):
     np.testing.assert_allclose(named[0][1].grad, 3e38, rtol=1e-6)
 
 
+@pytest.mark.mpi(min_size=2)
+def test_a_sum_beyond_float32_is_skipped_where_that_is_asked_for(comm):
+    named = parameters(w=5)
+    optimizer = torch.optim.SGD([p for _, p in named], lr=1.0)
+    reducer = mpicomp.Reducer(named, "dense", comm, nonfinite="skip").attach(optimizer)
+    for value in (3e38, 1.0):
+        optimizer.zero_grad()
+        give(named, [np.full(5, value)])
+        optimizer.step()
+    assert (reducer.step, reducer.stats.skipped) == (2, 1)
+    assert named[0][1].tolist() == [-1.0] * 5
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("spec, dtype, value", [
+    ("dense", torch.float16, 60000.0), ("dense:exchange=allgather", torch.float32, 3e38),
+    ("fp16", torch.float16, 60000.0)])
+def test_a_sum_that_the_parameter_cannot_hold(spec, dtype, value, comm):
+    """With average=False: refused, with nothing left of it, or skipped."""
+    for nonfinite in ("raise", "skip"):
+        p = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
+        reducer = mpicomp.Reducer([("p", p)], spec, comm, average=False, nonfinite=nonfinite)
+        give([("p", p)], [np.full(3, value)])
+        if nonfinite == "raise":
+            assert f"'p' is beyond {dtype}" in same_error(comm, NonFiniteError, reducer.finish)
+        else:
+            reducer.finish()
+        assert p.grad is None and reducer.stats.skipped == (nonfinite == "skip")
+
+
 def test_what_ranks_agree_on_is_four_bytes_a_piece_where_tensors_are_cut(comm):
     """docs/wire-format.md: one scale for each part of a tensor that has an owner of its own."""
     columns = 4 * comm.size
