@@ -31,7 +31,7 @@ KNOWS = {
     "mpi": {"", "errors", "watchdog"},
     "watchdog": {"errors"}, "sparse": {"", "errors", "mpi", "packet"},
     "agree": {"errors", "mpi"},
-    "bucket": {"kernels", "layout", "place", "staging"},
+    "bucket": {"errors", "kernels", "layout", "place", "staging"},
     "delay": {"", "amp", "errors", "kernels", "packet"},
     "amp": {"errors"},
     "signals": set(),
