@@ -31,8 +31,9 @@ class Attachment:
                 raise SpecError(f"a GradScaler needs a synchronous exchange, found {self.method!r}")
             amp.follow_scale(self._order.slots, scaler)
             amp.finish_before_unscale(self, scaler)
-        self._hooks += [optimizer.register_step_pre_hook(self._before_step),
-                        optimizer.register_step_post_hook(self._after_step)]
+        handles = [optimizer.register_step_pre_hook(self._before_step),
+                   optimizer.register_step_post_hook(self._after_step)]
+        self._hooks += filter(None, handles)  # somebody's own optimizer may give none
         self._optimizers.append(optimizer)
         _reducers.setdefault(optimizer, []).append(self)
         return self
