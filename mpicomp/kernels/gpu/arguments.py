@@ -50,6 +50,13 @@ def payload(array, width, size=None):
     return array
 
 
+def anywhere(array):
+    """A few floats of a payload, flat: moved if they begin at an odd address."""
+    if array.dtype != np.float32:
+        raise Unfit()
+    return payload(array.reshape(-1).view(np.uint8), 4).view(np.float32)
+
+
 @contextmanager
 def room(array, width, size):
     """The first `size` bytes of a buffer for writing numbers of `width` bytes."""
@@ -69,12 +76,8 @@ def room(array, width, size):
 
 def scalar(value):
     """A float32 as an array of one on the device; one that is there is moved only where odd."""
-    if is_device_array(value) and value.size == 1 and device.address(value) % 4:
-        moved = device.current().empty(4, np.uint8)
-        moved[...] = value.reshape(1).view(np.uint8)
-        return moved.view(np.float32)
     if is_device_array(value):
-        return floats(value, 1)
+        return floats(anywhere(value), 1)
     return device.current().array(np.array([value], np.float32))
 
 

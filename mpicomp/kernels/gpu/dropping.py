@@ -4,8 +4,8 @@ import numpy as np
 
 from mpicomp.kernels import reference
 from mpicomp.kernels.gpu import device
-from mpicomp.kernels.gpu.arguments import (checked, constants, floats, new_fault, or_host, payload,
-                                           refusal, refusals, room, scalar)
+from mpicomp.kernels.gpu.arguments import (anywhere, checked, constants, floats, new_fault,
+                                           or_host, payload, refusal, refusals, room, scalar)
 from mpicomp.kernels.gpu.sums import SWEEP, finite_fault, fold, host, lanes_of
 from mpicomp.kernels.gpu.tiles import TILE, compact, gather, scanned, tiles_of
 
@@ -150,7 +150,7 @@ def drop_signs_encode(x, scopes, rate, sample, first_version, data):
 @or_host
 def drop_signs_decode_add(data, means, starts, weight, out):
     d, fault, words = device.current(), new_fault(), payload(data, 4)
-    pairs = payload(means.view(np.uint8), 4, 8 * len(starts)).view(np.float32)
+    pairs = floats(anywhere(means), 2 * len(starts))
     finite_fault(pairs, fault)
     d.launch("words_add_scopes", words.size // 4, words, words.size // 4, pairs,
              constants(np.array(starts, np.int64)), len(starts), weight, floats(out), out.size,

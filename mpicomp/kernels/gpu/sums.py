@@ -3,7 +3,8 @@
 import numpy as np
 
 from mpicomp.kernels.gpu import device
-from mpicomp.kernels.gpu.arguments import checked, floats, is_device_array, new_fault, or_host
+from mpicomp.kernels.gpu.arguments import (anywhere, checked, floats, is_device_array, new_fault,
+                                           or_host)
 
 SWEEP = 1 << 19  # threads of a launch that goes over an array of any length
 
@@ -32,11 +33,7 @@ def finite(x):
 
 def within(x, least, most, complain):
     """complain(x, on the host) unless every element is from `least` to `most`; see `deferred`."""
-    if device.address(x) % 4:  # a few floats of a payload at an odd address
-        moved = device.current().empty(x.nbytes, np.uint8)
-        moved[...] = x.view(np.uint8)
-        x = moved.view(np.float32)
-    fault = new_fault()
+    x, fault = anywhere(x), new_fault()
     device.current().launch("all_within", min(x.size, SWEEP), x, x.size, least, most, fault)
     checked(fault, lambda: complain(host(x)))
 
