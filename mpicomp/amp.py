@@ -49,7 +49,7 @@ def finish_before_unscale(reducer, scaler):
 
     Only for optimizers of this Reducer's parameters: others may share the scaler, as in a GAN.
     """
-    known = {id(p) for _, p in reducer._named + reducer._rows.named}
+    known = {id(p) for _, p in reducer._all_parameters}
     looked_at = set()  # optimizers since the last update
     inner, inner_step = scaler.unscale_, scaler.step
 

@@ -38,8 +38,10 @@ class Attachment:
         _reducers.setdefault(optimizer, []).append(self)
         return self
 
-    def _detach(self, optimizer):
-        _reducers[optimizer].remove(self)
+    def _detach(self):
+        """No optimizer is attached any more."""
+        for optimizer in self._optimizers:
+            _reducers[optimizer].remove(self)
 
     def _before_step(self, optimizer, args, kwargs):
         """Finish; where step is given a closure that runs backward itself, finish after that."""
@@ -100,7 +102,7 @@ class Attachment:
     @property
     def _all_parameters(self):
         """(name, parameter) of all that this Reducer exchanges."""
-        return [*self._order.named, *self._rows.named]
+        return self._named + self._rows.named
 
     # ---- without an optimizer ----
 

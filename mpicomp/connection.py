@@ -22,7 +22,6 @@ class Connection:
     """The part of the Reducer that opens exchanges, and opens them again over fewer ranks."""
 
     _guard = Unguarded()
-    _abandoned = ()  # what MPI may still write to: calls that a dead rank left open
 
     def _open(self, method):
         """The exchange of a method and its mail for every bucket."""
@@ -69,7 +68,7 @@ class Connection:
         """
         if refusal := self.irreplaceable:
             raise SpecError(f"regroup: {refusal}")
-        self._abandoned = (*self._abandoned, *self._pipeline.abandon())
+        mpi.keep(self._pipeline.abandon())
         self.comm = mpi.communicator(comm)
         order = np.array(self._order.next or self._order.now, np.int32)
         self.comm.Bcast(order)  # whoever died in the first step may have told it to some only
@@ -87,8 +86,7 @@ class Connection:
         self._finished, self._next, self._checked = False, 0, False
         self._stepped.clear()
         self._bad = {}
-        for _, parameter in self._named:
-            parameter.grad = None
+        self._forget_gradients()
 
     @property
     def irreplaceable(self) -> str | None:

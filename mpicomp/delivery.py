@@ -134,6 +134,7 @@ class Delivery:
         return found
 
     def _forget_gradients(self):
+        """No parameter has a gradient; rows are `Sparse.clear`'s."""
         for bucket in self._buckets:
             for slot in bucket.slots:
                 slot.parameter.grad = None

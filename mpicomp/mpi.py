@@ -95,7 +95,7 @@ def wait(comm, request, timeout, what):
     start, pause = perf_counter(), 0.0
     while not request.Test():
         if perf_counter() - start > timeout:
-            _abandoned.append(request)  # MPI may yet write to its buffers: they must not be freed
+            keep(request)
             raise StallError(f"rank {comm.rank} waited {timeout:g} s while {what}: another rank "
                              "has ended or never came here, or is slower than stall_timeout allows")
         sleep(pause)

@@ -33,7 +33,7 @@ def check_replicas(reducer) -> None:
     if reducer.comm.size > 1:
         apart = reducer._exchange.asynchronous and reducer.step
         values = [] if apart else [f"{name} {zlib.crc32(_bytes(p)):08x}"
-                                   for name, p in reducer._named + reducer._rows.named]
+                                   for name, p in reducer._all_parameters]
         agree(reducer.comm, {"step": reducer.step, "buckets": f"plan {reducer._plan:016x}",
                              "value of parameter": values},
               "call mpicomp.broadcast_parameters(model) before the first step, and load the states "

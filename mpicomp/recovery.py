@@ -24,7 +24,6 @@ from mpicomp.errors import DeadRankError, StallError
 
 SPIN = 20  # looks for the others' votes without a sleep between them
 HEARSAY = 1.0  # seconds after a revocation in which the library names the dead rank
-_kept = []  # arrays and requests of votes that nobody waits for any more
 
 
 class Recovery:
@@ -195,7 +194,7 @@ class Recovery:
                 if looks > SPIN:
                     sleep(min(2e-5 * (looks - SPIN), 1e-3))
                 if perf_counter() - start > timeout:
-                    _kept.append(asked)
+                    mpi.keep(asked)
                     raise StallError(
                         f"rank {self.rank} waited {timeout:g} s for the others to agree on step "
                         f"{self.reducer.step}: they made other pieces, or are slower than "

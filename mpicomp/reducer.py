@@ -232,11 +232,14 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
             self._pipeline.drain()
             skipped = self._rows.exchange(self._lane[0], self._plan, self._weight)
         skipped |= any(mail.flagged(packet.NONFINITE) for mail in self._lane[1])
-        self._finished = True
+        self._finished, full, overflow = True, [], None
         with self._guard.commit():  # until its end nothing has changed that lasts
-            full, skipped = ([], True) if skipped else self._decode_or_skip()
+            try:
+                full = [] if skipped else self._decode()
+            except NonFiniteError as error:  # the sum is not finite, on all ranks alike
+                skipped, overflow = True, error
         if skipped:
-            self._skip()
+            self._skip(overflow)
             if self._lane[0].asynchronous:  # what the others said counts all the same
                 full = self._decode()
         self._apply(full)
@@ -257,18 +260,6 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         """At the end of a run: hold the steps since the last judgement to require_ratio, too."""
         if self._receipt:
             self._receipt.check(self.step)
-
-    def _decode_or_skip(self):
-        """(what `_decode` gives, False); ([], True) where the sum of all is not finite, on any rank
-        alike, though every gradient is: that too is an overflow that `nonfinite` decides on."""
-        try:
-            return self._decode(), False
-        except NonFiniteError:
-            if self.nonfinite == "raise":
-                self._drop_gradients()
-                self._reopen()
-                raise
-            return [], True
 
     def _decode(self):
         """(bucket, mail) of all that any rank had a gradient for, the mean in bucket.flight."""
@@ -292,20 +283,17 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
                 slot.move() if self._lane[0].owns else slot.give_back()
         self._rows.give_back()
 
-    def _skip(self):
-        """A gradient is not finite somewhere: nobody applies this step, and all say why."""
-        self._drop_gradients()
+    def _skip(self, overflow=None):
+        """A gradient or their sum is not finite: nobody applies this step, and all say why."""
+        self._rows.clear()
+        self._forget_gradients()
         try:
+            if overflow and self.nonfinite == "raise":
+                raise overflow
             self.tell_nonfinite()
         except NonFiniteError:
             self._reopen()
             raise
-
-    def _drop_gradients(self):
-        self._rows.clear()
-        for bucket in self._buckets:
-            for slot in bucket.slots:
-                slot.parameter.grad = None
 
     def tell_nonfinite(self):
         """Raise NonFiniteError that says where, unless such a step is to be skipped.
@@ -338,8 +326,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         """
         self._unhook()
         self._closed = True
-        for optimizer in self._optimizers:
-            self._detach(optimizer)
+        self._detach()
         if self._pipeline.busy:
             mpi.keep(self._pipeline.abandon(), self._buckets, self._mail, self._warm)
 
