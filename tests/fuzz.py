@@ -7,8 +7,9 @@
     python tests/fuzz.py --backends cpu --out FILE       a backend alone; the figures as JSON
     python tests/fuzz.py --backends cpu,shim             with the CUDA kernels, run on the CPU
 
-Each mutation is decoded by every backend: all refuse it with PacketError, or all make the same
-bytes of it, all finite. Nothing may be written outside of the output, and the packet stays as it
+Each mutation is decoded by every backend, and by the compiled kernels with each level of vector
+instructions that this CPU has: all refuse it with PacketError, or all make the same bytes of it, all
+finite. Nothing may be written outside of the output, and the packet stays as it
 is. With --asan the C++ kernels are built anew with AddressSanitizer and UBSan and run with libasan
 before everything else: a read or write outside of an array, a shift too far or a signed overflow
 ends the process. What the CUDA kernels get ends where a page ends behind which nobody may read.
@@ -30,10 +31,10 @@ from pathlib import Path
 import numpy as np
 
 import laws
+import levels
 import material
 from mpicomp import PacketError, kernels, packet
 from mpicomp.compressor import from_spec
-from mpicomp.kernels import cpu
 from mpicomp.kernels.gpu import device
 from mpicomp.philox import Key
 from shim import arrays
@@ -54,7 +55,7 @@ print(lib.mp_finite(x.ctypes.data, x.size + 1))
 """  # reads one float too many: the test of the sanitizer
 LONGER = 64  # bytes by which a mutation makes a payload longer at most
 EDGE = 8  # floats on either side of the output that nobody may write
-GRAINS = [(1 << 17, 1 << 20, 1), (16, 16, 3)]  # as always; threads and streaming on small arrays
+HOW = [(1, 1 << 17, 1 << 20), (3, 16, 16)]  # as always; threads and streaming on small arrays
 
 
 class Found(AssertionError):
@@ -113,6 +114,7 @@ class Target:
 
     def __init__(self, compressor, layout, backends, seed):
         self.compressor, self.layout, self.backends = compressor, layout, backends
+        self.how = HOW[0]
         self.good = [laws.pack(compressor, material.gradient(name, layout, seed), layout).tobytes()
                      for name in NAMES]
         self.wide = np.zeros(layout.size + 2 * EDGE, np.float32)
@@ -127,11 +129,19 @@ class Target:
         raise Found(f"{self.compressor!r} on {[s.shape for s in self.layout.segments]}: {problem}\n"
                     f"payload {bytes(bad).hex()}")
 
-    def decode(self, name, payload, together):
+    def decoders(self):
+        """(backend, level of vector instructions) of each way to decode a payload."""
+        for name in self.backends:
+            for level in range(levels.MOST, -1, -1) if name == "cpu" else [None]:
+                yield name, level
+
+    def decode(self, name, level, payload, together):
         """The bytes of what a backend decodes, or None where it refuses."""
         if name == "shim":
             return self.decode_on_device(payload, together)
         kernels.use(name)
+        if level is not None:
+            levels.run_with(level, *self.how)
         out = self.exact if together else self.out
         out[...] = 0
         return out.tobytes() if self.accepts(payload, out, together) else None
@@ -171,10 +181,11 @@ class Target:
         payload = memory[memory.size - len(bad):]
         payload[:] = bad
         together = rng.getrandbits(2) == 0
-        results = [self.decode(name, payload, together) for name in self.backends]
+        decoders = [*self.decoders()]
+        results = [self.decode(*decoder, payload, together) for decoder in decoders]
         if any(result != results[0] for result in results):
             said = ["refused" if r is None else np.frombuffer(r, np.float32)[:8] for r in results]
-            self.tell(bad, f"the backends disagree: {dict(zip(self.backends, said))}")
+            self.tell(bad, f"the backends disagree: {dict(zip(decoders, said))}")
         if results[0] is None:
             self.refused += 1
             return
@@ -197,18 +208,14 @@ def fuzz(name, mutations, backends, seed=0):
     if "shim" in backends:
         device.use(Shim())
     try:
-        for grain, stream, threads in GRAINS:
-            cpu.library.limits(grain, stream), cpu.library.threads(threads)
-            for vectors in range(cpu.library.vectors(), -1, -1):
-                cpu.library.vectors(vectors)
-                share = mutations // (len(GRAINS) * 3) + 1
-                for i in range(share):
-                    targets[i % len(targets)].attack(rng)
-            cpu.library.vectors(2)
+        for number in range(mutations):
+            target = targets[number % len(targets)]
+            target.how = HOW[number // len(targets) % len(HOW)]
+            target.attack(rng)
         arrays.check()
     finally:
         device.use(None)
-        cpu.library.limits(), cpu.library.threads(1)
+        levels.reset()
         kernels.use(next(n for n, m in kernels.backends().items() if m is before))
     return sum(t.refused for t in targets), sum(t.decoded for t in targets)
 

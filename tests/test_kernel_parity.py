@@ -1,15 +1,17 @@
 """The compiled kernels give the bytes and floats of the reference, to the bit.
 
 Every function that both have is called with the same arguments: over sizes, seeds, special values
-and payloads that nobody wrote, with vector instructions and without, in one thread and in several.
-Whole compressors follow, over layouts. Buffers have guards on both sides and begin at odd
-addresses.
+and payloads that nobody wrote, with every level of vector instructions that this CPU has, in one
+thread and in several. Whole compressors follow, over layouts. Buffers have guards on both sides and
+begin at odd addresses.
 """
 
+import os
 import subprocess
 import sys
 from types import FunctionType
 
+import levels
 import material
 import numpy as np
 import pytest
@@ -27,24 +29,25 @@ pytestmark = pytest.mark.skipif(cpu is None, reason=f"no compiled kernels: {kern
 SIZES = (0, 1, 2, 3, 7, 8, 31, 32, 33, 255, 256, 257, 4096, 100003)
 MATRICES = ((1, 1), (1, 5), (31, 3), (32, 8), (33, 9), (64, 16), (257, 607), (40, 2000), (1100, 37),
             (4097, 16), (100003, 1), (300, 1), (255, 1))
-# vector instructions, threads, elements for a thread, elements from which on stores are streamed
-MODES = {"vectors": (2, 1, 1 << 17, 1 << 20), "plain": (0, 1, 1 << 17, 1 << 20),
-         "avx2, threads, streamed": (1, 2, 50, 50), "plain, threads": (0, 3, 50, 50)}
+# level of vector instructions, threads, elements for a thread, elements from which on stores are
+# streamed; what this CPU does not have is left out
+CALM, THREADS = (1, 1 << 17, 1 << 20), (2, 50, 50)
+MODES = sorted({(0, *CALM), (0, *THREADS), (levels.MOST, *CALM), (min(1, levels.MOST), *THREADS)})
 
 
-@pytest.fixture(params=MODES)
-def mode(request):
-    """Sets how the compiled kernels run; afterwards they run as before."""
-    had = cpu.vectors(), cpu.threads()
-    vectors, threads, grain, stream = MODES[request.param]
-    cpu.vectors(vectors)
-    cpu.threads(threads)
-    cpu.limits(grain, stream)
-    yield request.param
-    cpu.vectors(had[0])
-    cpu.threads(had[1])
-    cpu.limits()
+@pytest.fixture(autouse=True)
+def as_before():
+    """Whatever a test sets, the compiled kernels run as before afterwards."""
+    yield
+    levels.reset()
     kernels.use(None)
+
+
+def each_mode():
+    """Sets one mode of the compiled kernels after the other."""
+    for mode in MODES:
+        levels.run_with(*mode)
+        yield mode
 
 
 # ---- values -------------------------------------------------------------------------------------
@@ -104,18 +107,20 @@ def bits(result):
 
 
 def same(name, *arguments, used=None):
-    """Both backends make the same of these arguments; of the last only used(result) bytes count."""
-    here, theirs = (outcome(module, name, arguments) for module in (cpu, reference))
-    assert here[0] == theirs[0], name
-    assert here[2] == theirs[2], f"{name} wrote outside of its buffers"
-    if theirs[1] is None:
-        return None
-    end = None if used is None else used(theirs[0])
-    for number, (mine, expected) in enumerate(zip(here[1], theirs[1], strict=True)):
-        if number == len(theirs[1]) - 1:
-            mine, expected = mine[:end], expected[:end]
-        assert mine.tobytes() == expected.tobytes(), f"{name}, array {number}"
-    return theirs[1][-1][:end]
+    """Every mode makes the reference's of these arguments; used(result) bytes of the last count."""
+    said, arrays, guards = outcome(reference, name, arguments)
+    end = None if used is None or arrays is None else used(said)
+    for mode in each_mode():
+        here = outcome(cpu, name, arguments)
+        assert here[0] == said, (name, mode)
+        assert here[2] == guards, f"{name} wrote outside of its buffers, {mode}"
+        if arrays is None:
+            continue
+        for number, (mine, expected) in enumerate(zip(here[1], arrays, strict=True)):
+            if number == len(arrays) - 1:
+                mine, expected = mine[:end], expected[:end]
+            assert mine.tobytes() == expected.tobytes(), f"{name}, array {number}, {mode}"
+    return None if arrays is None else arrays[-1][:end]
 
 
 def damaged(data, rng):
@@ -281,20 +286,15 @@ STRIPS = ((128, 64), (257, 607), (40, 2000), (1100, 130), (2048, 96), (33, 129))
 @pytest.mark.parametrize("in_place", [False, True])
 def test_dryden_in_strips(in_place, threads):
     """Matrices that are read once, in strips of columns, give what the reference makes of them."""
-    had = cpu.threads()
-    cpu.threads(threads)
-    cpu.limits(50, 50)
-    try:
-        for rows, columns in STRIPS:
-            size = rows * columns
-            for (kind, owed), (_, grad) in zip(gradients(size), gradients(size, 1), strict=True):
-                for proportion, sample in ((64, 32), (4, 20), (1, 9)):
-                    of = rows, columns, proportion, sample, Key(9, 8, 7, 6), 0
-                    here, theirs = (owing(k, owed, grad, in_place, of) for k in (cpu, reference))
-                    assert here == theirs, (kind, *of)
-    finally:
-        cpu.threads(had)
-        cpu.limits()
+    for rows, columns in STRIPS:
+        size = rows * columns
+        for (kind, owed), (_, grad) in zip(gradients(size), gradients(size, 1), strict=True):
+            for proportion, sample in ((64, 32), (4, 20), (1, 9)):
+                of = rows, columns, proportion, sample, Key(9, 8, 7, 6), 0
+                theirs = owing(reference, owed, grad, in_place, of)
+                for level in {0, levels.MOST}:
+                    levels.run_with(level, threads, 50, 50)
+                    assert owing(cpu, owed, grad, in_place, of) == theirs, (kind, level, *of)
 
 
 def owing(module, owed, grad, in_place, of):
@@ -333,7 +333,7 @@ CHECKS = {check_finite: ["finite", "take"], check_adagrad: ["adagrad"],
 
 @pytest.mark.limit(300)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__[6:])
-def test_functions_agree(check, mode):
+def test_functions_agree(check):
     check()
 
 
@@ -397,12 +397,12 @@ def sums(compressor, layout, payloads, keys):
 
 @pytest.mark.limit(300)
 @pytest.mark.parametrize("spec", SPECS)
-def test_compressors_agree(spec, mode):
-    for shapes in SHAPES.values():
-        for seed in (1, 2):
-            expected = a_step(spec, shapes, seed, "reference", False)
-            assert a_step(spec, shapes, seed, "cpu", False) == expected
-            assert a_step(spec, shapes, seed, "cpu", True) == expected
+def test_compressors_agree(spec):
+    for seed, shapes in enumerate(SHAPES.values()):
+        expected = a_step(spec, shapes, seed, "reference", False)
+        for mode in each_mode():
+            for in_place in (False, True):
+                assert a_step(spec, shapes, seed, "cpu", in_place) == expected, mode
 
 
 # ---- which kernels run --------------------------------------------------------------------------
@@ -428,15 +428,29 @@ def test_what_does_not_fit_goes_to_the_reference():
         cpu.strom_encode_owed(gaps, gaps, gaps, 3.0, True, data)
 
 
-@pytest.mark.parametrize("variable, vectors, threads", [("", None, 1), ("MPICOMP_AVX2=0", 0, 1),
-                                                        ("OMP_NUM_THREADS=3", None, 3)])
-def test_the_environment_chooses_instructions_and_threads(variable, vectors, threads, monkeypatch):
-    monkeypatch.delenv("MPICOMP_AVX2", raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if variable:
-        monkeypatch.setenv(*variable.split("="))
+def started_with(**variables):
+    """(exit status, the level and threads of a new process and the most it can set; stderr)."""
     program = ("from mpicomp.kernels import cpu; print(cpu.vectors(), cpu.threads(), "
                "cpu.vectors(9))")
-    out = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True)
-    found = [int(word) for word in out.stdout.split()]
-    assert found[:2] == [found[2] if vectors is None else vectors, threads]
+    outside = {name: value for name, value in os.environ.items()
+               if name not in ("MPICOMP_VECTORS", "OMP_NUM_THREADS")}
+    done = subprocess.run([sys.executable, "-c", program], env=outside | variables, text=True,
+                          capture_output=True)
+    return done.returncode, [int(word) for word in done.stdout.split()], done.stderr
+
+
+def test_the_environment_caps_instructions_and_chooses_threads():
+    status, (best, threads, most), _ = started_with()
+    assert (status, threads) == (0, 1) and best == most
+    for level, name in enumerate(cpu.LEVELS):
+        status, found, error = started_with(MPICOMP_VECTORS=name, OMP_NUM_THREADS="3")
+        if level <= best:
+            assert (status, found) == (0, [level, 3, level])
+        else:
+            assert status == 1 and f"MPICOMP_VECTORS={name}: {name} is not here; this" in error
+
+
+def test_a_level_that_does_not_exist_is_refused_with_those_that_do():
+    status, _, error = started_with(MPICOMP_VECTORS="AVX2")
+    assert status == 1
+    assert "SpecError: MPICOMP_VECTORS=AVX2: no such level; this machine has none" in error

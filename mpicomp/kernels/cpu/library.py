@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mpicomp.errors import SpecError
 from mpicomp.kernels import reference
 from mpicomp.philox import MASK32
 
@@ -75,9 +76,23 @@ def _load():
 lib = _load()
 
 
+def _most_vectors():
+    """The level that MPICOMP_VECTORS names, otherwise the best of this CPU. Raises SpecError."""
+    best, wanted = lib.mp_vectors(len(LEVELS)), os.environ.get("MPICOMP_VECTORS") or None
+    if wanted is not None and wanted not in LEVELS[:best + 1]:
+        why = (f"{wanted} is not here" if wanted in LEVELS else "no such level")
+        raise SpecError(f"MPICOMP_VECTORS={wanted}: {why}; this machine has "
+                        f"{', '.join(LEVELS[:best + 1])}. Unset it for {LEVELS[best]}")
+    return lib.mp_vectors(best if wanted is None else LEVELS.index(wanted))
+
+
+LEVELS = ("none", "avx2", "avx512")
+MOST_VECTORS = _most_vectors()  # of this process, as a place in LEVELS
+
+
 def vectors(most=-1) -> int:
-    """The vector instructions in use: 0 none, 1 AVX2, 2 AVX-512 too; 0 or more sets the most."""
-    return lib.mp_vectors(most)
+    """The vector instructions in use, as a place in LEVELS; 0 or more sets the most to be used."""
+    return lib.mp_vectors(min(most, MOST_VECTORS))
 
 
 def threads(count=0) -> int:
@@ -90,8 +105,6 @@ def limits(grain=1 << 17, stream=1 << 20) -> None:
     lib.mp_limits(grain, stream)
 
 
-if os.environ.get("MPICOMP_AVX2") == "0":
-    vectors(0)
 _wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
 if _wanted.isdecimal():
     threads(min(int(_wanted), 1024))
