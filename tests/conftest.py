@@ -1,18 +1,24 @@
 """Runs the suite alone or under mpirun: which tests run where, and what they get.
 
     python -m pytest                           one process: all tests but those that need more ranks
+    python -m pytest -n 2                      the same on two cores (pytest-xdist)
     launch/run -n 3 -m pytest                  three ranks: the tests marked mpi, with min_size <= 3
+    ... --slow                                 with the tests that are marked slow
+    ... --results FILE                         each outcome is written there when it is known
 
     @pytest.mark.mpi                           runs alone and on any number of ranks
     @pytest.mark.mpi(min_size=2)               runs on two ranks or more
+    @pytest.mark.mpi(sizes=(1, 3))             runs alone and on three ranks
     (no mark)                                  runs alone only: a serial test
-    @pytest.mark.limit(120)                    seconds it may take on each rank, instead of 60
+    @pytest.mark.slow                          runs with --slow only
+    @pytest.mark.limit(1200)                   seconds until it is taken for hanging, instead of 600
 
 Every rank runs every test. One that failed on one rank has failed on all, and rank 0, the only one
 that prints, shows every rank's traceback. No rank ever waits for ever: see ranks.py.
 """
 
 import contextlib
+import json
 import os
 import socket
 import tempfile
@@ -54,6 +60,31 @@ def any_comm(request):
     return MPI.COMM_SELF if request.param == "self" else WORLD
 
 
+# ---- what is kept
+
+
+class Results:
+    """Writes each outcome as it comes: launch/test makes its report of them, whatever ends us."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or not report.passed:
+            reason = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) \
+                else report.longreprtext
+            self.write(report, "" if report.passed else reason, report.duration)
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.write(report, report.longreprtext)
+
+    def write(self, report, text, seconds=0.0):
+        line = dict(test=report.nodeid, outcome=report.outcome, seconds=seconds, text=text)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 # ---- hooks
 
 
@@ -74,10 +105,20 @@ def pytest_runtest_protocol(item, nextitem):
     return True
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run what is marked slow, too")
+    parser.addoption("--results", metavar="FILE", help="write each outcome there as it is known")
+
+
 def pytest_configure(config):
     ranks.stderr = os.dup(2)  # pytest captures 2 itself while tests run
     ranks.watch_for_sigterm()
-    config.addinivalue_line("markers", "limit(seconds): what this test may take on each rank")
+    for marker in ("limit(seconds): when this test is taken for hanging", "slow: with --slow only",
+                   "xdist_group(name): under pytest-xdist, one worker runs them all"):
+        config.addinivalue_line("markers", marker)
+    worker = hasattr(config, "workerinput")  # of pytest-xdist: its controller hears all it finds
+    if RANK == 0 and not worker and config.getoption("results"):
+        config.pluginmanager.register(Results(config.getoption("results")))
     if RANK > 0:
         config.option.xmlpath = None
         config.pluginmanager.set_blocked("terminalreporter")
@@ -100,8 +141,11 @@ def pytest_collectreport(report):
 
 def pytest_collection_modifyitems(config, items):
     def runs_here(item):
-        least = [mark.kwargs.get("min_size", 1) for mark in item.iter_markers("mpi")]
-        return SIZE >= max(least) if least else SIZE == 1
+        if item.get_closest_marker("slow") and not config.getoption("slow"):
+            return False
+        marks = [mark.kwargs for mark in item.iter_markers("mpi")] or [{"sizes": (1,)}]
+        return all(SIZE >= mark.get("min_size", 1) and SIZE in mark.get("sizes", (SIZE,))
+                   for mark in marks)
 
     config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
     items[:] = [item for item in items if runs_here(item)]

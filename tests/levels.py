@@ -1,9 +1,10 @@
-"""How the compiled kernels run: the levels of vector instructions that this process has, threads."""
+"""The levels of vector instructions that this process has, and how compiled kernels are set."""
 
 from mpicomp import kernels
 
 cpu = kernels.backends().get("cpu")
-MOST = cpu.library.MOST_VECTORS if cpu else 0  # a place in cpu.LEVELS: this machine's best
+NAMES = cpu.LEVELS[:cpu.library.MOST_VECTORS + 1] if cpu else ()  # what this machine has
+MOST = len(NAMES) - 1  # its best level; -1 without compiled kernels
 _BEFORE = (cpu.vectors(), cpu.threads()) if cpu else None
 
 

@@ -24,9 +24,12 @@ WORLD = MPI.COMM_WORLD
 RANK, SIZE = WORLD.rank, WORLD.size
 SUITE = WORLD.Dup()  # for the outcomes: out of the tests' reach
 
-LIMIT = 60  # seconds for one test, set-up and teardown included
-PATIENCE = 5  # seconds in which the others must come to where a rank has failed
-PARTING = 60  # and to the end of the suite, where rank 0 still has its report to write
+# These end what hangs. On a machine with much else to do a test takes twenty times as long as it
+# should, so none of them is near to what anything takes.
+LIMIT = 600  # seconds for one test, set-up and teardown included
+JOB = 500  # for a job that a test starts, so that the test can say what it printed
+PATIENCE = 60  # in which the others must come to where a rank has failed
+PARTING = 300  # and to the end of the suite, where rank 0 still has its report to write
 PASSED, SKIPPED, FAILED, LEAVING = range(4)
 
 running = None  # the test that this rank is in
@@ -83,7 +86,7 @@ def part():
     """Leave together: a rank that goes alone would wait for the others in MPI_Finalize."""
     if SIZE > 1:
         meet(LEAVING, "\n".join(["left the suite", *last_words]))
-        faulthandler.dump_traceback_later(30, exit=True, file=stderr)
+        faulthandler.dump_traceback_later(PARTING, exit=True, file=stderr)
         MPI.Finalize()  # before mpi4py, which would call Abort where the exit code is not 0
         faulthandler.cancel_dump_traceback_later()
 
@@ -142,7 +145,7 @@ def limited(item):
     timer.daemon = True
     timer.start()
     # That thread needs the interpreter; this one does not, should an extension never let it go.
-    faulthandler.dump_traceback_later(seconds + 5, exit=True, file=stderr)
+    faulthandler.dump_traceback_later(seconds + 30, exit=True, file=stderr)
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+import levels
 import numpy as np
 import pytest
 from laws import decode, pack, same
@@ -63,11 +64,16 @@ def write(spec):
     np.save(folder / "decoded.npy", decode(compressor, payload, layout, key=key))
 
 
-@pytest.fixture(params=kernels.backends())
+@pytest.fixture(params=["reference", *levels.NAMES])
 def backend(request):
-    """Every backend in turn."""
+    """Every backend in turn, the compiled one with each level of vector instructions."""
     before = kernels.of(None)
-    yield kernels.use(request.param)
+    if request.param == "reference":
+        yield kernels.use("reference")
+    else:
+        levels.run_with(levels.NAMES.index(request.param))
+        yield kernels.use("cpu")
+    levels.reset()
     kernels.use(next(name for name, module in kernels.backends().items() if module is before))
 
 

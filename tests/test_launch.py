@@ -1,7 +1,5 @@
 """launch/run starts and ends ranks as it says, and a test run under it fails instead of hanging."""
 
-import importlib.machinery
-import importlib.util
 import os
 import re
 import signal
@@ -11,13 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import ranks
 from mpi4py import MPI
 
 ROOT = Path(__file__).parent.parent
 RUN = [sys.executable, str(ROOT / "launch" / "run"), "--python", sys.executable]
 SETTINGS = ("MPICOMP_", "OMPI_", "OMP_NUM_THREADS", "SLURM_", "PBS_", "PMI", "MODE")
-
-pytestmark = pytest.mark.limit(120)
 
 
 def start(*command, **variables):
@@ -27,13 +24,13 @@ def start(*command, **variables):
 
 
 def finish(*command, **variables):
-    """Exit code and output, of stdout and stderr together; never waits for more than 60 s."""
+    """Exit code and output, of stdout and stderr together; never waits for ever."""
     job = start(*command, **variables)
     try:
-        output, _ = job.communicate(timeout=60)
+        output, _ = job.communicate(timeout=ranks.JOB)
     except subprocess.TimeoutExpired:
         job.kill()
-        pytest.fail("still running after 60 s:\n" + job.communicate()[0])
+        pytest.fail(f"still running after {ranks.JOB} s:\n" + job.communicate()[0])
     return job.returncode, output
 
 
@@ -95,9 +92,9 @@ def test_exit_of_one_rank(script, argument, code, said):
 
 
 def test_time_limit(script):
-    begin = time.monotonic()
+    """Nobody ever sends anything: what ends is ended."""
     code, _ = finish(*RUN, "-n", 2, "--timeout", 2, script("comm.recv()"))
-    assert code != 0 and time.monotonic() - begin < 30
+    assert code != 0
 
 
 def alive(pid):
@@ -120,11 +117,9 @@ def test_no_rank_outlives_the_launcher(script, tmp_path, how):
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.05)
     job.send_signal(how)
-    job.communicate(timeout=30)
+    job.communicate(timeout=ranks.JOB)
     assert job.returncode != 0 or MPI.get_vendor()[0] != "Open MPI"  # MPICH: 0 after SIGTERM
-    late = time.monotonic() + 10
-    while any(map(alive, pids)):
-        assert time.monotonic() < late, "ranks live on"
+    while any(map(alive, pids)):  # until the limit of this test
         time.sleep(0.05)
 
 
@@ -259,7 +254,7 @@ def test_two(comm):
     assert comm.size >= 2
 
 @pytest.mark.mpi
-@pytest.mark.limit(8)
+@pytest.mark.limit(8 if mode == "hang" else 300)
 def test_mode(comm):
     if mode == "before" and rank == 1:
         assert "left" == "before the collective"
@@ -333,31 +328,3 @@ def test_hanging_rank_ends_the_job(suite):
 def test_rank_that_leaves_the_others_ends_the_job(suite, mode, said):
     code, output = suite(mode)
     assert code != 0 and "passed" not in output and said in output
-
-
-# ---- how launch/test counts
-
-
-@pytest.fixture
-def launch_test(tmp_path, monkeypatch):
-    loader = importlib.machinery.SourceFileLoader("launch_test", str(ROOT / "launch" / "test"))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    loader.exec_module(module)
-    monkeypatch.setattr(module, "REPORT", tmp_path)
-    return module
-
-
-def test_outcomes_are_counted(launch_test, tmp_path):
-    (tmp_path / "ranks-2.xml").write_text(
-        "<testsuites><testsuite name='2 ranks'><testcase/><testcase><skipped/></testcase>"
-        "<testcase><failure/></testcase><testcase><failure/><error/></testcase></testsuite>"
-        "</testsuites>")
-    assert launch_test.count(launch_test.read(2, 1)) == (1, 2, 1)
-
-
-@pytest.mark.parametrize("report", [None, "<testsu", "<testsuites><testsuite/></testsuites>"])
-def test_run_that_ended_early_counts_as_a_failure(launch_test, tmp_path, report):
-    if report:
-        (tmp_path / "ranks-4.xml").write_text(report)
-    assert launch_test.count(launch_test.read(4, 139)) == (0, 1, 0)
