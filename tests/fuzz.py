@@ -12,7 +12,8 @@ instructions that this CPU has: all refuse it with PacketError, or all make the 
 all finite. Nothing may be written outside of the output, and the packet stays as it is. With --asan
 the C++ kernels are built anew with AddressSanitizer and UBSan and run with libasan before
 everything else: a read or write outside of an array, a shift too far or a signed overflow ends the
-process. What the CUDA kernels get ends where a page ends behind which nobody may read. Ends with status 1 where anything of this does not hold, naming the packet.
+process. What the CUDA kernels get ends where a page ends behind which nobody may read. Ends with
+status 1 where anything of this does not hold, naming the packet.
 """
 
 import argparse
