@@ -21,7 +21,6 @@ import contextlib
 import json
 import os
 import socket
-import tempfile
 from importlib.metadata import version
 
 import hypothesis

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ranks
 
 import mpicomp
 
@@ -172,7 +173,7 @@ def test_no_file_names_a_place_on_somebodys_machine():
 def fresh(code):
     """What a new interpreter prints that runs this code."""
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, text=True,
-                          capture_output=True, timeout=50)
+                          capture_output=True, timeout=ranks.JOB)
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 
@@ -184,7 +185,8 @@ def test_import_loads_nothing_and_says_nothing():
 
 
 def test_import_takes_well_under_100_ms():
-    code = "import time; t = time.perf_counter(); import mpicomp; print(time.perf_counter() - t)"
+    """Of this process's own time on a core, which others on the machine do not take away."""
+    code = "import time; t = time.process_time(); import mpicomp; print(time.process_time() - t)"
     assert min(float(fresh(code)[0]) for _ in range(3)) < 0.1
 
 

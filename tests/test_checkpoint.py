@@ -204,7 +204,6 @@ DOCS = Path(__file__).resolve().parent.parent / "docs" / "checkpoints.md"
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.limit(150)
 @pytest.mark.parametrize("first, second", [(1, 2), (2, 1), (2, 2)])
 def test_the_loop_of_the_docs_goes_on_with_any_number_of_ranks(first, second, comm, tmp_path,
                                                                monkeypatch):

@@ -10,18 +10,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import ranks
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 # What `up` says where emulated hosts cannot be had.
 REFUSALS = ("only Linux", "need root", "apt-get install iproute2", "--privileged", "type: modprobe")
 
+pytestmark = pytest.mark.xdist_group("cluster")  # there is one, which a fixture makes for all
+
 spec = importlib.util.spec_from_file_location("hosts", LAUNCH / "hosts.py")
 hosts = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(hosts)
 
-# Every rank says where it is; 4 MB then travel from the first rank to the last, three times.
+# Every rank says where it is; 4 MB then travel from the first rank to the last, three times, or
+# until it takes less than so many seconds: on a machine with much else to do it may take many.
 TRAVEL = """
-import json, os, socket, time
+import json, os, socket, sys, time
 import numpy as np
 from mpi4py import MPI
 world = MPI.COMM_WORLD
@@ -30,7 +34,8 @@ for name, here in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RAN
     assert os.environ[name] == str(here), name
 where = world.gather((socket.gethostname(), socket.gethostbyname(socket.gethostname()), local.size))
 message, times = np.ones(4_000_000, np.uint8), []
-for _ in range(3):
+enough = float(sys.argv[1])
+while world.bcast(len(times) < 3 or enough < min(times)):
     time.sleep(0.1)
     start = time.perf_counter()
     if world.rank == 0:
@@ -64,6 +69,9 @@ sys.exit(3)
 """
 
 
+IDEAL = 4e6 * 8 / 100e6  # seconds on a link of 100 Mbit/s
+
+
 def launch(*words):
     """launch/cluster with a cluster of the tests' own, started as from a shell outside of MPI."""
     outside = {name: value for name, value in os.environ.items()
@@ -73,7 +81,7 @@ def launch(*words):
 
 
 def run(*words):
-    done = launch("run", "--timeout", "40", *words)
+    done = launch("run", "--timeout", str(ranks.JOB), *words)
     if "needs Open MPI" in done.stderr:
         pytest.skip(done.stderr)
     return done
@@ -102,28 +110,26 @@ def before():
     launch("down")
 
 
-def travel(*words):
-    done = run(*words, "--", "-c", TRAVEL)
+def travel(*words, enough=float("inf")):
+    done = run(*words, "--", "-c", TRAVEL, str(enough))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def test_each_host_has_a_name_an_address_and_a_shaped_link(before):
-    result = travel()
+    result = travel(enough=1.5 * IDEAL)
     names, addresses, local = zip(*result["where"], strict=True)
     assert names == ("node1", "node2", "node3", "node4")
     assert len(set(addresses)) == 4
     assert set(local) == {1}
-    ideal = 4e6 * 8 / 100e6
-    assert 0.97 * ideal < result["seconds"] < 1.5 * ideal
+    assert result["seconds"] > 0.97 * IDEAL
 
 
 def test_the_rate_of_a_running_cluster_can_be_changed(before):
     assert "as fast as they go" in launch("rate", "none").stdout
-    result = travel("-n", "4", "--per-host", "2")
+    result = travel("-n", "4", "--per-host", "2", enough=0.7 * IDEAL)
     assert [(name, local) for name, _, local in result["where"]] == (
         [("node1", 2)] * 2 + [("node2", 2)] * 2)
-    assert result["seconds"] < 0.2
     assert launch("rate", "100mbit").returncode == 0
 
 

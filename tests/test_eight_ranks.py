@@ -1,11 +1,16 @@
-"""What sharded sends does not depend on the number of ranks: one job of 8, in groups of 2, 4, 8."""
+"""What sharded sends does not depend on the number of ranks: 2, 4 and, in the slow lane, 8."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import ranks
+import torch
+
+import mpicomp
 
 ROOT = Path(__file__).parent.parent
 HEADER = 32
@@ -16,50 +21,51 @@ SPECS = {  # bytes of a column of 160 rows, and bytes of every packet besides
     "dryden:exchange=sharded,own=raw,sample=exact,proportion=16": (8 + 2 * 5 * 4, 4),
     "dropping:exchange=sharded,rate=0.9,sample=exact": (16 * 8, 0),
 }
-PROGRAM = f"""
+PROGRAM = """
 import json, sys
-import numpy as np
-import torch
-import mpicomp
+sys.path.insert(0, sys.argv[1])
+import test_eight_ranks as here
 from mpi4py import MPI
 
-world, found = MPI.COMM_WORLD, {{}}
-# every column has 80 negative and 80 other elements, every rank the same ones, no two alike
-x = np.linspace(0.1, 1, {ROWS * COLUMNS}).astype(np.float32).reshape({ROWS}, {COLUMNS})
-x[::2] *= -1
-for size in (2, 4, 8):
-    comm = world.Split(world.rank // size)
-    for spec in {list(SPECS)!r}:
-        w = torch.nn.Parameter(torch.zeros({ROWS}, {COLUMNS}))
-        reducer = mpicomp.Reducer([("w", w)], spec, comm)
-        (w * torch.from_numpy(x)).sum().backward()
-        reducer.finish()
-        found.setdefault(spec, {{}})[size] = [reducer.stats.sent, reducer.stats.received]
-everything = world.gather(found)
-if world.rank == 0:
-    print(json.dumps(everything))
+found = MPI.COMM_WORLD.gather([here.receipt(spec, MPI.COMM_WORLD) for spec in here.SPECS])
+if MPI.COMM_WORLD.rank == 0:
+    print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module")
-def receipts(tmp_path_factory):
-    """{spec: {ranks: [bytes sent, bytes received]}} from each of 8 ranks."""
-    program = tmp_path_factory.mktemp("eight") / "program.py"
-    program.write_text(PROGRAM)
-    job = subprocess.run(
-        [sys.executable, ROOT / "launch" / "run", "--python", sys.executable, "-n", "8",
-         "--timeout", "150", program], capture_output=True, text=True, timeout=170)
-    assert job.returncode == 0, job.stdout + job.stderr
-    return json.loads(next(line for line in job.stdout.splitlines() if line.startswith("[{")))
+def receipt(spec, comm):
+    """[bytes sent, bytes received] by this rank in one step."""
+    # every column has 80 negative and 80 other elements, every rank the same ones, no two alike
+    x = np.linspace(0.1, 1, ROWS * COLUMNS).astype(np.float32).reshape(ROWS, COLUMNS)
+    x[::2] *= -1
+    w = torch.nn.Parameter(torch.zeros(ROWS, COLUMNS))
+    reducer = mpicomp.Reducer([("w", w)], spec, comm)
+    (w * torch.from_numpy(x)).sum().backward()
+    reducer.finish()
+    return [reducer.stats.sent, reducer.stats.received]
 
 
-@pytest.mark.limit(180)
-@pytest.mark.parametrize("spec", SPECS)
-def test_sharded_sends_the_same_with_2_4_and_8_ranks(spec, receipts):
+def expected(spec, size):
     """Every column's bytes once, to its owner or from it; for each of P packets a header and what
     a packet has besides. What arrives is 2 (P - 1) / P of the columns, and 2 (P - 1) packets."""
     column, besides = SPECS[spec]
-    for ranks in (2, 4, 8):
-        sent = COLUMNS * column + ranks * (besides + HEADER)
-        received = 2 * (ranks - 1) * (COLUMNS // ranks * column + besides + HEADER)
-        assert [found[spec][str(ranks)] for found in receipts] == [[sent, received]] * 8
+    sent = COLUMNS * column + size * (besides + HEADER)
+    return [sent, 2 * (size - 1) * (COLUMNS // size * column + besides + HEADER)]
+
+
+@pytest.mark.mpi(sizes=(2, 4))
+@pytest.mark.parametrize("spec", SPECS)
+def test_sharded_sends_the_same_with_2_and_4_ranks(spec, comm):
+    assert receipt(spec, comm) == expected(spec, comm.size)
+
+
+@pytest.mark.slow
+def test_sharded_sends_the_same_with_8_ranks(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    job = subprocess.run(
+        [sys.executable, ROOT / "launch" / "run", "--python", sys.executable, "-n", "8",
+         "--timeout", str(ranks.JOB), program, ROOT / "tests"], capture_output=True, text=True)
+    assert job.returncode == 0, job.stdout + job.stderr
+    found = json.loads(next(line for line in job.stdout.splitlines() if line.startswith("[[")))
+    assert found == [[expected(spec, 8) for spec in SPECS]] * 8

@@ -14,7 +14,6 @@ from shim.device import COMPILER
 from mpicomp import kernels
 from mpicomp.compressor import from_spec
 
-pytestmark = pytest.mark.limit(300)
 MUTATIONS = 2_000
 
 

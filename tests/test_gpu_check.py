@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from shim import arrays
 from shim.device import COMPILER, Shim
@@ -35,7 +36,7 @@ def gpu_here():
 
 
 def run(*arguments, **environment):
-    return subprocess.run([str(SCRIPT), *arguments], text=True, capture_output=True, timeout=50,
+    return subprocess.run([str(SCRIPT), *arguments], text=True, capture_output=True, timeout=ranks.JOB,
                           env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, **environment})
 
 
@@ -64,7 +65,6 @@ def test_the_shell_accepts_it():
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: the CUDA source cannot be run")
-@pytest.mark.limit(120)
 def test_parity_tells_equal_from_different(capsys, monkeypatch):
     try:
         device.use(Shim())

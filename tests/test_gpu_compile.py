@@ -93,7 +93,6 @@ def wanted():
                 yield path, number
 
 
-@pytest.mark.limit(300)
 @pytest.mark.parametrize(("path", "number"), list(wanted()), ids=str)
 def test_compiles(path, number):
     nvrtc = Nvrtc(path)
@@ -106,7 +105,6 @@ def test_the_usual_architectures_are_known(nvrtc):
     assert {75, 80, 90} <= set(nvrtc.architectures())
 
 
-@pytest.mark.limit(300)
 def test_no_two_roundings_become_one(nvrtc):
     """No fused multiply-add, no approximations and no flushed subnormals in any kernel's PTX."""
     oldest = min(nvrtc.architectures())

@@ -89,7 +89,6 @@ def sums(compressor, layout, payloads, keys, memory):
             yield str(error)
 
 
-@pytest.mark.limit(120)
 @pytest.mark.parametrize("spec", SPECS)
 def test_compressors_agree(spec, shim):
     before = DeviceArray.copies

@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import ranks
 
 import mpicomp
 from mpicomp.errors import DeviceError, MismatchError, SpecError
@@ -130,7 +131,7 @@ def test_cpu_users_never_meet_cupy():
     code = ("import sys, numpy; from mpicomp import kernels; from mpicomp.kernels import gpu;"
             "k = kernels.of(numpy.zeros(3, 'float32')); assert k is not gpu; k.zeros(3);"
             "assert not {'cupy', 'torch'} & set(sys.modules)")
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=50)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=ranks.JOB)
 
 
 # ---- at the start of a training ---------------------------------------------------------------
@@ -211,4 +212,4 @@ def test_cpu_training_never_meets_cupy():
             "                                 m.named_parameters(), 'onebit:exchange=sharded');"
             "m(torch.ones(4, 3)).sum().backward(); o.step(); o.reducer.state_dict();"
             "mpicomp.methods(); assert 'cupy' not in sys.modules")
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=ranks.JOB)

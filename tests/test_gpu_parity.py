@@ -154,7 +154,6 @@ CHECKS = {**parity.CHECKS, check_5trit: ["ternary_encode_5trit", "ternary_decode
           check_columns: ["columns_encode", "columns_decode_add"]}
 
 
-@pytest.mark.limit(120)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__[6:])
 def test_functions_agree(check, shim, monkeypatch):
     monkeypatch.setattr(parity, "cpu", Copying())

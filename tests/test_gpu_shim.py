@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 from shim import arrays
 from shim.arrays import DeviceArray
 from shim.device import COMPILER, KernelError, Shim
@@ -143,11 +144,10 @@ def verdict(text, path):
     path.write_text(text)
     code = f"import test_gpu_shim; test_gpu_shim.check_source({str(path)!r})"
     folders = [str(Path(__file__).parent), *sys.path]
-    return subprocess.run([sys.executable, "-c", code], timeout=250, stderr=subprocess.DEVNULL,
+    return subprocess.run([sys.executable, "-c", code], timeout=ranks.JOB, stderr=subprocess.DEVNULL,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)}).returncode
 
 
-@pytest.mark.limit(500)
 def test_every_barrier_is_needed(tmp_path):
     text = source(*[(FOLDER / name).read_text() for name in FILES])
     barriers = list(BARRIER.finditer(text))

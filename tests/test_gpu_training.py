@@ -20,7 +20,7 @@ from mpicomp import NonFiniteError, packet, place, staging
 from mpicomp.exchange.wire import Wire
 from mpicomp.kernels.gpu import device
 
-pytestmark = [pytest.mark.mpi, pytest.mark.limit(240), pytest.mark.skipif(
+pytestmark = [pytest.mark.mpi, pytest.mark.skipif(
     COMPILER is None, reason="no C++ compiler (c++, g++ or clang++): the CUDA source cannot be "
                              "run on the CPU")]
 STEPS = 3

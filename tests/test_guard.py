@@ -4,8 +4,6 @@ Before the first step test_mismatch.py has the matrix; here training is under wa
 skips a step, runs ahead, loads another state, or has its buckets or its model otherwise.
 """
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -16,7 +14,6 @@ from mpicomp import MismatchError
 from mpicomp.exchange import hierarchical
 
 pytestmark = pytest.mark.mpi(min_size=2)
-SECONDS = 5
 METHODS = ["dense", "dense:exchange=allgather", "bf16:exchange=allreduce", "terngrad",
            "terngrad:exchange=allreduce", "onebit", "strom:tau=0.1", "onebit:exchange=sharded",
            "strom:tau=0.1,exchange=sharded", "onebit:exchange=hierarchical",
@@ -43,11 +40,8 @@ class Job:
         self.reducer.finish()
 
     def fails(self):
-        """The text of the MismatchError that the next step raises on all ranks, in seconds."""
-        start = time.monotonic()
-        text = same_error(self.comm, MismatchError, self.step)
-        assert time.monotonic() - start < SECONDS
-        return text
+        """The text of the MismatchError, not a StallError, of the next step on all ranks."""
+        return same_error(self.comm, MismatchError, self.step)
 
 
 @pytest.mark.parametrize("who", [0, -1])

@@ -331,7 +331,6 @@ CHECKS = {check_finite: ["finite", "take"], check_adagrad: ["adagrad"],
           check_dryden: ["dryden_columns", "dryden_encode_2016", "dryden_decode_add_2016"]}
 
 
-@pytest.mark.limit(300)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__[6:])
 def test_functions_agree(check):
     check()
@@ -395,7 +394,6 @@ def sums(compressor, layout, payloads, keys):
             yield str(error)
 
 
-@pytest.mark.limit(300)
 @pytest.mark.parametrize("spec", SPECS)
 def test_compressors_agree(spec):
     for seed, shapes in enumerate(SHAPES.values()):

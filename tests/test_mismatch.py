@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from training import give, outcome, parameters, same_error
+from training import give, impatient, outcome, parameters, same_error
 
 import mpicomp
 from mpicomp import MismatchError, NonFiniteError, SpecError, StallError
@@ -51,10 +51,8 @@ ODD = {
 def test_one_rank_is_different(what, comm):
     keywords, words = ODD[what]
     odd = comm.size - 1
-    start = time.monotonic()
     text = same_error(comm, MismatchError,
                       lambda: reduce_with(comm, **(keywords if comm.rank == odd else {})))
-    assert time.monotonic() - start < 5
     assert f"rank {odd}" in text and all(word in text for word in words), text
     reducer = reduce_with(comm)  # the communicator is as good as before
     assert reducer.comm.size == comm.size
@@ -142,7 +140,7 @@ def test_stall(method, steps, comm):
     (Not so in the first step, in which the ranks compare their parameters.)
     """
     named = parameters(**SHAPES)
-    reducer = reduce_with(comm, named, method, stall_timeout=0.4)
+    reducer = reduce_with(comm, named, method)
 
     def step():
         for _, p in named:
@@ -154,7 +152,8 @@ def test_stall(method, steps, comm):
         step()
     late = comm.size - 1
     if comm.rank != late:
-        with pytest.raises(StallError, match=rf"rank {comm.rank} waited 0.4 s"):
+        with impatient(reducer), pytest.raises(StallError,
+                                               match=rf"rank {comm.rank} waited 0.4 s"):
             step()
     comm.Barrier()
     if not steps:

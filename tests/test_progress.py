@@ -30,7 +30,7 @@ def test_thread_and_polling_train_the_same_model(spec, comm):
 
 def test_the_thread_moves_on_without_the_caller(comm):
     """A bucket of three postings is through although nobody polls."""
-    pipeline = Pipeline(comm, 10.0, "thread")
+    pipeline = Pipeline(comm, 600.0, "thread")
     send, receive = np.full(3, comm.rank + 1.0), np.zeros((3, 3))
     threads = []
 
@@ -40,8 +40,7 @@ def test_the_thread_moves_on_without_the_caller(comm):
             yield [comm.Iallreduce(send, receive[k])]
 
     pipeline.launch("a bucket", bucket())
-    late = time.monotonic() + 10
-    while pipeline.busy and time.monotonic() < late:
+    while pipeline.busy:  # until the limit of this test
         time.sleep(0.01)
     assert not pipeline.busy and threading.current_thread() not in threads
     pipeline.drain()
@@ -52,7 +51,7 @@ def test_buckets_that_are_through_are_not_looked_at_again(comm, monkeypatch):
     """A step of n buckets takes about n looks, not n * n."""
     looks, ready = [], _Flight.ready
     monkeypatch.setattr(_Flight, "ready", lambda self, ahead: looks.append(1) or ready(self, ahead))
-    pipeline = Pipeline(comm, 10.0, "poll")
+    pipeline = Pipeline(comm, 600.0, "poll")
     for step in range(2):
         for n in range(100):
             pipeline.launch(f"bucket {n}", iter([[]] * 2))
@@ -62,15 +61,14 @@ def test_buckets_that_are_through_are_not_looked_at_again(comm, monkeypatch):
 
 
 def test_an_error_in_the_thread_is_raised_by_drain(comm):
-    pipeline = Pipeline(comm, 10.0, "thread")
+    pipeline = Pipeline(comm, 600.0, "thread")
 
     def bucket():
         raise MismatchError("these headers differ")
         yield
 
     pipeline.launch("a bucket", bucket())
-    late = time.monotonic() + 10
-    while pipeline.busy and time.monotonic() < late:
+    while pipeline.busy:  # until the limit of this test
         time.sleep(0.01)
     with pytest.raises(MismatchError, match="these headers differ"):
         pipeline.drain()
@@ -94,7 +92,7 @@ def test_ranks_at_different_steps_are_noticed_in_the_thread(comm):
 
 def test_no_thread_outlives_its_pipeline(comm):
     before = set(threading.enumerate())
-    pipeline = Pipeline(comm, 10.0, "thread")
+    pipeline = Pipeline(comm, 600.0, "thread")
     pipeline.launch("nothing", iter(()))
     thread, = set(threading.enumerate()) - before
     assert thread.name == "mpicomp progress"

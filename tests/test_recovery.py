@@ -43,7 +43,6 @@ def copied(state):
 
 
 @pytest.mark.mpi
-@pytest.mark.limit(120)
 @pytest.mark.parametrize("before", [0, 1, 5])
 @pytest.mark.parametrize("spec", METHODS)
 def test_a_regrouped_reducer_is_one_that_was_loaded_on_so_many_ranks(comm, spec, before):
@@ -129,10 +128,9 @@ no_ulfm = pytest.mark.skipif(
 
 
 @no_ulfm
-@pytest.mark.limit(240)
 @pytest.mark.parametrize("method, phase, step, outcome", [
     ("onebit", "exchange", 5, "recovered"),
-    ("onebit:exchange=sharded", "checkpoint", 8, "recovered"),
+    pytest.param("onebit:exchange=sharded", "checkpoint", 8, "recovered", marks=pytest.mark.slow),
     ("strom:tau=0.01,exchange=peers", "backward", 7, "named error")])
 def test_a_killed_rank(chaos, tmp_path, method, phase, step, outcome):
     """Three of tests/chaos: the others go on to the right bits, or end by the documented status."""

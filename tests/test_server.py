@@ -6,8 +6,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from training import (examples, give, network, outcome, parameters, replicas_are_identical,
-                      same_error, whole_numbers)
+from training import (examples, give, impatient, network, outcome, parameters,
+                      replicas_are_identical, same_error, whole_numbers)
 
 import mpicomp
 from mpicomp import Key, PacketError, SpecError, StallError, packet
@@ -62,7 +62,6 @@ def flat(named):
 # ---- the sum --------------------------------------------------------------------------------
 
 
-@pytest.mark.limit(180)
 @pytest.mark.parametrize("spec, average, thread", [
     *((spec, False, "yes") for spec in SPECS), ("strom:tau=0.05", True, "no"),
     ("dropping:rate=0.9", True, "no"), ("dropping:rate=0.9", True, "yes")])
@@ -334,12 +333,13 @@ def test_without_a_thread_a_rank_serves_while_it_waits_and_from_hooks(comm):
 
 @two
 def test_an_owner_that_does_not_answer_is_named(comm):
-    named, reducer, optimizer = make(comm, "dense:exchange=server,thread=no", stall_timeout=0.4)
+    named, reducer, optimizer = make(comm, "dense:exchange=server,thread=no")
     late = comm.size - 1
     step(named, optimizer, [np.ones(p.shape) for _, p in named])
     reducer.deliver()
     if comm.rank != late:
-        with pytest.raises(StallError, match=rf"rank {comm.rank} waited 0.4 s .*for rank .*{late}"):
+        with impatient(reducer), pytest.raises(
+                StallError, match=rf"rank {comm.rank} waited 0.4 s .*for rank .*{late}"):
             step(named, optimizer, [np.ones(p.shape) for _, p in named])
     comm.Barrier()
     if comm.rank != late:

@@ -27,7 +27,7 @@ def test_a_signal_to_one_rank_is_heard_by_all_in_the_same_step(comm):
 
 
 def sleep():
-    time.sleep(100)
+    time.sleep(1000)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])  # SIGTERM is ranks.py's
@@ -39,7 +39,7 @@ def test_a_forked_child_is_ended_by_the_signal_as_before(number):
     try:
         time.sleep(0.2)
         os.kill(child.pid, number)
-        child.join(20)
+        child.join()
         assert child.exitcode == -number
         signals.post()
         assert signals.agreed() == 0    # it was not meant for this process

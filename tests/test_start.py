@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ranks
 from mpi4py import MPI
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +30,7 @@ def python(code, path=(), **variables):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
     clean |= {"PYTHONPATH": os.pathsep.join([*map(str, path), str(ROOT)]), **variables}
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=clean, text=True,
-                          capture_output=True, timeout=50)
+                          capture_output=True, timeout=ranks.JOB)
     return done.returncode, done.stdout, done.stderr
 
 

