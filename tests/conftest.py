@@ -4,6 +4,7 @@
     python -m pytest -n 2                      the same on two cores (pytest-xdist)
     launch/run -n 3 -m pytest                  three ranks: the tests marked mpi, with min_size <= 3
     ... --slow                                 with the tests that are marked slow
+    ... --spread                               each case of a test on one of 2, 3 and 4 ranks
     ... --results FILE                         each outcome is written there when it is known
 
     @pytest.mark.mpi                           runs alone and on any number of ranks
@@ -21,6 +22,7 @@ import contextlib
 import json
 import os
 import socket
+import zlib
 from importlib.metadata import version
 
 import hypothesis
@@ -106,6 +108,8 @@ def pytest_runtest_protocol(item, nextitem):
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run what is marked slow, too")
+    parser.addoption("--spread", action="store_true",
+                     help="run each case of a test on one of 2, 3 and 4 ranks only")
     parser.addoption("--results", metavar="FILE", help="write each outcome there as it is known")
 
 
@@ -139,15 +143,41 @@ def pytest_collectreport(report):
 
 
 def pytest_collection_modifyitems(config, items):
-    def runs_here(item):
+    def may_run(item, size):
         if item.get_closest_marker("slow") and not config.getoption("slow"):
             return False
         marks = [mark.kwargs for mark in item.iter_markers("mpi")] or [{"sizes": (1,)}]
-        return all(SIZE >= mark.get("min_size", 1) and SIZE in mark.get("sizes", (SIZE,))
+        return all(size >= mark.get("min_size", 1) and size in mark.get("sizes", (size,))
                    for mark in marks)
 
-    config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
-    items[:] = [item for item in items if runs_here(item)]
+    here = [item for item in items if may_run(item, SIZE)]
+    if config.getoption("spread") and SIZE in SPREAD:
+        others = elsewhere(here, may_run)
+        here = [item for item in here if item not in others]
+    kept = set(here)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = here
+
+
+SPREAD = (2, 3, 4)
+
+
+def elsewhere(items, may_run, here=SIZE):
+    """Of each test with cases for all sizes, those cases that are run on another of them.
+
+    Cases are dealt out in the order of a digest, so that none of a test's parameters goes along
+    with the number of ranks, and every case stays where it is when another test changes.
+    """
+    cases, others = {}, set()
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for group in cases.values():
+        group.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        for number, item in enumerate(group):
+            sizes = [size for size in SPREAD if may_run(item, size)]
+            if len(group) >= len(sizes) and sizes[number % len(sizes)] != here:
+                others.add(item)
+    return others
 
 
 def pytest_collection_finish(session):

@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import conftest
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +100,29 @@ def test_one_rank_runs_on_all_cores_unless_somebody_looks_on(launch_test, monkey
         assert "loadgroup" not in launch_test.command(1, words, 10)
     assert "loadgroup" not in launch_test.command(2, [], 10)
     assert "--timeout=10" in launch_test.command(2, [], 10)
+
+
+def test_cases_are_spread_over_2_3_and_4_ranks():
+    """Each case runs on one of the sizes that it may run on, each size gets its share; a test with
+    fewer cases than sizes runs on all."""
+    class Item:
+        def __init__(self, nodeid):
+            self.nodeid = nodeid
+
+    def may_run(item, size):
+        return size in (3, 4) or not item.nodeid.startswith("odd")
+
+    everything = [Item(f"{name}[{case}]") for name, count in (("many", 10), ("odd", 4), ("few", 2))
+                  for case in range(count)]
+    stays = {size: {item.nodeid for item in everything}
+             - {item.nodeid for item in conftest.elsewhere(everything, may_run, size)}
+             for size in (2, 3, 4)}
+    few = {"few[0]", "few[1]"}
+    assert all(few <= found for found in stays.values())
+    for name, count, sizes in (("many", 10, (2, 3, 4)), ("odd", 4, (3, 4))):
+        shares = [{test for test in stays[size] if test.startswith(name)} for size in sizes]
+        assert sum(map(len, shares)) == count == len(set().union(*shares))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 # ---- launch/test --changed

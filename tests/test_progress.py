@@ -68,7 +68,7 @@ def test_an_error_in_the_thread_is_raised_by_drain(comm):
         yield
 
     pipeline.launch("a bucket", bucket())
-    while pipeline.busy:  # until the limit of this test
+    while not pipeline._thread._error:  # until the limit of this test
         time.sleep(0.01)
     with pytest.raises(MismatchError, match="these headers differ"):
         pipeline.drain()

@@ -7,6 +7,7 @@ from test_launch import RUN, finish
 
 from mpicomp.watchdog import STALLED
 
+slow = pytest.mark.slow
 PROGRAM = """
 import ctypes, os, sys, time
 import torch
@@ -57,7 +58,7 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("ranks, how, method", [
-    (3, "sleep", "onebit"), (2, "loop", "dense"), (4, "barrier", "strom:tau=0.1")])
+    (3, "sleep", "onebit"), (2, "loop", "dense"), (2, "barrier", "strom:tau=0.1")])
 def test_every_rank_says_where_it_is(ranks, how, method, run):
     status, output = run(ranks, how, method)
     assert status == STALLED, output
@@ -71,13 +72,14 @@ def test_every_rank_says_where_it_is(ranks, how, method, run):
 
 
 def test_a_rank_that_cannot_answer_is_named(run):
-    status, output = run(3, "lock")
+    status, output = run(2, "lock")
     assert status == STALLED
-    assert re.search("rank (1, )?2 did not answer within 3 s", output), output
+    assert re.search("rank 1 did not answer within 3 s", output), output
     assert "Python's lock" in output
 
 
-@pytest.mark.parametrize("method", ["dense", "onebit:exchange=sharded", "onebit:delay=1"])
+@pytest.mark.parametrize("method", ["dense", pytest.param("onebit:exchange=sharded", marks=slow),
+                                    pytest.param("onebit:delay=1", marks=slow)])
 def test_a_rank_that_has_ended_is_named_by_all_in_seconds(method, run):
     """Not after stall_timeout: it says how many steps it made when it comes to MPI_Finalize."""
     status, output = run(3, "leave", method, stall=600)
