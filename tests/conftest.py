@@ -116,8 +116,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     ranks.stderr = os.dup(2)  # pytest captures 2 itself while tests run
     ranks.watch_for_sigterm()
-    for marker in ("limit(seconds): when this test is taken for hanging", "slow: with --slow only",
-                   "xdist_group(name): under pytest-xdist, one worker runs them all"):
+    for marker in ("limit(seconds): when this test is taken for hanging", "slow: with --slow only"):
         config.addinivalue_line("markers", marker)
     worker = hasattr(config, "workerinput")  # of pytest-xdist: its controller hears all it finds
     if RANK == 0 and not worker and config.getoption("results"):
@@ -178,6 +177,26 @@ def elsewhere(items, may_run, here=SIZE):
             if len(group) >= len(sizes) and sizes[number % len(sizes)] != here:
                 others.add(item)
     return others
+
+
+# Files whose tests share what exists once: one of pytest-xdist's workers runs all of them.
+TOGETHER = {"tests/test_cluster.py", "tests/test_train.py"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # the scopes with most tests first
+        _split_scope = staticmethod(scope_of)
+
+    return Scheduling(config, log)
+
+
+def scope_of(nodeid):
+    """What a worker is given at a time: one test, or a file of TOGETHER."""
+    file = nodeid.partition("::")[0]
+    return file if file in TOGETHER else nodeid
 
 
 def pytest_collection_finish(session):

@@ -16,8 +16,6 @@ LAUNCH = Path(__file__).parent.parent / "launch"
 # What `up` says where emulated hosts cannot be had.
 REFUSALS = ("only Linux", "need root", "apt-get install iproute2", "--privileged", "type: modprobe")
 
-pytestmark = pytest.mark.xdist_group("cluster")  # there is one, which a fixture makes for all
-
 spec = importlib.util.spec_from_file_location("hosts", LAUNCH / "hosts.py")
 hosts = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(hosts)

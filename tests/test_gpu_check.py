@@ -36,8 +36,9 @@ def gpu_here():
 
 
 def run(*arguments, **environment):
-    return subprocess.run([str(SCRIPT), *arguments], text=True, capture_output=True, timeout=ranks.JOB,
-                          env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, **environment})
+    outside = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, **environment}
+    return subprocess.run([str(SCRIPT), *arguments], text=True, capture_output=True, env=outside,
+                          timeout=ranks.JOB)
 
 
 @pytest.mark.skipif(gpu_here(), reason="there is a GPU here: run jobs/gpu_check.sh itself")

