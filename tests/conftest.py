@@ -36,10 +36,12 @@ lent = []  # communicators that the running test got from a fixture
 broken = []  # tracebacks of what could not be collected on this rank
 
 # Ranks must draw the same examples, and shrinking on one rank only would strand the others.
+# What is slow may be a machine with much else to do.
+unhurried = dict(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.register_profile(
-    "ranks", derandomize=True, database=None, deadline=None,
+    "ranks", derandomize=True, database=None, **unhurried,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
-hypothesis.settings.register_profile("alone", deadline=None)
+hypothesis.settings.register_profile("alone", **unhurried)
 hypothesis.settings.load_profile("alone" if SIZE == 1 else "ranks")
 
 
