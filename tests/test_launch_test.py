@@ -5,6 +5,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -135,10 +136,14 @@ def test_cases_are_spread_over_2_3_and_4_ranks():
 # ---- launch/test --changed
 
 
+needs_git = pytest.mark.skipif(not shutil.which("git") or not (ROOT / ".git").exists(),
+                               reason="no git, or no checkout of it")
+
+
 @pytest.fixture
-def changes(monkeypatch):
+def affected(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "launch")
-    return importlib.import_module("changes")
+    return importlib.import_module("affected")
 
 
 FILES = {
@@ -172,31 +177,33 @@ FILES = {
     ("docs/ddp.md", ["page"]), ("tests/helper.py", ["helped"]),
     ("tests/test_direct.py", ["direct"]),
     ("mpicomp/__init__.py", ["direct", "helped", "module"])])
-def test_who_needs_a_file(changes, changed, needed_by):
-    graph = changes.Graph(FILES, FILES.get)
+def test_who_needs_a_file(affected, changed, needed_by):
+    graph = affected.Graph(FILES, FILES.get)
     assert sorted(name for name in FILES if name.startswith("tests/test_")
                   and changed in graph.reach(name)) == [f"tests/test_{n}.py" for n in needed_by]
 
 
-def test_a_change_selects_test_files(changes):
+@needs_git
+def test_a_change_selects_test_files(affected):
     """Of this very tree: a script, a module, one that is deleted, what all tests need, nothing."""
-    launch = changes.tests(["launch/test"])
+    launch = affected.tests(["launch/test"])
     assert {"tests/test_architecture.py", "tests/test_launch_test.py"} <= set(launch)
     assert len(launch) < 6
-    ddp = changes.tests(["mpicomp/process_group.py"])
+    ddp = affected.tests(["mpicomp/process_group.py"])
     assert "tests/test_ddp.py" in ddp and "tests/test_philox.py" not in ddp
-    assert changes.tests(["mpicomp/of_old.py"]) == ["tests/test_architecture.py"]
+    assert affected.tests(["mpicomp/of_old.py"]) == ["tests/test_architecture.py"]
     everything = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*.py"))
-    assert changes.tests(["tests/ranks.py"]) == everything
-    assert changes.tests([]) == []
+    assert affected.tests(["tests/ranks.py"]) == everything
+    assert affected.tests([]) == []
 
 
-def test_git_tells_what_has_changed(changes, tmp_path, monkeypatch):
+@needs_git
+def test_git_tells_what_has_changed(affected, tmp_path, monkeypatch):
     """Committed on a branch, not committed, new and deleted; not what main has done since."""
-    monkeypatch.setattr(changes, "ROOT", tmp_path)
+    monkeypatch.setattr(affected, "ROOT", tmp_path)
 
     def git(*words):
-        return changes.git("-c", "user.name=x", "-c", "user.email=x", *words)
+        return affected.git("-c", "user.name=x", "-c", "user.email=x", *words)
 
     git("init", "-q", "-b", "main")
     for name in "abcd":
@@ -207,4 +214,4 @@ def test_git_tells_what_has_changed(changes, tmp_path, monkeypatch):
     (tmp_path / "b").write_text("2")
     (tmp_path / "c").unlink()
     (tmp_path / "e").touch()
-    assert changes.changed() == {"a", "b", "c", "e"}
+    assert affected.changed() == {"a", "b", "c", "e"}

@@ -29,7 +29,11 @@ NAMED = ("launch/", "jobs/", "docs/", "tests/")  # files that others know by nam
 
 
 def git(*words):
-    done = subprocess.run(["git", *words], cwd=ROOT, text=True, capture_output=True)
+    """The lines that git prints; [] where there is no git, or it refuses."""
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, text=True, capture_output=True)
+    except OSError:
+        return []
     return done.stdout.splitlines() if done.returncode == 0 else []
 
 
