@@ -1,6 +1,7 @@
 """Attachment: what ties a Reducer to the user's optimizers, and what these may not step on."""
 
 import weakref
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -9,6 +10,11 @@ from mpicomp import amp, mpi
 from mpicomp.errors import SpecError
 
 _reducers = weakref.WeakKeyDictionary()  # optimizer: those that are attached to it
+
+
+def reducers_of(optimizer) -> list:
+    """The Reducers that are attached to an optimizer."""
+    return _reducers.get(optimizer, [])
 
 
 class Attachment:
@@ -38,6 +44,15 @@ class Attachment:
         _reducers.setdefault(optimizer, []).append(self)
         return self
 
+    def finish_for(self, what):
+        """`finish`, to read or change p.grad. SpecError where no gradient is left after it."""
+        if self._exchange.owns:
+            raise SpecError(
+                f"rank {self.comm.rank}: {what} has no meaning with exchange=server: the owners "
+                "apply gradients, and none is left here. To change a gradient before it is sent "
+                "call backward() in  with reducer.no_sync():  and then step()")
+        self.finish()
+
     def _detach(self):
         """No optimizer is attached any more."""
         for optimizer in self._optimizers:
@@ -48,12 +63,14 @@ class Attachment:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._refuse_strangers(optimizer)
-            return self.finish()
+            self.finish()
+            return self._changes.commit()
 
         def averaged():
             loss = closure()
             self._refuse_strangers(optimizer)
             self.finish()
+            self._changes.commit()
             return self._mean_loss(loss)
 
         if "closure" in kwargs:
@@ -84,13 +101,8 @@ class Attachment:
     def _refuse_strangers(self, optimizer):
         """Raise where the optimizer would step on a gradient that is this rank's alone."""
         groups = getattr(optimizer, "param_groups", ())  # somebody's own may have none
-        count = sum(len(group["params"]) for group in groups)
-        attached = _reducers[optimizer]
-        seen, strangers = self._strangers.get(optimizer, (None, ()))
-        if seen != (count, len(attached)):
-            known = {id(p) for reducer in attached for _, p in reducer._all_parameters}
-            strangers = [p for group in groups for p in group["params"] if id(p) not in known]
-            self._strangers[optimizer] = (count, len(attached)), strangers
+        known = set().union(*(reducer._ids for reducer in _reducers[optimizer]))
+        strangers = [p for group in groups for p in group["params"] if id(p) not in known]
         odd = [p for p in strangers if p.grad is not None]
         if odd:
             raise SpecError(
@@ -98,6 +110,11 @@ class Attachment:
                 f"Reducer does not know, the first of shape {list(odd[0].shape)}: it would be "
                 "another one on each rank. Give all of model.named_parameters() to the Reducer; "
                 "after add_param_group, or after unfreezing a layer, close() it and make a new one")
+
+    @cached_property
+    def _ids(self):
+        """Of all parameters that this Reducer exchanges, which it keeps alive."""
+        return {id(p) for _, p in self._all_parameters}
 
     @property
     def _all_parameters(self):

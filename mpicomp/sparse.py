@@ -60,7 +60,7 @@ class Sparse:
         grads = [_rows(p) for _, p in self.named]
         bad = [name for (name, _), g in zip(self.named, grads) if not g.values().isfinite().all()]
         if bad:
-            self.reducer._bad[BUCKET] = bad[0]
+            self.reducer._changes.bad[BUCKET] = bad[0]
         heads, counts = self._heads(exchange, plan, bad, [g.indices().shape[1] for g in grads])
         if any(head.flags & packet.NONFINITE for head in heads):
             return True
