@@ -5,16 +5,41 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mpicomp import amp, mpi
 from mpicomp.errors import SpecError
 
 _reducers = weakref.WeakKeyDictionary()  # optimizer: those that are attached to it
+_open = weakref.WeakSet()  # all Reducers with hooks on parameters
+_watched = []  # the hook of all optimizers, once it is there
 
 
 def reducers_of(optimizer) -> list:
     """The Reducers that are attached to an optimizer."""
     return _reducers.get(optimizer, [])
+
+
+def now_open(reducer):
+    """A new Reducer has its hooks on."""
+    _open.add(reducer)
+
+
+def _refuse_unattached(optimizer, args, kwargs):
+    """Before every step of any optimizer: SpecError where it would use this rank's gradients."""
+    if _reducers.get(optimizer):
+        return
+    mine = None
+    for reducer in _open:
+        if reducer._optimizers and reducer._hooks and any(
+                slot.ready for slot in reducer._order.slots) and not reducer._finished:
+            mine = mine or {id(p) for group in getattr(optimizer, "param_groups", ())
+                            for p in group["params"] if p.grad is not None}
+            if not mine.isdisjoint(reducer._ids):
+                raise SpecError(
+                    f"rank {reducer.comm.rank}: step() of another {type(optimizer).__name__} than "
+                    "the one that the Reducer is attached to: it would use this rank's gradients. "
+                    "Type  reducer.attach(optimizer)  for it, too")
 
 
 class Attachment:
@@ -37,9 +62,15 @@ class Attachment:
                 raise SpecError(f"a GradScaler needs a synchronous exchange, found {self.method!r}")
             amp.follow_scale(self._order.slots, scaler)
             amp.finish_before_unscale(self, scaler)
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise SpecError(f"attach: {type(optimizer).__name__} found, expected a torch.optim."
+                            "Optimizer that has called super().__init__(): where it wraps another "
+                            "optimizer, attach that one")
         handles = [optimizer.register_step_pre_hook(self._before_step),
                    optimizer.register_step_post_hook(self._after_step)]
         self._hooks += filter(None, handles)  # somebody's own optimizer may give none
+        if not _watched:
+            _watched.append(register_optimizer_step_pre_hook(_refuse_unattached))
         self._optimizers.append(optimizer)
         _reducers.setdefault(optimizer, []).append(self)
         return self
@@ -65,6 +96,13 @@ class Attachment:
             self._refuse_strangers(optimizer)
             self.finish()
             return self._changes.commit()
+
+        if self._delay or self._exchange.asynchronous:
+            raise SpecError(
+                f"rank {self.comm.rank}: step(closure) with {self.method!r}, which gives the "
+                "closure the gradient of another call: use a synchronous exchange without delay, "
+                "or step() without a closure")
+        self.compare()  # the closure may change parameters by what is this rank's alone (SAM)
 
         def averaged():
             loss = closure()

@@ -43,7 +43,8 @@ class Slot:
         torch's fused optimizers walk through memory, whatever the strides.
         """
         p = self.parameter
-        return p.dtype == torch.float32 and p.device == self.view.device and p.is_contiguous()
+        return (p.dtype == kind(p) == torch.float32 and p.device == self.view.device
+                and p.is_contiguous())
 
     @property
     def shown(self):
@@ -163,7 +164,8 @@ class Slot:
         if self.direct:
             self.parameter.grad = self.shown
         elif own is None or own.is_sparse or self._is_here(own):
-            self.parameter.grad = torch.empty_like(self.parameter).copy_(self.view).detach()
+            own = torch.empty_like(self.parameter, dtype=kind(self.parameter)).detach()
+            self.parameter.grad = own.copy_(self.view)
         else:
             own.detach().copy_(self.view)
             self.parameter.grad = own
@@ -177,6 +179,11 @@ class Slot:
         with torch.no_grad():
             self.parameter += self.view.to(self.parameter.device)
         self.clear()
+
+
+def kind(parameter) -> torch.dtype:
+    """Of its gradient: torch 2.10 and newer let it be another one than its own."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
 
 
 class Bucket:

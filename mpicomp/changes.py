@@ -10,7 +10,8 @@ it, so a step that is given up, before or after the exchange, leaves no trace in
 import torch
 
 from mpicomp.agree import digest
-from mpicomp.errors import MismatchError, NonFiniteError, SpecError
+from mpicomp.errors import NonFiniteError, SpecError
+from mpicomp.pending import Pending
 
 
 class Changes:
@@ -37,7 +38,11 @@ class Changes:
     def came(self, slot):
         """The hook of this slot's parameter brings its gradient."""
         self._came.append(slot)
-        self._last = slot
+        self._last, now = slot, slot.parameter.grad
+        if type(now) is Pending and now.finish != self.touch:
+            self._problem(
+                f"another open Reducer has taken the gradient of {slot.name!r}: close() that one "
+                "first, or give each of them its own parameters")
         self._refuse_other_dtype(slot)
 
     def _problem(self, text):
@@ -77,10 +82,11 @@ class Changes:
 
     def _end(self):
         r = self.reducer
-        if not r._closed and not r._finished:
-            self.settle()
-            with r._place.here():
-                r._launch_ready()
+        with r._lock:
+            if not r._closed and not r._finished:
+                self.settle()
+                with r._place.here():
+                    r._launch_ready()
 
     def touch(self):
         """Somebody reads or changes a gradient whose exchange is under way."""

@@ -1,11 +1,12 @@
 """The Reducer decides when: it watches backward, exchanges, and leaves the mean in p.grad."""
 
 import sys
+import threading
 from contextlib import contextmanager
 from functools import partial
 
 from mpicomp import kernels, mpi, packet, place, systems
-from mpicomp.attachment import Attachment
+from mpicomp.attachment import Attachment, now_open
 from mpicomp.bucket import make_buckets
 from mpicomp.changes import Changes
 from mpicomp.connection import Connection
@@ -93,15 +94,16 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
                                                   ratio_window, stall_timeout)
         self._say_notes()
         self._next = 0  # the bucket to launch next: plan order, on every rank
-        self._finished, self._finishing = False, False
+        self._finished, self._finishing, self._lock = False, False, threading.RLock()
         self._optimizers, self._stepped = [], set()
         self._given, self._closed, self._outcome = {}, False, None
         self._synchronising, self._checked = True, False
         self._watchdog = Watchdog(self)
         self._hooks = [p.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
                        for name, p in named]
-        self._hooks += [p.register_post_accumulate_grad_hook(lambda _: self._reopen())
-                        for _, p in in_rows]
+        self._hooks += [table.parameter.register_post_accumulate_grad_hook(
+            partial(self._on_rows, table)) for table in self._rows.tables]
+        now_open(self)
 
     # ---- setting up ----
 
@@ -128,13 +130,24 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
     # ---- one step ----
 
     def _on_gradient(self, name, parameter):
-        """The gradient of one parameter is complete (called by autograd)."""
-        self._changes.arrive(parameter)
-        self._reopen()
-        if self._synchronising:
-            self._order.note(name)
-            self._changes.watch_end()
-        self._arrived(*self._order.place[name], parameter, self._changes.touch)
+        """The gradient of one parameter is complete (called by autograd, from any thread)."""
+        with self._lock:
+            self._changes.arrive(parameter)
+            self._reopen()
+            if self._synchronising:
+                self._order.note(name)
+                self._changes.watch_end()
+            self._arrived(*self._order.place[name], parameter, self._changes.touch)
+
+    def _on_rows(self, table, parameter):
+        """A gradient that travels as rows is complete."""
+        with self._lock:
+            self._changes.arrive(parameter)
+            self._reopen()
+            if self._synchronising:
+                self._changes.watch_end()
+                self._changes.came(table)
+                table.fill()
 
     @on_place
     def _arrived(self, bucket, slot, parameter, finish=None):
@@ -226,24 +239,29 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         optimizer is attached, a call after p.grad was zeroed, set to None or replaced is the next
         step's.
         """
-        if self._closed or self._finishing or self._finished and (
-                self._optimizers or not self._begun_anew()):
-            return
-        if self._finished:
-            self._reopen()
-        self._finishing = True
-        try:
-            self._finish()
-        finally:
-            self._finishing = False
+        with self._lock:
+            if self._closed or self._finishing or self._finished and (
+                    self._optimizers or not self._begun_anew()):
+                return
+            if self._finished:
+                self._reopen()
+            self._finishing = True
+            try:
+                self._finish()
+            finally:
+                self._finishing = False
+
+    def compare(self):
+        """Before anything is sent: are all ranks at one step, with the same parameters?"""
+        if not self._checked:
+            check_replicas(self)
+            self._checked = True
 
     def _finish(self):
         self._changes.settle()
         if self._delay:
             self._delay.land()
-        if not self._checked:
-            check_replicas(self)
-            self._checked = True
+        self.compare()
         if not self._next:
             self._changes.replan()
         self._changes.judge()

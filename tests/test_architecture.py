@@ -32,7 +32,7 @@ KNOWS = {
     "watchdog": {"errors"}, "sparse": {"", "errors", "mpi", "packet"},
     "agree": {"errors", "mpi"},
     "bucket": {"errors", "kernels", "layout", "pending", "place", "staging"},
-    "pending": set(), "changes": {"agree", "errors"}, "clip": {"attachment", "errors"},
+    "pending": set(), "changes": {"agree", "errors", "pending"}, "clip": {"attachment", "errors"},
     "delay": {"", "amp", "errors", "kernels", "packet"},
     "amp": {"errors"},
     "signals": set(),
@@ -49,7 +49,8 @@ KNOWS = {
     "delivery": {"", "amp", "errors", "kernels", "mpi", "place", "shard_optimizer", "staging"},
     "persistence": {"advice", "errors", "place", "staging"},
     "order": {"agree", "bucket", "mpi", "staging"},
-    "connection": {"advice", "agree", "changes", "errors", "exchange", "mpi", "place", "systems", "watchdog"},
+    "connection": {"advice", "agree", "changes", "errors", "exchange", "mpi", "place", "systems",
+                   "watchdog"},
     "recovery": {"errors", "mpi"},
     "attachment": {"amp", "errors", "mpi"},
     "variants": {"compressor", "exchange", "systems"},
@@ -57,7 +58,8 @@ KNOWS = {
                 "kernels", "mpi", "order", "persistence", "place", "plan", "receipt", "sparse",
                 "systems", "watchdog"} | BASE,
 }
-TORCH = {"reducer", "changes", "clip", "pending", "place", "order", "persistence", "delivery", "shard_optimizer", "bucket",
+TORCH = {"reducer", "changes", "clip", "pending", "place", "order", "persistence", "delivery",
+         "shard_optimizer", "bucket",
          "broadcast", "plan", "nn", "ddp", "bench", "amp", "process_group", "checkpoint",
          "repartition", "recovery", "sparse", "attachment"}
 MPI = {"exchange", "mpi", "reducer", "order", "delivery", "broadcast", "cli", "bench", "ddp",
