@@ -163,19 +163,19 @@ class Attachment:
 
     def _remember_given(self):
         """Keep in mind what `finish` has left in p.grad, to know later that a new step began."""
-        self._given = {slot.name: _mark(slot.parameter.grad) for slot in self._order.slots}
+        self._given = {name: _mark(p.grad) for name, p in self._all_parameters}
 
     def _begun_anew(self) -> bool:
         """Has p.grad been taken away, replaced or zeroed since `finish` left it there?"""
         if not self._given:
             return False
-        now = {slot.name: slot.parameter.grad for slot in self._order.slots}
+        now = {name: p.grad for name, p in self._all_parameters}
         had = {name: (ref and ref(), version) for name, (ref, version) in self._given.items()}
         if any(now[name] is not gradient for name, (gradient, _) in had.items()):
             return True
         gradients = [(now[name], version) for name, (_, version) in had.items()
                      if now[name] is not None]
-        return bool(gradients) and not any(g._version == version or g.any()
+        return bool(gradients) and not any(g._version == version or g.is_sparse or g.any()
                                            for g, version in gradients)
 
 

@@ -54,8 +54,8 @@ KNOWS = {
     "recovery": {"errors", "mpi"},
     "attachment": {"amp", "errors", "mpi"},
     "variants": {"compressor", "exchange", "systems"},
-    "reducer": {"", "attachment", "bucket", "changes", "connection", "delay", "delivery", "exchange",
-                "kernels", "mpi", "order", "persistence", "place", "plan", "receipt", "sparse",
+    "reducer": {"", "attachment", "bucket", "changes", "connection", "delay", "delivery",
+                "exchange", "kernels", "mpi", "order", "persistence", "place", "plan", "receipt", "sparse",
                 "systems", "watchdog"} | BASE,
 }
 TORCH = {"reducer", "changes", "clip", "pending", "place", "order", "persistence", "delivery",
