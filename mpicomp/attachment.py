@@ -93,9 +93,8 @@ class Attachment:
         """Finish; where step is given a closure that runs backward itself, finish after that."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._refuse_strangers(optimizer)
-            self.finish()
-            return self._changes.commit()
+            self._finish_for_step(optimizer)
+            return None
 
         if self._delay or self._exchange.asynchronous:
             raise SpecError(
@@ -106,9 +105,7 @@ class Attachment:
 
         def averaged():
             loss = closure()
-            self._refuse_strangers(optimizer)
-            self.finish()
-            self._changes.commit()
+            self._finish_for_step(optimizer)
             return self._mean_loss(loss)
 
         if "closure" in kwargs:
@@ -136,14 +133,23 @@ class Attachment:
 
     # ---- parameters that nobody exchanges ----
 
-    def _refuse_strangers(self, optimizer):
-        """Raise where the optimizer would step on a gradient that is this rank's alone."""
+    def _finish_for_step(self, optimizer):
+        """Finish, and what was said is the past. SpecError, on all ranks, for strangers."""
+        if problem := self._strangers(optimizer):
+            self._changes.problem(problem)
+        self.finish()
+        if problem:  # where the exchange was over before
+            raise SpecError(f"rank {self.comm.rank}: {problem}")
+        self._changes.commit()
+
+    def _strangers(self, optimizer) -> str | None:
+        """Would the optimizer step on a gradient that is this rank's alone?"""
         groups = getattr(optimizer, "param_groups", ())  # somebody's own may have none
         known = set().union(*(reducer._ids for reducer in _reducers[optimizer]))
         strangers = [p for group in groups for p in group["params"] if id(p) not in known]
         odd = [p for p in strangers if p.grad is not None]
         if odd:
-            raise SpecError(
+            return (
                 f"{type(optimizer).__name__} has {len(odd)} parameters with a gradient that the "
                 f"Reducer does not know, the first of shape {list(odd[0].shape)}: it would be "
                 "another one on each rank. Give all of model.named_parameters() to the Reducer; "

@@ -40,18 +40,18 @@ class Changes:
         self._came.append(slot)
         self._last, now = slot, slot.parameter.grad
         if type(now) is Pending and now.finish != self.touch:
-            self._problem(
+            self.problem(
                 f"another open Reducer has taken the gradient of {slot.name!r}: close() that one "
                 "first, or give each of them its own parameters")
         self._refuse_other_dtype(slot)
 
-    def _problem(self, text):
+    def problem(self, text):
         """What all ranks raise when the exchange is finished; the first counts."""
         self.bad.setdefault("problem", text)
 
     def _refuse_other_dtype(self, slot):
         if slot.dtype != slot.parameter.dtype:
-            self._problem(
+            self.problem(
                 f"{slot.name!r} has become {slot.parameter.dtype}, it was {slot.dtype} when the "
                 "Reducer was made: make it after model.half() and the like, or close() it and "
                 "make a new one")
@@ -60,7 +60,7 @@ class Changes:
         """All hooks of the parameter that came last are through."""
         slot, self._last = self._last, None
         if slot is not None and not slot.settle(self.touch):
-            self._problem(
+            self.problem(
                 f"p.grad of {slot.name!r} was set to None in backward(), by another hook of the "
                 "parameter: nothing is left to exchange. Take that hook off, or do what it does "
                 "after optimizer.step()")
@@ -100,7 +100,7 @@ class Changes:
             if not slot.ready:
                 self._refuse_other_dtype(slot)
         if self.frozen and (r.method.adagrad or r._exchange.owns):
-            self._problem(
+            self.problem(
                 f"{self.frozen[0]!r} needs no gradient any more, but with {r.method!r} it would "
                 "move on: after freezing a layer close() the Reducer and make a new one")
         elif changed and all(slot.parameter.grad is None for slot in self._came):
@@ -108,7 +108,7 @@ class Changes:
         elif changed:
             odd = changed[0]
             what = "set to None" if odd.parameter.grad is None else "changed"
-            self._problem(
+            self.problem(
                 f"p.grad of {odd.name!r} was {what} between backward() and optimizer.step(), while "
                 "its exchange was under way: call  reducer.finish()  after the last backward(), "
                 "and p.grad is the mean, which you may change. (zero_grad() of all parameters "
@@ -119,7 +119,7 @@ class Changes:
         self.bad["given up"] = True
         r = self.reducer
         if r._delay or r._exchange.asynchronous and r._next:
-            self._problem(
+            self.problem(
                 f"{r.method!r} cannot give up a step that backward() has begun, since a part of it "
                 "is applied already: call optimizer.step()")
 

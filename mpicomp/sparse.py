@@ -184,7 +184,8 @@ def _rows(parameter):
     """The coalesced sparse gradient of a parameter, without rows where there is none."""
     grad = parameter.grad
     if grad is None:
-        return torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.int64),
-                                       torch.zeros(0, *parameter.shape[1:]),
+        where = parameter.device  # whatever torch.set_default_device says
+        return torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.int64, device=where),
+                                       torch.zeros(0, *parameter.shape[1:], device=where),
                                        parameter.shape, check_invariants=True).coalesce()
     return (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()

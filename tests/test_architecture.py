@@ -55,8 +55,8 @@ KNOWS = {
     "attachment": {"amp", "errors", "mpi"},
     "variants": {"compressor", "exchange", "systems"},
     "reducer": {"", "attachment", "bucket", "changes", "connection", "delay", "delivery",
-                "exchange", "kernels", "mpi", "order", "persistence", "place", "plan", "receipt", "sparse",
-                "systems", "watchdog"} | BASE,
+                "exchange", "kernels", "mpi", "order", "persistence", "place", "plan", "receipt",
+                "sparse", "systems", "watchdog"} | BASE,
 }
 TORCH = {"reducer", "changes", "clip", "pending", "place", "order", "persistence", "delivery",
          "shard_optimizer", "bucket",
