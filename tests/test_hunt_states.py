@@ -170,3 +170,32 @@ def test_parameters_that_are_replaced(comm):
     optimizer.reducer.attach(other)
     assert "does not know" in same_error(
         comm, SpecError, lambda: plain(model, other, *batch(comm.rank, 1)))
+
+
+def test_tensors_of_all_kinds_are_broadcast(comm):
+    """pytorch/pytorch#74039: complex, float8, bool, strided, conjugate, empty and scalar ones."""
+    torch.manual_seed(comm.rank)
+    z = torch.randn(3, dtype=torch.complex64)
+    tensors = {"complex": z.clone(), "conjugate": z.conj(), "bool": torch.rand(5) > 0.5,
+               "float8": torch.randn(4).to(torch.float8_e4m3fn), "empty": torch.zeros(0, 3),
+               "scalar": torch.tensor(float(comm.rank)), "strided": torch.randn(3, 8)[:, ::2].t(),
+               "uint16": torch.full((3,), comm.rank).to(torch.uint16),
+               "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)}
+    mpicomp.broadcast_parameters(tensors, comm)
+    found = comm.allgather({name: str(t.resolve_conj().tolist()) for name, t in tensors.items()})
+    assert all(each == found[0] for each in found)
+
+
+def test_gradients_that_share_memory(comm):
+    """pytorch/pytorch#34904: two parameters are given one tensor, a third an expanded number."""
+    params = [nn.Parameter(torch.zeros(shape)) for shape in (3, 3, (2, 3))]
+    optimizer = torch.optim.SGD(params, lr=1.0)
+    mpicomp.DistributedOptimizer(optimizer, list(zip("abc", params)), "dense", comm)
+    for step in range(2):
+        given = torch.full((3,), float(comm.rank + step))
+        params[0].grad = params[1].grad = given
+        params[2].grad = given[0].expand(2, 3)
+        optimizer.step()
+    expected = -(2 * (comm.size - 1) / 2 + 1)
+    for p in params:
+        torch.testing.assert_close(p.detach(), torch.full_like(p, expected))
