@@ -98,9 +98,9 @@ class Attachment:
 
         if self._delay or self._exchange.asynchronous:
             raise SpecError(
-                f"rank {self.comm.rank}: step(closure) with {self.method!r}, which gives the "
-                "closure the gradient of another call: use a synchronous exchange without delay, "
-                "or step() without a closure")
+                f"step(closure) with {self.method!r}, which gives the closure the gradient of "
+                "another call: use a synchronous exchange without delay, or step() without a "
+                "closure")
         self.compare()  # the closure may change parameters by what is this rank's alone (SAM)
 
         def averaged():

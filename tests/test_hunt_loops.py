@@ -144,7 +144,7 @@ def test_a_trunk_that_two_reducers_share(how, comm):
     if how == "wrong":
         same = [text.split("rank")[0] for text in outcome(
             comm, lambda: train(model, ours, lambda step: batch(comm.rank, step)))]
-        assert set(same) == {"MismatchError: "}
+        assert set(same) <= {"MismatchError: ", "SpecError: "}
         return
     train(model, ours, lambda step: batch(comm.rank, step))
     train(alone, theirs, lambda step: whole(comm, step))
