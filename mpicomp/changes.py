@@ -24,8 +24,13 @@ class Changes:
     """
 
     def __init__(self, reducer):
-        self.reducer, self.bad, self.applied, self.frozen = reducer, {}, [], ()
-        self.took_back, self._digest, self._task = False, 0, None
+        self.reducer, self._task = reducer, None
+        self.reset()
+
+    def reset(self):
+        """Nothing has ever happened."""
+        self.bad, self.applied, self.frozen, self.took_back = {}, [], (), False
+        self.new_mail()
         self.begin()
 
     def begin(self):
@@ -139,6 +144,10 @@ class Changes:
 
     # ---- what all ranks must do alike ----
 
+    def new_mail(self):
+        """The mail of all buckets was made anew."""
+        self._digest = 0
+
     def replan(self):
         """Before the first bucket of a step: have headers say what is frozen and taken back.
 
@@ -152,7 +161,7 @@ class Changes:
         self.took_back = False
         if now != self._digest and not r._exchange.asynchronous:
             self._digest = now
-            for mail in r._lane[1]:
+            for mail in [*r._mail, *(r._warm[1] if r._warm else ())]:
                 mail.replan(self.plan)
 
     @property

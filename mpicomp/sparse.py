@@ -187,5 +187,6 @@ def _rows(parameter):
         where = parameter.device  # whatever torch.set_default_device says
         return torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.int64, device=where),
                                        torch.zeros(0, *parameter.shape[1:], device=where),
-                                       parameter.shape, device=where, check_invariants=True).coalesce()
+                                       parameter.shape, device=where,
+                                       check_invariants=True).coalesce()
     return (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()
