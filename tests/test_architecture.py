@@ -39,7 +39,8 @@ KNOWS = {
     "checkpoint": {"errors", "repartition", "signals"},
     "process_group": {"errors", "mpi"},
     "plan": {"", "agree", "bucket", "errors"},
-    "broadcast": {"agree", "errors", "mpi"},
+    "replicas": {"errors", "exchange", "mpi"},
+    "broadcast": {"agree", "errors", "mpi", "plan", "replicas"},
     "nn": {"errors", "philox"},
     "slurm": {"errors"},
     "receipt": {"errors", "mpi"},
@@ -53,11 +54,11 @@ KNOWS = {
     "attachment": {"amp", "errors", "mpi"},
     "variants": {"compressor", "exchange", "systems"},
     "reducer": {"", "attachment", "bucket", "connection", "delay", "delivery", "exchange",
-                "kernels", "mpi", "order", "persistence", "place", "plan", "receipt", "sparse",
-                "systems", "watchdog"} | BASE,
+                "kernels", "mpi", "order", "persistence", "place", "plan", "receipt", "replicas",
+                "sparse", "systems", "watchdog"} | BASE,
 }
 TORCH = {"reducer", "place", "order", "persistence", "delivery", "shard_optimizer", "bucket",
-         "broadcast", "plan", "nn", "ddp", "bench", "amp", "process_group", "checkpoint",
+         "broadcast", "replicas", "nn", "ddp", "bench", "amp", "process_group", "checkpoint",
          "repartition", "recovery", "sparse", "attachment"}
 MPI = {"exchange", "mpi", "reducer", "order", "delivery", "broadcast", "cli", "bench", "ddp",
        "process_group", "signals", "probe", "recovery", "watchdog"}

@@ -1,0 +1,291 @@
+"""Are the replicas equal to the bit, and if not, what differs first, on which ranks?
+
+All that should be equal is written as facts: (kind, name, text), for a tensor with the checksum of
+its memory (crc32: one pass). One digest of all facts travels, 16 bytes a rank; only where ranks
+differ each tells its whole list, and the error names the first difference and what to type.
+"""
+
+import zlib
+from collections import deque
+from collections.abc import Mapping
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch.nn.parameter import is_lazy
+
+from mpicomp import mpi
+from mpicomp.errors import MismatchError, MpicompError, SpecError
+from mpicomp.exchange import exchange
+
+REMEDIES = {
+    "step": "load the states of one step on every rank",
+    "plan": "load the states of one step on every rank",
+    "parameter": "call mpicomp.broadcast_parameters(model) before the first step; if they were "
+                 "equal then, find what one rank alone has changed (an optimizer that the Reducer "
+                 "does not know, p.data, a gradient after the exchange)",
+    "statistic": "normalisation layers note their own rank's examples: call mpicomp."
+                 "broadcast_parameters(model) before you evaluate or save; on GPUs, torch.nn."
+                 "SyncBatchNorm.convert_sync_batchnorm(model) notes those of all ranks",
+    "buffer": "call mpicomp.broadcast_parameters(model)",
+    "state": "type  model.load_state_dict(comm.bcast(model.state_dict()))  for what only the "
+             "model's own state_dict() knows",
+    "entry": "only tensors are broadcast: pass the module itself, or give every rank the same by "
+             "comm.bcast",
+    "option": "a scheduler that decides by a loss needs that of all ranks: "
+              "scheduler.step(comm.allreduce(loss) / comm.size); "
+              "mpicomp.broadcast_optimizer_state(optimizer) makes them equal",
+    "optimizer state": "call mpicomp.broadcast_optimizer_state(optimizer)",
+}
+ROUNDED = ("with exchange=peers replicas agree up to rounding only: after reducer.deliver() call "
+           "mpicomp.broadcast_parameters(model)")
+
+
+class Replicas:
+    """The part of the Reducer that looks whether replicas are still equal."""
+
+    _check_every = None  # steps
+
+    def check_replicas(self, model=None, **objects):
+        """Raise MismatchError on all ranks unless replicas are equal to the bit. Collective.
+
+        Compared are step, learning rates and all other options of attached optimizers, parameters
+        and optimizer state; of `model` also buffers, extra state and parameters that need no
+        gradient; and other optimizers and what else has a state_dict():
+        reducer.check_replicas(model, scheduler=scheduler, scaler=scaler). The error names what
+        differs first, the ranks, and what to type; causes (learning rates) come before effects.
+
+        One pass over memory, and 16 bytes a rank where all is equal. With an asynchronous exchange
+        only after `deliver`, and without optimizer state, which is each rank's own there; `peers`
+        agree up to rounding at most, so broadcast_parameters(model) comes before.
+        """
+        if self._exchange.asynchronous:
+            self._require_settled("check_replicas()")
+        if self.comm.size > 1:
+            peers = self._exchange.asynchronous and not self._exchange.owns
+            compare(self.comm, lambda: _facts(self, model, objects), self._pipeline.timeout,
+                    {"parameter": ROUNDED} if peers else {})
+
+    def _check_in_turn(self):
+        """At the end of a step: check_replicas_every."""
+        if self._check_every and self.step % self._check_every == 0:
+            self.check_replicas()
+
+
+def check_start(reducer) -> None:
+    """Before the first step, and the first of a loaded state: step, buckets and parameters.
+
+    Parameters need not be equal on the way with an asynchronous exchange: they differ by rounding.
+    """
+    if reducer.comm.size > 1:
+        named = [] if reducer._exchange.asynchronous and reducer.step else reducer._all_parameters
+        compare(reducer.comm, lambda: [*_place_in_time(reducer), *_tensors("parameter", named)],
+                reducer._pipeline.timeout)
+
+
+def bad_every(every, method):
+    """What is wrong with check_replicas_every for this method, or None."""
+    if every is not None and exchange(method.exchange).asynchronous:
+        return SpecError(f"check_replicas_every={every}: with exchange={method.exchange} replicas "
+                         "differ on the way; call reducer.deliver(), then reducer.check_replicas()")
+
+
+def compare(comm, facts, timeout, remedies=None) -> None:
+    """Raise MismatchError on all ranks unless facts(), a list, gives the same on each. Collective.
+
+    What facts() raises on one rank becomes the error of all. StallError after `timeout` seconds.
+    """
+    try:
+        mine = list(facts())
+    except Exception as error:  # whatever it is, the others wait to hear of it
+        mine = [("problem", "", in_words(error))]
+    text = "\n".join(map(" ".join, mine))
+    told = np.frombuffer(blake2b(text.encode(), digest_size=16).digest(), np.uint64)
+    heard = np.zeros((comm.size, 2), np.uint64)
+    mpi.wait(comm, comm.Iallgather(told, heard), timeout, "comparing replicas")
+    if (heard != told).any():
+        raise MismatchError(_first_difference(comm.allgather(mine), REMEDIES | (remedies or {})))
+    if mine and mine[0][0] == "problem":
+        raise SpecError(mine[0][2])
+
+
+def _first_difference(everyone, remedies):
+    """In words: the first fact, in rank 0's order, that is not the same on all ranks."""
+    for rank, facts in enumerate(everyone):
+        if facts and facts[0][0] == "problem":
+            return f"rank {rank}: {facts[0][2]}"
+    tables = [{(kind, name): text for kind, name, text in facts} for facts in everyone]
+    keys = dict.fromkeys(key for table in tables for key in table)
+    apart = [key for key in keys if len({table.get(key) for table in tables}) > 1]
+    kind, name = apart[0]
+    ranks = {}
+    for rank, table in enumerate(tables):
+        ranks.setdefault(table.get(apart[0], "nothing"), []).append(rank)
+    said = "; ".join(f"{text} on {_list(who)}" for text, who in list(ranks.items())[:4])
+    remedy = remedies.get(kind, f"type  {kind}.load_state_dict(comm.bcast({kind}.state_dict()))")
+    others = f", the first of {len(apart)} differences" if len(apart) > 1 else ""
+    return f"replicas differ in {kind} {name!r}{others}: {said}. {remedy}"
+
+
+def in_words(error) -> str:
+    """An exception as a text for other ranks; this package's own need not say what they are."""
+    return str(error) if isinstance(error, MpicompError) else f"{type(error).__name__}: {error}"
+
+
+def _list(ranks):
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank{'s'[:len(ranks) > 1]} {', '.join(map(str, ranks[:8]))}{more}"
+
+
+# ---- what should be equal
+
+
+def _facts(reducer, model, objects):
+    """Of all that belongs to a training; with an asynchronous exchange no optimizer state."""
+    asynchronous = reducer._exchange.asynchronous
+    optimizers = [*reducer._optimizers, *(value for value in objects.values()
+                                          if isinstance(value, torch.optim.Optimizer))]
+    optimizers = list({id(optimizer): optimizer for optimizer in optimizers}.values())
+    modules = [*_tensors("parameter", reducer._all_parameters)] if model is None else \
+        [*facts_of_module(model)]
+    named = reducer._all_parameters if model is None else model.named_parameters()
+    names = {id(p): name for name, p in named}
+    yield from _place_in_time(reducer)
+    yield from _options(optimizers, names)
+    for kind, value in objects.items():
+        if not isinstance(value, torch.optim.Optimizer):
+            state = value.state_dict() if hasattr(value, "state_dict") else value
+            for name, leaf in leaves(state):
+                yield kind, name, text_of(leaf)
+    yield from (fact for fact in modules if fact[0] == "parameter")
+    if not asynchronous:  # there it is each rank's own, or an owner's
+        yield from _states(optimizers, names)
+    yield from (fact for fact in modules if fact[0] != "parameter")
+
+
+def _place_in_time(reducer):
+    yield "step", "reducer.step", str(reducer.step)
+    yield "plan", "buckets", f"{reducer._plan:016x}"
+
+
+def facts_of_module(module):
+    """Parameters, buffers (also those that no state_dict has), and what else its state_dict has."""
+    yield from _tensors("parameter", module.named_parameters())
+    seen = set()
+    for prefix, part in module.named_modules():
+        norm = isinstance(part, torch.nn.modules.batchnorm._NormBase)
+        for name, buffer in part.named_buffers(prefix, recurse=False):
+            if id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield "statistic" if norm else "buffer", name, text_of(buffer)
+    for name, leaf in state_besides(module):
+        yield "state", name, text_of(leaf)
+
+
+def state_besides(module):
+    """(name, leaf) of what module.state_dict() gives beside its parameters and buffers."""
+    own = {_memory(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    return [(name, leaf) for name, leaf in leaves(module.state_dict())
+            if not isinstance(leaf, torch.Tensor) or _memory(leaf) not in own]
+
+
+def _memory(tensor):
+    """What two tensors have in common whose elements are the same ones."""
+    if is_lazy(tensor) or tensor.layout not in (torch.strided, torch.sparse_coo):
+        return None
+    where = tensor._values() if tensor.layout is torch.sparse_coo else tensor
+    return where.device, where.data_ptr(), tensor.shape, where.stride(), tensor.dtype
+
+
+def _tensors(kind, named):
+    for name, tensor in named:
+        yield kind, name, text_of(tensor)
+
+
+def _labels(optimizers):
+    """(how to call it, optimizer) of each."""
+    many = len(optimizers) > 1
+    return [(type(o).__name__ + f" {i}" * many, o) for i, o in enumerate(optimizers)]
+
+
+def _options(optimizers, names):
+    """Learning rates and all other options of the groups, and which parameters are in them."""
+    for label, optimizer in _labels(optimizers):
+        for number, group in enumerate(getattr(optimizer, "param_groups", ())):
+            own = [names.get(id(p), list(p.shape)) for p in group["params"]]
+            yield ("option", f"parameters of group {number} of {label}",
+                   f"{len(own)}, checksum {zlib.crc32(repr(own).encode()):08x}")
+            for key in group.keys() - {"params", "param_names"}:
+                for name, leaf in leaves(group[key], key):
+                    yield "option", f"{name} of group {number} of {label}", text_of(leaf)
+
+
+def _states(optimizers, names):
+    """Momenta, step counts and whatever else an optimizer keeps of a parameter."""
+    for label, optimizer in _labels(optimizers):
+        state = getattr(optimizer, "state", {})
+        for number, group in enumerate(getattr(optimizer, "param_groups", ())):
+            for index, p in enumerate(group["params"]):
+                of = names.get(id(p), f"parameter {index} of group {number}")
+                for name, leaf in leaves(state[p] if p in state else {}):
+                    yield "optimizer state", f"{name} of {of} ({label})", text_of(leaf)
+
+
+# ---- values as text
+
+
+def leaves(value, name=""):
+    """(name, value) of all that nested dictionaries, lists and tuples hold, in their order."""
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, (list, tuple, deque)):
+        items = enumerate(value)
+    else:
+        yield name, value
+        return
+    for key, inner in items:
+        yield from leaves(inner, f"{name}.{key}" if name else str(key))
+
+
+def text_of(value) -> str:
+    """A text that is the same where a value is, to the bit. Of unknown objects only the class."""
+    if isinstance(value, torch.Tensor):
+        if is_lazy(value):
+            return "not initialised"
+        crc = "no values" if value.is_meta else f"checksum {_checksum(value):08x}"
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}, {crc}"
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return f"{value.dtype} {list(value.shape)}, checksum {zlib.crc32(value.tobytes()):08x}"
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (set, frozenset)):
+        return repr(sorted(map(text_of, value)))
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return repr(value)
+    return type(value).__name__
+
+
+def _checksum(tensor):
+    """crc32 of what a tensor holds, in the order of its elements."""
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_sparse().coalesce()
+        return zlib.crc32(f"{_checksum(tensor.indices())} {_checksum(tensor.values())}".encode())
+    flat = plain(tensor.dequantize() if tensor.is_quantized else tensor)
+    return zlib.crc32(flat.numpy())
+
+
+def plain(tensor):
+    """The elements that a strided tensor really has, as a flat uint8 tensor on the host."""
+    tensor = distinct(tensor).resolve_conj().resolve_neg().cpu().contiguous()
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # one element may have a stride of 0
+    return flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
+
+
+def distinct(tensor):
+    """One of the elements along each dimension that expand() has made: those lie in one place."""
+    tensor = tensor.detach()
+    for dimension, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dimension] > 1:
+            tensor = tensor.narrow(dimension, 0, 1)
+    return tensor
