@@ -99,7 +99,7 @@ def compare(comm, facts, timeout, remedies=None) -> None:
         mine = list(facts())
     except Exception as error:  # whatever it is, the others wait to hear of it
         mine = [("problem", "", in_words(error))]
-    text = "\n".join(map(" ".join, mine))
+    text = "\n".join(sorted(map(" ".join, mine)))  # the order in dictionaries may differ
     told = np.frombuffer(blake2b(text.encode(), digest_size=16).digest(), np.uint64)
     heard = np.zeros((comm.size, 2), np.uint64)
     mpi.wait(comm, comm.Iallgather(told, heard), timeout, "comparing replicas")
@@ -114,7 +114,10 @@ def _first_difference(everyone, remedies):
     for rank, facts in enumerate(everyone):
         if facts and facts[0][0] == "problem":
             return f"rank {rank}: {facts[0][2]}"
-    tables = [{(kind, name): text for kind, name, text in facts} for facts in everyone]
+    tables = [{} for _ in everyone]
+    for table, facts in zip(tables, everyone):
+        for kind, name, text in facts:  # dictionaries may have 1 and "1"
+            table[kind, name] = ", ".join(filter(None, [table.get((kind, name)), text]))
     keys = dict.fromkeys(key for table in tables for key in table)
     apart = [key for key in keys if len({table.get(key) for table in tables}) > 1]
     kind, name = apart[0]
@@ -215,7 +218,7 @@ def _options(optimizers, names):
             own = [names.get(id(p), list(p.shape)) for p in group["params"]]
             yield ("option", f"parameters of group {number} of {label}",
                    f"{len(own)}, checksum {zlib.crc32(repr(own).encode()):08x}")
-            for key in group.keys() - {"params", "param_names"}:
+            for key in (key for key in group if key not in ("params", "param_names")):
                 for name, leaf in leaves(group[key], key):
                     yield "option", f"{name} of group {number} of {label}", text_of(leaf)
 
