@@ -20,7 +20,7 @@ from mpicomp.exchange import exchange
 
 REMEDIES = {
     "step": "load the states of one step on every rank",
-    "plan": "load the states of one step on every rank",
+    "plan of buckets": "load the states of one step on every rank",
     "parameter": "call mpicomp.broadcast_parameters(model) before the first step; if they were "
                  "equal then, find what one rank alone has changed (an optimizer that the Reducer "
                  "does not know, p.data, a gradient after the exchange)",
@@ -127,7 +127,8 @@ def _first_difference(everyone, remedies):
     said = "; ".join(f"{text} on {_list(who)}" for text, who in list(ranks.items())[:4])
     remedy = remedies.get(kind, f"type  {kind}.load_state_dict(comm.bcast({kind}.state_dict()))")
     others = f", the first of {len(apart)} differences" if len(apart) > 1 else ""
-    return f"replicas differ in {kind} {name!r}{others}: {said}. {remedy}"
+    what = f"{kind} {name!r}" if name else kind
+    return f"replicas differ in {what}{others}: {said}. {remedy}"
 
 
 def in_words(error) -> str:
@@ -167,8 +168,8 @@ def _facts(reducer, model, objects):
 
 
 def _place_in_time(reducer):
-    yield "step", "reducer.step", str(reducer.step)
-    yield "plan", "buckets", f"{reducer._plan:016x}"
+    yield "step", "", str(reducer.step)
+    yield "plan of buckets", "", f"{reducer._plan:016x}"
 
 
 def facts_of_module(module):

@@ -1,4 +1,4 @@
-"""check_replicas: what differs between ranks is named on all of them; what is equal costs little."""
+"""check_replicas: what differs is named on all ranks, what is equal costs little."""
 
 import math
 from collections import deque
@@ -108,7 +108,8 @@ def test_a_scheduler_that_decides_by_a_ranks_own_loss(method, comm):
     mpicomp.broadcast_optimizer_state(optimizer, comm)
     check(model)
     text = same_error(comm, MismatchError, lambda: check(scheduler=scheduler))
-    assert "replicas differ in scheduler '" in text and "scheduler.load_state_dict(comm.bcast(" in text
+    assert "replicas differ in scheduler '" in text
+    assert "scheduler.load_state_dict(comm.bcast(" in text
     scheduler.load_state_dict(comm.bcast(scheduler.state_dict()))
     check(model, scheduler=scheduler)
 
