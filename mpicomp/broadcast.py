@@ -11,7 +11,8 @@ from mpicomp import mpi
 from mpicomp.agree import agree
 from mpicomp.errors import SpecError
 from mpicomp.plan import stall_seconds
-from mpicomp.replicas import compare, distinct, in_words, leaves, plain, state_besides, text_of
+from mpicomp.replicas import (
+    as_bytes, compare, extra_entries, fingerprint, in_words, leaves, without_expanded)
 
 PIECE = 1 << 30  # bytes of one call: MPI 3 counts to 2**31 - 1
 EXTRA = "_extra_state"  # what torch calls the entry of get_extra_state() in a state_dict
@@ -20,13 +21,14 @@ EXTRA = "_extra_state"  # what torch calls the entry of get_extra_state() in a s
 def broadcast_parameters(module_or_state_dict, comm=None, root=0):
     """Give every rank the parameters and buffers of rank `root`, in place.
 
-    Takes a torch.nn.Module, a state_dict, (name, tensor) pairs, or tensors such as
-    model.parameters(). Of a module all is given that it has: buffers that are not persistent, too,
-    what a state_dict() of its own adds in tensors, and extra state (get_extra_state, by pickle).
+    Takes a torch.nn.Module, a state_dict, (name, tensor) pairs, or a list of tensors such as
+    model.parameters(). For a module that is everything: all parameters, all buffers (persistent or
+    not), other tensors that a state_dict() of its own returns, and extra state (get_extra_state,
+    pickled).
 
-    Raises MismatchError or SpecError on every rank if names, shapes or dtypes differ, where a
-    tensor cannot be written to, and where what is no tensor differs afterwards; StallError where a
-    rank does not come within MPICOMP_STALL_TIMEOUT (600) seconds.
+    Raises the same MismatchError or SpecError on every rank if names, shapes or dtypes differ, if a
+    tensor cannot be written to, and if entries that are not tensors differ: those are compared and
+    not broadcast. StallError if a rank does not come within MPICOMP_STALL_TIMEOUT seconds (600).
     """
     source, timeout, extra = module_or_state_dict, stall_seconds(None), []
     with _private(comm) as comm:
@@ -59,8 +61,8 @@ def broadcast_parameters(module_or_state_dict, comm=None, root=0):
             if problem:
                 raise SpecError(problem)
             if others and isinstance(source, torch.nn.Module):
-                return [("state", name, text_of(leaf)) for name, leaf in _besides(source)]
-            return [("entry", name, text_of(leaf)) for name, leaf in others]
+                return [("state", name, fingerprint(leaf)) for name, leaf in _besides(source)]
+            return [("entry", name, fingerprint(leaf)) for name, leaf in others]
 
         compare(comm, afterwards, timeout)
 
@@ -115,7 +117,7 @@ class _private:
 
 
 def _content(source):
-    """((name, tensor) pairs, (name, leaf) of what is no tensor, or may be none of the module's)."""
+    """(tensors to broadcast, entries to compare afterwards), both as (name, value) pairs."""
     if isinstance(source, torch.nn.Module):
         named = [*source.named_parameters(), *source.named_buffers()]
         if any(_impossible(*pair) for pair in named):
@@ -154,15 +156,15 @@ def _pairs(items):
 
 
 def _besides(module):
-    """What only the module's own state_dict() knows, but for extra state, which travels apart."""
-    return [pair for pair in state_besides(module) if EXTRA not in pair[0].split(".")]
+    """What only the module's own state_dict() returns, without extra state (sent by itself)."""
+    return [pair for pair in extra_entries(module) if EXTRA not in pair[0].split(".")]
 
 
 def _with_extra_state(source):
     """(name, module) of all parts that keep extra state."""
     if not isinstance(source, torch.nn.Module):
         return []
-    return [(name, part) for name, part in source.named_modules()
+    return [(name or "the model", part) for name, part in source.named_modules()
             if type(part).get_extra_state is not torch.nn.Module.get_extra_state]
 
 
@@ -185,7 +187,7 @@ def _line(name, tensor):
     line = f"{name} {list(tensor.shape)} {tensor.dtype}"
     if tensor.layout is not torch.strided:
         return f"{line} {tensor.layout}"
-    shape = list(distinct(tensor).shape)
+    shape = list(without_expanded(tensor).shape)
     return line if shape == list(tensor.shape) else f"{line} expanded from {shape}"
 
 
@@ -200,10 +202,10 @@ def _broadcast(tensor, comm, root, timeout, name):
         theirs = _unpickled(_tell(comm, _pickled(tensor, comm.rank == root, name), root, timeout))
         target = tensor  # a detached one would keep what it gets to itself
     else:
-        flat = plain(tensor)
+        flat = as_bytes(tensor)
         flat = flat.numpy() if comm.rank == root else np.empty(flat.numel(), np.uint8)
         _move(comm, flat, root, timeout)
-        target = distinct(tensor)
+        target = without_expanded(tensor)
         theirs = torch.from_numpy(flat).view(tensor.dtype).view(target.shape)
     if comm.rank == root:
         return None

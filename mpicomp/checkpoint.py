@@ -3,7 +3,7 @@
     FOLDER/step-N/shared.pt        what the ranks have in common: model, optimizer
                   rank-R.pt        what only rank R knows: what it still owes
                   manifest.json    step, ranks, sha256 of each file, and what the caller adds
-    FOLDER/lock.json               which job saves here, see claim.py
+    FOLDER/lock.json               which job saves here (folder_lock.py)
 
 A folder is written aside and renamed last, so the newest one is whole whatever happens while the
 next is written. With ranks on several hosts it must lie on a file system that all of them share.
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from mpicomp import claim, mpi
+from mpicomp import folder_lock, mpi
 from mpicomp.errors import CheckpointError
 from mpicomp.plan import stall_seconds
 from mpicomp.repartition import repartition
@@ -31,8 +31,8 @@ from mpicomp.signals import RESUME, Signals
 __all__ = ["RESUME", "Signals", "each_rank", "folders", "load", "newest", "objection",
            "repartition", "save", "write"]
 
-SLOWEST = 1e6  # bytes a second: a disk that writes less is taken for one that does not write
-_said = []  # has this process said that folders are not flushed?
+SLOWEST = 1e6  # bytes a second: time is given to write at this speed before it is a StallError
+_said = []  # not empty: this process has said that folders cannot be flushed
 
 
 def save(folder, comm, step, shared, mine, about=None, keep=2, stall_timeout=None):
@@ -47,8 +47,8 @@ def save(folder, comm, step, shared, mine, about=None, keep=2, stall_timeout=Non
     written, a second more for each megabyte of the largest part.
     """
     folder, about, timeout = Path(folder), about or {}, stall_seconds(stall_timeout)
-    first = _together(comm, lambda: (*_checked(step, about, keep, comm.size), claim.held(folder)),
-                      timeout)
+    first = _together(comm, lambda: (*_checked(step, about, keep, comm.size),
+                                     folder_lock.held(folder)), timeout)
     step, manifest, _ = first[0]
     final, aside = folder / f"step-{step}", folder / f"step-{step}.part"
     try:
@@ -67,7 +67,7 @@ def save(folder, comm, step, shared, mine, about=None, keep=2, stall_timeout=Non
         _together(comm, lambda: _publish(folder, aside, final, manifest, keep)
                   if comm.rank == 0 else None, timeout)
     except CheckpointError:
-        _together(comm, lambda: claim.held(folder), timeout)  # says so where another job came
+        _together(comm, lambda: folder_lock.held(folder), timeout)  # says so where another job came
         if comm.rank == 0:      # no rank writes any more; on a full disk the next save needs this
             shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -93,7 +93,7 @@ def _clear(folder, aside, ours):
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not ours:
-        claim.take(folder)
+        folder_lock.take(folder)
     for name in os.listdir(folder):
         if re.fullmatch(r"step-[0-9]+\.part", name):
             shutil.rmtree(folder / name, ignore_errors=True)

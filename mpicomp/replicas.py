@@ -1,8 +1,9 @@
-"""Are the replicas equal to the bit, and if not, what differs first, on which ranks?
+"""Compare model, optimizer and scheduler state of all ranks by checksum.
 
-All that should be equal is written as facts: (kind, name, text), for a tensor with the checksum of
-its memory (crc32: one pass). One digest of all facts travels, 16 bytes a rank; only where ranks
-differ each tells its whole list, and the error names the first difference and what to type.
+Everything that should be equal becomes a list of facts (kind, name, fingerprint). The fingerprint
+of a tensor is its dtype, shape and the crc32 of its elements; of a number, its repr. The ranks
+exchange one 16-byte digest of the list. Only if digests differ do they exchange the lists, and the
+error names the first fact that differs, its value on each rank, and what to type.
 """
 
 import zlib
@@ -42,9 +43,9 @@ ROUNDED = ("with exchange=peers replicas agree up to rounding only: after reduce
 
 
 class Replicas:
-    """The part of the Reducer that looks whether replicas are still equal."""
+    """The part of the Reducer that checks whether replicas are still equal."""
 
-    _check_every = None  # steps
+    _check_every = None  # steps between two checks; None: no periodic checks
 
     def check_replicas(self, model=None, **objects):
         """Raise MismatchError on all ranks unless replicas are equal to the bit. Collective.
@@ -67,7 +68,7 @@ class Replicas:
                     {"parameter": ROUNDED} if peers else {})
 
     def _check_in_turn(self):
-        """At the end of a step: check_replicas_every."""
+        """Call check_replicas every `check_replicas_every` steps."""
         if self._check_every and self.step % self._check_every == 0:
             self.check_replicas()
 
@@ -160,7 +161,7 @@ def _facts(reducer, model, objects):
         if not isinstance(value, torch.optim.Optimizer):
             state = value.state_dict() if hasattr(value, "state_dict") else value
             for name, leaf in leaves(state):
-                yield kind, name, text_of(leaf)
+                yield kind, name, fingerprint(leaf)
     yield from (fact for fact in modules if fact[0] == "parameter")
     if not asynchronous:  # there it is each rank's own, or an owner's
         yield from _states(optimizers, names)
@@ -181,20 +182,20 @@ def facts_of_module(module):
         for name, buffer in part.named_buffers(prefix, recurse=False):
             if id(buffer) not in seen:
                 seen.add(id(buffer))
-                yield "statistic" if norm else "buffer", name, text_of(buffer)
-    for name, leaf in state_besides(module):
-        yield "state", name, text_of(leaf)
+                yield "statistic" if norm else "buffer", name, fingerprint(buffer)
+    for name, leaf in extra_entries(module):
+        yield "state", name, fingerprint(leaf)
 
 
-def state_besides(module):
-    """(name, leaf) of what module.state_dict() gives beside its parameters and buffers."""
+def extra_entries(module):
+    """(name, leaf) of what module.state_dict() returns besides parameters and buffers."""
     own = {_memory(tensor) for tensor in (*module.parameters(), *module.buffers())}
     return [(name, leaf) for name, leaf in leaves(module.state_dict())
             if not isinstance(leaf, torch.Tensor) or _memory(leaf) not in own]
 
 
 def _memory(tensor):
-    """What two tensors have in common whose elements are the same ones."""
+    """A key that is equal for two tensors that share the same elements in memory."""
     if is_lazy(tensor) or tensor.layout not in (torch.strided, torch.sparse_coo):
         return None
     where = tensor._values() if tensor.layout is torch.sparse_coo else tensor
@@ -203,7 +204,7 @@ def _memory(tensor):
 
 def _tensors(kind, named):
     for name, tensor in named:
-        yield kind, name, text_of(tensor)
+        yield kind, name, fingerprint(tensor)
 
 
 def _labels(optimizers):
@@ -221,7 +222,7 @@ def _options(optimizers, names):
                    f"{len(own)}, checksum {zlib.crc32(repr(own).encode()):08x}")
             for key in (key for key in group if key not in ("params", "param_names")):
                 for name, leaf in leaves(group[key], key):
-                    yield "option", f"{name} of group {number} of {label}", text_of(leaf)
+                    yield "option", f"{name} of group {number} of {label}", fingerprint(leaf)
 
 
 def _states(optimizers, names):
@@ -232,7 +233,7 @@ def _states(optimizers, names):
             for index, p in enumerate(group["params"]):
                 of = names.get(id(p), f"parameter {index} of group {number}")
                 for name, leaf in leaves(state[p] if p in state else {}):
-                    yield "optimizer state", f"{name} of {of} ({label})", text_of(leaf)
+                    yield "optimizer state", f"{name} of {of} ({label})", fingerprint(leaf)
 
 
 # ---- values as text
@@ -251,8 +252,10 @@ def leaves(value, name=""):
         yield from leaves(inner, f"{name}.{key}" if name else str(key))
 
 
-def text_of(value) -> str:
-    """A text that is the same where a value is, to the bit. Of unknown objects only the class."""
+def fingerprint(value) -> str:
+    """A text that is equal if and only if the values are, to the bit; for an unknown object, its
+    class only.
+    """
     if isinstance(value, torch.Tensor):
         if is_lazy(value):
             return "not initialised"
@@ -263,31 +266,31 @@ def text_of(value) -> str:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, (set, frozenset)):
-        return repr(sorted(map(text_of, value)))
+        return repr(sorted(map(fingerprint, value)))
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return repr(value)
     return type(value).__name__
 
 
 def _checksum(tensor):
-    """crc32 of what a tensor holds, in the order of its elements."""
+    """crc32 of the elements of a tensor, in order, wherever they lie in memory."""
     tensor = tensor.detach()
     if tensor.layout is not torch.strided:
         tensor = tensor.to_sparse().coalesce()
         return zlib.crc32(f"{_checksum(tensor.indices())} {_checksum(tensor.values())}".encode())
-    flat = plain(tensor.dequantize() if tensor.is_quantized else tensor)
+    flat = as_bytes(tensor.dequantize() if tensor.is_quantized else tensor)
     return zlib.crc32(flat.numpy())
 
 
-def plain(tensor):
-    """The elements that a strided tensor really has, as a flat uint8 tensor on the host."""
-    tensor = distinct(tensor).resolve_conj().resolve_neg().cpu().contiguous()
+def as_bytes(tensor):
+    """The stored elements of a strided tensor as a flat uint8 tensor on the host."""
+    tensor = without_expanded(tensor).resolve_conj().resolve_neg().cpu().contiguous()
     flat = tensor.as_strided((tensor.numel(),), (1,))  # one element may have a stride of 0
     return flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
 
 
-def distinct(tensor):
-    """One of the elements along each dimension that expand() has made: those lie in one place."""
+def without_expanded(tensor):
+    """The tensor with dimensions that expand() made (stride 0) cut to length 1."""
     tensor = tensor.detach()
     for dimension, stride in enumerate(tensor.stride()):
         if stride == 0 and tensor.shape[dimension] > 1:

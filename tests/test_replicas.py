@@ -10,7 +10,7 @@ from training import digest, examples, give, network, parameters, same_error, wh
 
 import mpicomp
 from mpicomp import MismatchError, SpecError, StallError
-from mpicomp.replicas import leaves, text_of
+from mpicomp.replicas import leaves, fingerprint
 
 two = pytest.mark.mpi(min_size=2)
 METHODS = ["dense", "onebit", "strom:tau=0.01", "terngrad", "onebit:delay=1",
@@ -298,9 +298,9 @@ def test_a_text_tells_every_bit():
                torch.zeros(1, 1, device="meta"), np.ones(1), np.ones(1, np.float32), {1}, {1, 2},
                torch.eye(2).to_sparse(), 2 * torch.eye(2).to_sparse(), torch.eye(2),
                torch.nn.UninitializedParameter()]
-    texts = list(map(text_of, numbers))
+    texts = list(map(fingerprint, numbers))
     assert len(set(texts)) == len(texts), sorted(texts)
-    assert text_of(0.1) == text_of(np.float64(0.1)) and text_of(object()) == "object"
+    assert fingerprint(0.1) == fingerprint(np.float64(0.1)) and fingerprint(object()) == "object"
 
 
 @pytest.mark.parametrize("tensor", [
@@ -311,9 +311,9 @@ def test_a_text_tells_every_bit():
 def test_values_count_not_where_they_lie(tensor):
     fresh = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
     if 0 in tensor.stride() and tensor.numel() > 1:  # expanded: a model that is built otherwise
-        assert text_of(tensor) != text_of(fresh)
+        assert fingerprint(tensor) != fingerprint(fresh)
     else:
-        assert text_of(tensor) == text_of(fresh)
+        assert fingerprint(tensor) == fingerprint(fresh)
 
 
 def test_leaves_have_names():

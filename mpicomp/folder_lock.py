@@ -1,11 +1,12 @@
-"""Which job saves into a folder: two in one would delete each other's checkpoints.
+"""Lock a checkpoint folder, so that two jobs do not delete each other's checkpoints.
 
-    FOLDER/lock.json    host, process and job of who saves there, and since when
+    FOLDER/lock.json    host, process id and job of the process that saves there, and since when
 
-The file is locked (flock) while the process lives and deleted when it ends. Where the file system
-has no flock, a living process of this host is believed. Whether one of another host lives nobody
-can tell, and a job that was killed must be able to go on: so the newcomer takes the folder over,
-says so, and whoever was there reads it in its next save, which fails.
+The process that saves holds an flock on the file until it ends, and then deletes the file. On a
+file system without flock, the lock counts if its process runs on this host. If it ran on another
+host, nobody can tell whether it still runs, and a job that was killed and requeued must be able to
+go on: the newcomer takes the lock over and prints so, and the other process, if it still runs, gets
+a CheckpointError in its next save.
 """
 
 import atexit
@@ -20,14 +21,14 @@ from pathlib import Path
 from mpicomp.errors import CheckpointError
 
 NAME = "lock.json"
-MOST = 8  # folders that a process holds: one descriptor each
+MOST = 8  # folders that a process keeps locked: each takes a file descriptor
 JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "JOB_ID", "PMIX_NAMESPACE")
 
 _held = {}  # folder: (descriptor, token)
 
 
 def held(folder) -> bool:
-    """Does this process hold the folder? CheckpointError, once, if another has taken it over."""
+    """Does this process hold the lock? CheckpointError, once, if another one took it over."""
     key = _key(folder)
     if key not in _held:
         return False
@@ -42,13 +43,13 @@ def held(folder) -> bool:
 
 
 def take(folder) -> None:
-    """Hold the folder until this process ends. CheckpointError that says who holds it."""
+    """Lock the folder until this process ends. CheckpointError says who holds it if not we."""
     if held(folder):
         return
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()),
             "job": next((f"{key}={os.environ[key]}" for key in JOBS if key in os.environ), None),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"), "token": uuid.uuid4().hex}
-    for _ in range(3):  # who holds it may delete the file just now
+    for _ in range(3):  # its holder may be deleting the file right now
         there = _read(folder)
         handle = os.open(Path(folder) / NAME, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -76,7 +77,7 @@ def take(folder) -> None:
 
 
 def _flock(handle):
-    """True: it is ours now. False: another process has it. None: not on this file system."""
+    """True: locked. False: another process holds it. None: this file system has no flock."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -87,7 +88,7 @@ def _flock(handle):
 
 
 def _lives(there):
-    """Is it a process of this host that has not ended?"""
+    """Does this process run, and on this host?"""
     if not there or there.get("host") != socket.gethostname() or there["pid"] == os.getpid():
         return False
     try:
@@ -96,11 +97,11 @@ def _lives(there):
         return False
     except OSError:  # somebody else's
         pass
-    return there.get("born") == _born(there["pid"])  # its number may be another's by now
+    return there.get("born") == _born(there["pid"])  # process ids are reused
 
 
 def _born(pid):
-    """When a process was started, in the system's own count; None where that cannot be read."""
+    """The start time of a process, in clock ticks since boot; None if it cannot be read."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -130,12 +131,12 @@ def _key(folder):
 
 
 def _give_back(key):
-    """Others may save there."""
+    """Delete the lock file if it is still ours, and unlock."""
     handle, token = _held.pop(key)
     try:
         if (_read(key) or {}).get("token") == token:
             (Path(key) / NAME).unlink()
-    except OSError:  # it says who saved there last
+    except OSError:  # it stays, and says who saved there last
         pass
     os.close(handle)
 
@@ -147,7 +148,7 @@ def _give_all_back():
 
 
 def _forget():
-    """A forked child holds nothing; the lock stays its parent's."""
+    """In a forked child: the lock belongs to the parent."""
     for handle, _ in _held.values():
         os.close(handle)
     _held.clear()

@@ -13,7 +13,7 @@ import pytest
 from mpi4py import MPI
 from training import same_error
 
-from mpicomp import CheckpointError, StallError, checkpoint, claim
+from mpicomp import CheckpointError, StallError, checkpoint, folder_lock
 
 
 def save(folder, step=1, comm=MPI.COMM_SELF):
@@ -27,7 +27,7 @@ def names(folder):
 @pytest.fixture(autouse=True)
 def forget():
     """Every test is a process of its own, as far as folders are concerned."""
-    claim._give_all_back()
+    folder_lock._give_all_back()
     checkpoint._said.clear()
 
 
@@ -84,7 +84,7 @@ def no_flock(*_):
 def other_job(folder, lives=True, **changes):
     """Leave in the folder what another process writes that saves there; its lock, if it lives."""
     folder.mkdir(exist_ok=True)
-    handle = os.open(folder / claim.NAME, os.O_RDWR | os.O_CREAT)
+    handle = os.open(folder / folder_lock.NAME, os.O_RDWR | os.O_CREAT)
     os.ftruncate(handle, 0)
     os.pwrite(handle, json.dumps(OTHER | changes).encode(), 0)
     if lives:
@@ -101,20 +101,20 @@ def test_a_folder_in_use_by_another_job_is_refused_and_says_by_whom(tmp_path):
         for word in ("process 12345", "on node7", "SLURM_JOB_ID=42", "2026-01-02 03:04:05",
                      "a folder of its own"):
             assert word in str(raised.value)
-    assert names(tmp_path) == [claim.NAME]
+    assert names(tmp_path) == [folder_lock.NAME]
     os.close(other)  # that process has ended
     save(tmp_path)
-    assert names(tmp_path) == [claim.NAME, "step-1"]
+    assert names(tmp_path) == [folder_lock.NAME, "step-1"]
 
 
 def test_what_a_killed_job_has_left_is_no_hindrance(tmp_path, capsys):
     other_job(tmp_path, lives=False)
     save(tmp_path)
     assert "was in use by process 12345 on node7" in capsys.readouterr().out
-    other_job(tmp_path / "here", lives=False, host=claim.socket.gethostname())
+    other_job(tmp_path / "here", lives=False, host=folder_lock.socket.gethostname())
     save(tmp_path / "here")
     (tmp_path / "half").mkdir()
-    (tmp_path / "half" / claim.NAME).write_text('{"host": "no')
+    (tmp_path / "half" / folder_lock.NAME).write_text('{"host": "no')
     save(tmp_path / "half")
     assert not capsys.readouterr().out
 
@@ -125,15 +125,15 @@ def test_without_flock_a_living_process_of_this_host_is_believed(fails, tmp_path
         raise OSError(fails, os.strerror(fails))
 
     monkeypatch.setattr(fcntl, "flock", no_flock)
-    here = {"host": claim.socket.gethostname(), "pid": os.getppid(),
-            "born": claim._born(os.getppid())}
+    here = {"host": folder_lock.socket.gethostname(), "pid": os.getppid(),
+            "born": folder_lock._born(os.getppid())}
     other_job(tmp_path, lives=False, **here)
     with pytest.raises(CheckpointError, match=f"in use by process {os.getppid()} on"):
         save(tmp_path)
     for changes in ({"born": "0"},                  # its number is another's by now
                     {"pid": os.getpid()},           # of another container, or before a restart
                     {"pid": 2**22 + 1}):            # there are no such numbers
-        claim._give_all_back()
+        folder_lock._give_all_back()
         other_job(tmp_path, lives=False, **here | changes)
         save(tmp_path)
 
@@ -143,20 +143,20 @@ def test_without_flock_a_job_of_another_host_takes_over_and_the_first_one_says_s
     """Nobody can tell whether that process lives; both are told, and nothing is lost."""
     monkeypatch.setattr(fcntl, "flock", no_flock)
     save(tmp_path)
-    mine = dict(claim._held)
-    claim._held.clear()  # the other job, which takes us for one of another host
+    mine = dict(folder_lock._held)
+    folder_lock._held.clear()  # the other job, which takes us for one of another host
     with monkeypatch.context() as patch:
-        patch.setattr(claim.socket, "gethostname", lambda: "node8")
+        patch.setattr(folder_lock.socket, "gethostname", lambda: "node8")
         save(tmp_path, 2)
         assert "is taken over" in capsys.readouterr().out
-        theirs = dict(claim._held)
-    claim._held.clear()
-    claim._held.update(mine)
+        theirs = dict(folder_lock._held)
+    folder_lock._held.clear()
+    folder_lock._held.update(mine)
     with pytest.raises(CheckpointError, match="taken over by process .* on node8"):
         save(tmp_path, 3)
-    claim._held.update(theirs)
+    folder_lock._held.update(theirs)
     save(tmp_path, 4)
-    assert names(tmp_path) == [claim.NAME, "step-2", "step-4"]
+    assert names(tmp_path) == [folder_lock.NAME, "step-2", "step-4"]
 
 
 def test_a_job_that_comes_while_files_are_written_is_named(tmp_path, monkeypatch):
@@ -176,24 +176,24 @@ def test_a_job_that_comes_while_files_are_written_is_named(tmp_path, monkeypatch
 def test_a_folder_that_was_deleted_is_taken_again(tmp_path):
     for _ in range(2):
         save(tmp_path / "x")
-        assert names(tmp_path / "x") == [claim.NAME, "step-1"]
+        assert names(tmp_path / "x") == [folder_lock.NAME, "step-1"]
         checkpoint.shutil.rmtree(tmp_path / "x")
 
 
 def test_many_folders_take_few_descriptors(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
-    for run in range(2 * claim.MOST):
+    for run in range(2 * folder_lock.MOST):
         save(tmp_path / str(run))
-    assert len(os.listdir("/proc/self/fd")) <= before + claim.MOST
-    assert names(tmp_path / "0") == ["step-1"] and claim.NAME in names(tmp_path / str(run))
+    assert len(os.listdir("/proc/self/fd")) <= before + folder_lock.MOST
+    assert names(tmp_path / "0") == ["step-1"] and folder_lock.NAME in names(tmp_path / str(run))
 
 
 def test_a_real_process_that_lives_one_that_ends_and_its_child(tmp_path):
     """A forked child deletes nothing when it ends, and holds nothing where it lives on."""
     code = """
 import os, signal, sys
-from mpicomp import claim
-claim.take(sys.argv[1])
+from mpicomp import folder_lock
+folder_lock.take(sys.argv[1])
 if not (first := os.fork()):
     sys.exit()
 os.waitpid(first, 0)
@@ -240,7 +240,7 @@ def test_the_rank_that_holds_the_folder_need_not_stay_rank_0(comm, tmp_path):
     turned = comm.Split(0, -comm.rank)
     save(folder, 2, turned)
     if comm.rank == 0:
-        assert names(folder) == [claim.NAME, "step-1", "step-2"]
+        assert names(folder) == [folder_lock.NAME, "step-1", "step-2"]
     comm.Barrier()
 
 
