@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from mpicomp import mpi
 from mpicomp.agree import agree
 from mpicomp.errors import SpecError
-from mpicomp.plan import stall_seconds
+from mpicomp.plan import stall_limit
 from mpicomp.replicas import (
     as_bytes, compare, extra_entries, fingerprint, in_words, leaves, without_expanded)
 
@@ -30,7 +30,7 @@ def broadcast_parameters(module_or_state_dict, comm=None, root=0):
     tensor cannot be written to, and if entries that are not tensors differ: those are compared and
     not broadcast. StallError if a rank does not come within MPICOMP_STALL_TIMEOUT seconds (600).
     """
-    source, timeout, extra = module_or_state_dict, stall_seconds(None), []
+    source, timeout, extra = module_or_state_dict, stall_limit(), []
     with _private(comm) as comm:
         named, others, problem = [], [], None
         if not 0 <= root < comm.size:
@@ -73,7 +73,7 @@ def broadcast_optimizer_state(optimizer, comm=None, root=0):
     Raises MismatchError on every rank if classes, groups or the parameters in them differ, or one
     cannot load the state; StallError as `broadcast_parameters`.
     """
-    timeout = stall_seconds(None)
+    timeout = stall_limit()
     with _private(comm) as comm:
         tensors, problem = {}, None
         try:

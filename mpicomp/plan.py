@@ -59,6 +59,15 @@ def stall_seconds(given):
         return told  # bad_option says what is wrong with it
 
 
+def stall_limit(given=None) -> float:
+    """`stall_seconds`, or SpecError where that is no number of seconds."""
+    seconds = stall_seconds(given)
+    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not seconds > 0:
+        raise SpecError(f"stall_timeout={seconds!r} found, expected seconds, more than 0 "
+                        "(MPICOMP_STALL_TIMEOUT)")
+    return seconds
+
+
 def bad_option(bucket_bytes, seed, nonfinite, stall_timeout, require_ratio=None, ratio_window=1,
                progress="auto", check_replicas_every=None):
     """What is wrong with these arguments of Reducer, or None."""

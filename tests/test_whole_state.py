@@ -266,6 +266,15 @@ def test_a_state_that_one_rank_cannot_load_is_named_on_all(comm):
 # ---- a rank that never comes
 
 
+@pytest.mark.parametrize("told", ["soon", "0", "-1", "nan"])
+def test_a_limit_that_is_none_is_named(told, comm, monkeypatch):
+    monkeypatch.setenv("MPICOMP_STALL_TIMEOUT", told)
+    for call in (lambda: mpicomp.broadcast_parameters({"w": torch.ones(1)}, comm),
+                 lambda: mpicomp.checkpoint.save("nowhere", comm, 1, {}, {})):
+        text = same_error(comm, SpecError, call)
+        assert "MPICOMP_STALL_TIMEOUT" in text and "expected seconds" in text
+
+
 @two
 @pytest.mark.parametrize("call", ["parameters", "state"])
 def test_a_rank_that_never_comes_is_no_hang(call, comm, monkeypatch):
