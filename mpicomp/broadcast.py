@@ -171,8 +171,7 @@ def _with_extra_state(source):
 def _impossible(name, tensor):
     """Why this tensor cannot be broadcast, in words, or None."""
     if is_lazy(tensor):
-        return (f"{name!r} is not initialised yet: run one batch through the model on every rank "
-                "before it is broadcast")
+        return f"{name!r} has no shape yet: run the model once on every rank, then broadcast"
     if tensor.is_meta:
         return (f"{name!r} is on the meta device and has no values: type  "
                 "model.to_empty(device='cpu')  on every rank first")

@@ -23,8 +23,10 @@ REMEDIES = {
     "step": "load the states of one step on every rank",
     "plan of buckets": "load the states of one step on every rank",
     "parameter": "call mpicomp.broadcast_parameters(model) before the first step; if they were "
-                 "equal then, find what one rank alone has changed (an optimizer that the Reducer "
-                 "does not know, p.data, a gradient after the exchange)",
+                 "equal then, find what one rank alone has changed: an optimizer that the Reducer "
+                 "does not know, p.data, a gradient after the exchange, or a forward pass, as that "
+                 "of Embedding(max_norm=M): leave max_norm out, and after each step() call, "
+                 "without gradients, weight.renorm_(2, 0, M)",
     "statistic": "normalisation layers note their own rank's examples: call mpicomp."
                  "broadcast_parameters(model) before you evaluate or save; on GPUs, torch.nn."
                  "SyncBatchNorm.convert_sync_batchnorm(model) notes those of all ranks",

@@ -59,8 +59,8 @@ KNOWS = {
                 "sparse", "systems", "watchdog"} | BASE,
 }
 TORCH = {"reducer", "place", "order", "persistence", "delivery", "shard_optimizer", "bucket",
-         "broadcast", "replicas", "nn", "ddp", "bench", "amp", "process_group", "checkpoint",
-         "repartition", "recovery", "sparse", "attachment"}
+         "broadcast", "plan", "nn", "ddp", "bench", "amp", "process_group", "checkpoint",
+         "repartition", "recovery", "sparse", "attachment", "replicas"}
 MPI = {"exchange", "mpi", "reducer", "order", "delivery", "broadcast", "cli", "bench", "ddp",
        "process_group", "signals", "probe", "recovery", "watchdog"}
 CUPY = {"device.py", "staging.py"}

@@ -142,8 +142,8 @@ def with_buffer(tensor):
 @two
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("build, words", [
-    (lazy, ["rank 1", "'1.weight'", "not initialised", "one batch"]),
-    (lambda comm: torch.nn.LazyLinear(2), ["'weight'", "one batch"]),
+    (lazy, ["rank 1", "'1.weight' has no shape yet"]),
+    (lambda comm: torch.nn.LazyLinear(2), ["'weight' has no shape yet", "on every rank"]),
     (lambda comm: torch.nn.Linear(2, 2, device="meta" if comm.rank else None),
      ["rank 1", "'weight'", "to_empty"]),
     (lambda comm: with_buffer(torch.eye(3).to_sparse_csr()), ["'odd'", "sparse_csr"]),
