@@ -27,6 +27,7 @@ _HOME = {
     "StallError": "errors",
     "broadcast_optimizer_state": "broadcast",
     "broadcast_parameters": "broadcast",
+    "clip_grad_norm_": "clip",
     "from_spec": "compressor",
     "local_rank": "mpi",
     "method": "systems",

@@ -6,6 +6,7 @@ import numpy as np
 
 from mpicomp import mpi, systems
 from mpicomp.agree import digest
+from mpicomp.changes import Changes
 from mpicomp.errors import SpecError
 from mpicomp.exchange.wire import Wire
 from mpicomp.place import on_place
@@ -85,7 +86,7 @@ class Connection:
             self._receipt.restart(self.step)
         self._finished, self._next, self._checked = False, 0, False
         self._stepped.clear()
-        self._bad = {}
+        self._changes = Changes(self)
         self._forget_gradients()
 
     @property

@@ -41,6 +41,10 @@ class Hierarchical(Exchange):
         return _Bucket(self, compressor, layout, index, grad, plan, seed)
 
     @property
+    def holders(self):
+        return self.nodes
+
+    @property
     def communicators(self):
         inner = self.inner.communicators if self.inner is not None else []
         return self.wire.communicators + self.node.communicators + inner
@@ -113,6 +117,11 @@ class _Bucket:
             exchange.wire.fits(packet.SIZE + compressor.capacity(layout))
 
     flagged = Mail.flagged
+
+    def replan(self, plan):
+        self.plan = plan
+        if self.inner is not None:
+            self.inner.replan(plan)
 
     def commit(self):
         if self.inner is not None:

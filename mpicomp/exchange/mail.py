@@ -81,6 +81,10 @@ class Mail:
         """The ranks whose header carries the flag."""
         return [rank for rank, header in enumerate(self.headers) if header.flags & flag]
 
+    def replan(self, plan):
+        """From now on headers carry this plan digest."""
+        self.plan = plan
+
     def commit(self):
         """The step was applied on all ranks."""
         self.compressor.commit(self.state)
@@ -125,6 +129,11 @@ class Exchange(ABC):
 
     def prepare(self, mail) -> None:
         """Take the memory that the bucket needs in this exchange."""
+
+    @property
+    def holders(self) -> int:
+        """How many ranks have residuals."""
+        return self.wire.size
 
     @property
     def communicators(self) -> list:
@@ -188,7 +197,8 @@ class Exchange(ABC):
                     raise MismatchError(
                         f"rank {rank} is at {what} {there}, rank 0 at {here} (step {first.step}, "
                         f"bucket {first.bucket} there): every rank must make the same steps with "
-                        "the same model and method")
+                        "the same model and method, freeze the same parameters, and give up the "
+                        "same steps")
         return headers
 
     def lengths(self, headers, most) -> list[int]:

@@ -197,6 +197,10 @@ class _Bucket:
             kernels.of(total).adagrad(total, self.history, self.history_ahead)
         return flags
 
+    def replan(self, plan):
+        for m in [*self.first, self.second]:
+            m.replan(plan)
+
     def flagged(self, flag) -> list[int]:
         return [rank for rank, header in enumerate(self.headers) if header.flags & flag]
 
