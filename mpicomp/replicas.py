@@ -65,9 +65,12 @@ class Replicas:
         if self._exchange.asynchronous:
             self._require_settled("check_replicas()")
         if self.comm.size > 1:
-            peers = self._exchange.asynchronous and not self._exchange.owns
+            remedies = {kind: f"type  {kind}.load_state_dict(comm.bcast({kind}.state_dict()))"
+                        for kind, value in objects.items() if hasattr(value, "load_state_dict")}
+            if self._exchange.asynchronous and not self._exchange.owns:
+                remedies["parameter"] = ROUNDED
             compare(self.comm, lambda: _facts(self, model, objects), self._pipeline.timeout,
-                    {"parameter": ROUNDED} if peers else {})
+                    remedies)
 
     def _check_in_turn(self):
         """Call check_replicas every `check_replicas_every` steps."""
@@ -82,8 +85,9 @@ def check_start(reducer) -> None:
     """
     if reducer.comm.size > 1:
         named = [] if reducer._exchange.asynchronous and reducer.step else reducer._all_parameters
-        compare(reducer.comm, lambda: [*_place_in_time(reducer), *_tensors("parameter", named)],
-                reducer._pipeline.timeout)
+        compare(reducer.comm, lambda: [
+            ("step", "", str(reducer.step)), ("plan of buckets", "", f"{reducer._plan:016x}"),
+            *_tensors("parameter", named)], reducer._pipeline.timeout)
 
 
 def bad_every(every, method):
@@ -128,7 +132,7 @@ def _first_difference(everyone, remedies):
     for rank, table in enumerate(tables):
         ranks.setdefault(table.get(apart[0], "nothing"), []).append(rank)
     said = "; ".join(f"{text} on {_list(who)}" for text, who in list(ranks.items())[:4])
-    remedy = remedies.get(kind, f"type  {kind}.load_state_dict(comm.bcast({kind}.state_dict()))")
+    remedy = remedies.get(kind, f"give every rank the same {kind}")
     others = f", the first of {len(apart)} differences" if len(apart) > 1 else ""
     what = f"{kind} {name!r}" if name else kind
     return f"replicas differ in {what}{others}: {said}. {remedy}"
@@ -157,7 +161,7 @@ def _facts(reducer, model, objects):
         [*facts_of_module(model)]
     named = reducer._all_parameters if model is None else model.named_parameters()
     names = {id(p): name for name, p in named}
-    yield from _place_in_time(reducer)
+    yield "step", "", str(reducer.step)
     yield from _options(optimizers, names)
     for kind, value in objects.items():
         if not isinstance(value, torch.optim.Optimizer):
@@ -168,11 +172,6 @@ def _facts(reducer, model, objects):
     if not asynchronous:  # there it is each rank's own, or an owner's
         yield from _states(optimizers, names)
     yield from (fact for fact in modules if fact[0] != "parameter")
-
-
-def _place_in_time(reducer):
-    yield "step", "", str(reducer.step)
-    yield "plan of buckets", "", f"{reducer._plan:016x}"
 
 
 def facts_of_module(module):

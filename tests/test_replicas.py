@@ -194,7 +194,7 @@ def test_other_objects(comm):
     text = same_error(comm, MismatchError, lambda: check(other=mine))
     assert "'lr of group 0 of Adam 1'" in text
     text = same_error(comm, MismatchError, lambda: check(epoch={"now": comm.rank}))
-    assert "epoch 'now'" in text
+    assert "epoch 'now'" in text and text.endswith("give every rank the same epoch")
 
     class Broken:
         def state_dict(self):
@@ -280,7 +280,21 @@ def test_a_hook_of_ddp(comm):
 
 
 @two
-def test_rows_and_gradients_without_an_optimizer(comm):
+def test_between_backward_and_step(comm):
+    """Also where a rank has no examples, and in the step that makes buckets anew."""
+    model, optimizer, step = training(comm, "onebit", bucket_bytes=2000)
+    for number in range(3):
+        optimizer.zero_grad()
+        if not last_rank(comm):
+            x, y = examples(comm, number)
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.reducer.check_replicas(model)
+        optimizer.step()
+        optimizer.reducer.check_replicas(model)
+
+
+@two
+def test_gradients_without_an_optimizer(comm):
     named = parameters(w=(4, 3))
     reducer = mpicomp.Reducer(named, "onebit", comm, check_replicas_every=1)
     give(named, [whole_numbers(comm.rank, 0, 12)])
