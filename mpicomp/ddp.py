@@ -168,6 +168,13 @@ class HookState:
         """Bytes, ratio, steps and seconds, as Reducer.stats."""
         return self._stats if self._reducer is None else self._reducer.stats
 
+    def check_replicas(self, model=None, **objects):
+        """As Reducer.check_replicas; give the optimizer, too: (net, optimizer=optimizer)."""
+        if self._reducer is None:
+            raise SpecError("check_replicas() before the first step: type  HookState(method, "
+                            "named_parameters=net.named_parameters())  to compare from the start")
+        self._reducer.check_replicas(model, **objects)
+
     def state_dict(self) -> dict:
         """This rank's residuals by parameter name, as Reducer.state_dict: save one a rank."""
         if self._reducer is None:

@@ -1,10 +1,7 @@
 """What the ranks must agree on before the first step, and what a Reducer refuses to start with."""
 
 import os
-import zlib
 from numbers import Integral, Real
-
-import torch
 
 import mpicomp
 from mpicomp.agree import agree
@@ -23,21 +20,6 @@ def agree_on_plan(comm, method, named, problem, **options) -> int:
                      options["stall_timeout"] if not problem else 600.0)
     except SpecError:
         raise problem from None  # all ranks have the same one
-
-
-def check_replicas(reducer) -> None:
-    """Raise MismatchError on all ranks unless all are at one step, with equal buckets and values.
-
-    Values need not be equal on the way with an asynchronous exchange: they differ by rounding.
-    """
-    if reducer.comm.size > 1:
-        apart = reducer._exchange.asynchronous and reducer.step
-        values = [] if apart else [f"{name} {zlib.crc32(_bytes(p)):08x}"
-                                   for name, p in reducer._all_parameters]
-        agree(reducer.comm, {"step": reducer.step, "buckets": f"plan {reducer._plan:016x}",
-                             "value of parameter": values},
-              "call mpicomp.broadcast_parameters(model) before the first step, and load the states "
-              "of one step on every rank", reducer._pipeline.timeout)
 
 
 def trainable(named_parameters):
@@ -77,24 +59,29 @@ def stall_seconds(given):
         return told  # bad_option says what is wrong with it
 
 
+def stall_limit(given=None) -> float:
+    """`stall_seconds`, or SpecError where that is no number of seconds."""
+    seconds = stall_seconds(given)
+    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not seconds > 0:
+        raise SpecError(f"stall_timeout={seconds!r} found, expected seconds, more than 0 "
+                        "(MPICOMP_STALL_TIMEOUT)")
+    return seconds
+
+
 def bad_option(bucket_bytes, seed, nonfinite, stall_timeout, require_ratio=None, ratio_window=1,
-               progress="auto"):
+               progress="auto", check_replicas_every=None):
     """What is wrong with these arguments of Reducer, or None."""
     require_ratio = 1.0 if require_ratio is None else require_ratio
+    every = 1 if check_replicas_every is None else check_replicas_every
     for name, value, kind, fits, expected in (
             ("nonfinite", nonfinite, str, lambda v: v in ("raise", "skip"), "'raise' or 'skip'"),
             ("seed", seed, Integral, lambda v: 0 <= v < 2**64, "a whole number below 2**64"),
             ("bucket_bytes", bucket_bytes, Integral, lambda v: v > 0, "a whole number above 0"),
             ("stall_timeout", stall_timeout, Real, lambda v: v > 0, "seconds, more than 0"),
             ("require_ratio", require_ratio, Real, lambda v: v > 0, "a number above 0"),
+            ("check_replicas_every", every, Integral, lambda v: v > 0, "a whole number above 0"),
             ("progress", progress, str, lambda v: v in ("auto", "poll", "thread"),
              "'auto', 'poll' or 'thread'"),
             ("ratio_window", ratio_window, Integral, lambda v: v > 0, "a whole number above 0")):
         if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
             return SpecError(f"{name}={value!r} found, expected {expected}")
-
-
-def _bytes(parameter):
-    """The parameter's memory as bytes, whatever its dtype."""
-    flat = parameter.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy() if flat.numel() else b""

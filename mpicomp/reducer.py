@@ -19,15 +19,16 @@ from mpicomp.meter import Meter
 from mpicomp.order import Order
 from mpicomp.persistence import Persistence
 from mpicomp.place import on_place
-from mpicomp.plan import agree_on_plan, bad_option, check_replicas, stall_seconds, trainable
+from mpicomp.plan import agree_on_plan, bad_option, stall_seconds, trainable
 from mpicomp.receipt import Receipt
+from mpicomp.replicas import Replicas, bad_every, check_start
 from mpicomp.sparse import Sparse, divide
 from mpicomp.watchdog import Watchdog
 
 _said = set()  # notes that this process has printed
 
 
-class Reducer(Attachment, Connection, Delivery, Persistence):
+class Reducer(Attachment, Connection, Delivery, Persistence, Replicas):
     """Replaces every gradient by its mean over ranks, exchanged as `method` says.
 
     named_parameters  (name, parameter) pairs, as model.named_parameters() gives them; those that
@@ -45,6 +46,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
     ratio_window      judged after every so many steps, and by check_ratio()
     sparse            names of parameters whose gradients are sparse and stay so, see sparse.py
     progress          who moves exchanges on during backward: "poll", "thread" or "auto"
+    check_replicas_every  call check_replicas() after every so many steps; None: only on demand
 
     Every rank must make one with the same arguments and the same model; MismatchError names the
     first difference on all ranks otherwise. The order of a step is in docs/design.md.
@@ -52,7 +54,8 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
 
     def __init__(self, named_parameters, method, comm=None, *, average=True,
                  bucket_bytes=25 << 20, seed=0, nonfinite="raise", stall_timeout=None,
-                 require_ratio=None, ratio_window=100, progress="auto", sparse=()):
+                 require_ratio=None, ratio_window=100, progress="auto", sparse=(),
+                 check_replicas_every=None):
         self.comm = mpi.communicator(comm)
         mpi.end_all_on_exception(self.comm)
         self.average, self.seed, self.nonfinite = bool(average), seed, nonfinite
@@ -62,7 +65,9 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         try:
             self.method = systems.method(method)
             problem = problem or bad_option(bucket_bytes, seed, nonfinite, stall_timeout,
-                                            require_ratio, ratio_window, progress)
+                                            require_ratio, ratio_window, progress,
+                                            check_replicas_every)
+            problem = problem or bad_every(check_replicas_every, self.method)
             self._place = place.of(named, self.method.exchange)
         except (SpecError, DeviceError) as error:
             self.method, problem = None, error
@@ -70,7 +75,9 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         self._plan = agree_on_plan(
             self.comm, self.method, named + in_rows, problem or wrong, sparse=list(sparse),
             seed=seed, average=average, nonfinite=nonfinite, bucket_bytes=bucket_bytes,
-            stall_timeout=stall_timeout, require_ratio=require_ratio, ratio_window=ratio_window)
+            stall_timeout=stall_timeout, require_ratio=require_ratio, ratio_window=ratio_window,
+            check_replicas_every=check_replicas_every)
+        self._check_every = check_replicas_every
         self.method = self.method.of([name for name, _ in named])
         self._named, self._rows, self.advice = named, Sparse(self, in_rows), None
         if self.method.name == "auto":
@@ -254,7 +261,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
     def compare(self):
         """Before anything is sent: are all ranks at one step, with the same parameters?"""
         if not self._checked:
-            check_replicas(self)
+            check_start(self)
             self._checked = True
 
     def _finish(self):
@@ -304,6 +311,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
             if self._receipt:
                 self._receipt.after(self.step - 1, self.method)
             self._order.agree()
+            self._check_in_turn()
 
     def check_ratio(self):
         """At the end of a run: hold the steps since the last judgement to require_ratio, too."""

@@ -37,10 +37,12 @@ KNOWS = {
     "amp": {"errors"},
     "signals": set(),
     "repartition": {"errors", "exchange", "layout"},
-    "checkpoint": {"errors", "repartition", "signals"},
+    "folder_lock": {"errors"},
+    "checkpoint": {"folder_lock", "errors", "mpi", "plan", "repartition", "signals"},
     "process_group": {"errors", "mpi"},
     "plan": {"", "agree", "bucket", "errors"},
-    "broadcast": {"agree", "errors", "mpi"},
+    "replicas": {"errors", "exchange", "mpi"},
+    "broadcast": {"agree", "errors", "mpi", "plan", "replicas"},
     "nn": {"errors", "philox"},
     "slurm": {"errors"},
     "receipt": {"errors", "mpi"},
@@ -55,12 +57,12 @@ KNOWS = {
     "variants": {"compressor", "exchange", "systems"},
     "reducer": {"", "attachment", "bucket", "changes", "connection", "delay", "delivery",
                 "exchange", "kernels", "mpi", "order", "persistence", "place", "plan", "receipt",
-                "sparse", "systems", "watchdog"} | BASE,
+                "replicas", "sparse", "systems", "watchdog"} | BASE,
 }
 TORCH = {"reducer", "changes", "clip", "pending", "place", "order", "persistence", "delivery",
          "shard_optimizer", "bucket",
          "broadcast", "plan", "nn", "ddp", "bench", "amp", "process_group", "checkpoint",
-         "repartition", "recovery", "sparse", "attachment"}
+         "repartition", "recovery", "sparse", "attachment", "replicas"}
 MPI = {"exchange", "mpi", "reducer", "order", "delivery", "broadcast", "cli", "bench", "ddp",
        "process_group", "signals", "probe", "recovery", "watchdog"}
 CUPY = {"device.py", "staging.py"}
