@@ -33,8 +33,8 @@ class Slot:
         self.dtype, self._address = parameter.dtype, view.data_ptr()
         self.ready, self.fine = False, True
         self._on_host = not staging.is_device_array(flat)
-        self._shown = self._pending = self._handed = None
-        self._version = 0
+        self._shown = self._pending = self._handed = self._own = self._seen = None
+        self._version, self._direct = 0, False
 
     @property
     def direct(self) -> bool:
@@ -43,8 +43,11 @@ class Slot:
         torch's fused optimizers walk through memory, whatever the strides.
         """
         p = self.parameter
-        return (p.dtype == kind(p) == torch.float32 and p.device == self.view.device
-                and p.is_contiguous())
+        if p.data_ptr() != self._seen:  # else nothing has changed it: asking costs microseconds
+            self._seen = p.data_ptr()
+            self._direct = (p.dtype == kind(p) == torch.float32 and p.device == self.view.device
+                            and p.is_contiguous())
+        return self._direct
 
     @property
     def shown(self):
@@ -60,9 +63,11 @@ class Slot:
 
     def _is_here(self, tensor) -> bool:
         """Does this tensor lie where the bucket has this gradient?"""
+        if tensor is self._shown:
+            return tensor.data_ptr() == self._address and tensor.dtype == torch.float32
         return (tensor.layout is torch.strided and tensor.data_ptr() == self._address
-                and tensor.dtype == torch.float32 and tensor.device == self.view.device
-                and tensor.shape == self.view.shape and tensor.is_contiguous())
+                and tensor.dtype == torch.float32 and tensor.shape == self.view.shape
+                and tensor.is_contiguous())
 
     # ---- in ----
 
@@ -100,7 +105,7 @@ class Slot:
         self.fine = (surely or kernels.of(self.flat).finite(self.flat)) if self._on_host else None
 
     def _hand_out(self, gradient, finish):
-        self._version = None if gradient is None else gradient._version
+        self._own, self._version = gradient, None if gradient is None else gradient._version
         if gradient is not None and not gradient.is_sparse:  # those cannot be Pending
             if gradient is not self._shown:
                 gradient = Pending.of(gradient, finish)
@@ -116,9 +121,12 @@ class Slot:
 
         False where there is no gradient any more.
         """
-        now, direct = plain(self.parameter.grad), self.direct
-        if now is None or direct and self.untouched:
-            return now is not None
+        direct = self.direct
+        if direct and self._own is not None and self.untouched:
+            return True
+        now = plain(self.parameter.grad)
+        if now is None:
+            return False
         if self._is_here(now):
             self._look()
         elif direct:
@@ -132,8 +140,8 @@ class Slot:
     @property
     def untouched(self) -> bool:
         """Is p.grad as `fill` has left it? (While it is Pending nobody changes it unseen.)"""
-        now = self.parameter.grad
-        return now is self._handed and (now is None or plain(now)._version == self._version)
+        return (self.parameter.grad is self._handed
+                and (self._own is None or self._own._version == self._version))
 
     @property
     def shows(self) -> bool:
@@ -160,10 +168,12 @@ class Slot:
             return
         if self.scale != 1.0:
             self.view.mul_(self.scale)
-        self._handed, own = None, plain(self.parameter.grad)
+        self._handed = self._own = None
         if self.direct:
             self.parameter.grad = self.shown
-        elif own is None or own.is_sparse or self._is_here(own):
+            return
+        own = plain(self.parameter.grad)
+        if own is None or own.is_sparse or self._is_here(own):
             own = torch.empty_like(self.parameter, dtype=kind(self.parameter)).detach()
             self.parameter.grad = own.copy_(self.view)
         else:
@@ -172,7 +182,7 @@ class Slot:
 
     def clear(self):
         """There is no gradient."""
-        self.parameter.grad = self._handed = None
+        self.parameter.grad = self._handed = self._own = None
 
     def move(self):
         """Add what now stands in the bucket to the parameter itself; there is no gradient left."""

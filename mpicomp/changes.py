@@ -73,16 +73,15 @@ class Changes:
     def arrive(self, parameter):
         """The hook of this parameter is called: is it of this step, or of one after zero_grad()?"""
         self.settle()
+        task = torch._C._current_graph_task_id()
+        if task == self._task and task >= 0:
+            return  # the same backward()
+        self._task = task
         if self._came and not any(slot.untouched or slot.shows for slot in self._came):
             fresh, parameter.grad = parameter.grad, None
             self.discard()
             parameter.grad = fresh
-
-    def watch_end(self):
-        """Have the hooks of the last parameter noticed when this backward() is over."""
-        task = torch._C._current_graph_task_id()
-        if task != self._task and task >= 0:
-            self._task = task
+        if task >= 0:
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def _end(self):

@@ -143,7 +143,6 @@ class Reducer(Attachment, Connection, Delivery, Persistence, Replicas):
             self._reopen()
             if self._synchronising:
                 self._order.note(name)
-                self._changes.watch_end()
             self._arrived(*self._order.place[name], parameter, self._changes.touch)
 
     def _on_rows(self, table, parameter):
@@ -152,7 +151,6 @@ class Reducer(Attachment, Connection, Delivery, Persistence, Replicas):
             self._changes.arrive(parameter)
             self._reopen()
             if self._synchronising:
-                self._changes.watch_end()
                 self._changes.came(table)
                 table.fill()
 
