@@ -80,10 +80,12 @@ def finish_before_unscale(reducer, scaler):
                 absent[0].grad = None
         return check(optimizer)
 
+    @torch.compiler.disable
     @wraps(inner)
     def unscale_(optimizer):
         return look(optimizer, inner) if ours(optimizer) else inner(optimizer)
 
+    @torch.compiler.disable
     @wraps(inner_step)
     def step(optimizer, *args, **kwargs):
         # with fused=True torch looks at gradients itself, before the step and so before finish

@@ -43,6 +43,7 @@ class Attachment:
         for optimizer in self._optimizers:
             _reducers[optimizer].remove(self)
 
+    @torch.compiler.disable
     def _before_step(self, optimizer, args, kwargs):
         """Finish; where step is given a closure that runs backward itself, finish after that."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -50,6 +51,7 @@ class Attachment:
             self._refuse_strangers(optimizer)
             return self.finish()
 
+        @torch.compiler.disable
         def averaged():
             loss = closure()
             self._refuse_strangers(optimizer)
@@ -60,6 +62,7 @@ class Attachment:
             return args, {**kwargs, "closure": averaged}
         return (args[0], averaged, *args[2:]), kwargs
 
+    @torch.compiler.disable
     def _after_step(self, optimizer, args, kwargs):
         """When every attached optimizer has stepped, the next step begins."""
         self._stepped.add(id(optimizer))

@@ -4,6 +4,8 @@ import sys
 from contextlib import contextmanager
 from functools import partial
 
+import torch
+
 from mpicomp import kernels, mpi, packet, place, systems
 from mpicomp.attachment import Attachment
 from mpicomp.bucket import make_buckets
@@ -126,6 +128,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
 
     # ---- one step ----
 
+    @torch.compiler.disable  # torch.compile leaves such calls as they are
     def _on_gradient(self, name, parameter):
         """The gradient of one parameter is complete (called by autograd)."""
         self._reopen()
@@ -151,6 +154,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
             self._pipeline.poll()
             self._exchange.poll()
 
+    @torch.compiler.disable
     def _reopen(self):
         """A new step begins."""
         self._stepped.clear()
