@@ -10,6 +10,7 @@ import mpicomp
 from mpicomp.agree import agree
 from mpicomp.bucket import DTYPES
 from mpicomp.errors import SpecError
+from mpicomp.names import plain
 
 
 def agree_on_plan(comm, method, named, problem, **options) -> int:
@@ -41,7 +42,7 @@ def check_replicas(reducer) -> None:
 
 
 def trainable(named_parameters):
-    """(the pairs that need gradients, what is wrong with them or None)."""
+    """(the pairs that need gradients, by their plain names, what is wrong with them or None)."""
     try:
         named = list(named_parameters)
     except TypeError:  # a module
@@ -49,7 +50,8 @@ def trainable(named_parameters):
     if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in named):
         return [], SpecError("named_parameters must be (name, parameter) pairs: pass "
                              "model.named_parameters(), not model.parameters()")
-    named = [(name, p) for name, p in named if p.requires_grad]
+    names = plain(str(name) for name, _ in named)
+    named = [(name, p) for name, (_, p) in zip(names, named) if p.requires_grad]
     names = [name for name, _ in named]
     if not named:
         return [], SpecError("no parameter needs a gradient: pass model.named_parameters()")

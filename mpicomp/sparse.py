@@ -12,6 +12,7 @@ import torch
 
 from mpicomp import mpi, packet
 from mpicomp.errors import SpecError
+from mpicomp.names import known_as
 from mpicomp.packet import Header
 
 BUCKET = 0xFFFFFFFF  # in headers
@@ -26,7 +27,8 @@ def sparse_parameters(module) -> list[str]:
 
 def divide(named, names, method):
     """(pairs that go into buckets, pairs that travel as rows, what is wrong or None)."""
-    names, known = list(names), [name for name, _ in named]
+    known = [name for name, _ in named]
+    names = known_as(list(names), known)
     odd = [name for name in names if name not in known]
     scalar = [name for name, p in named if name in names and not p.dim()]
     problem = None
