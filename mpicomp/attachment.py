@@ -5,13 +5,13 @@ import weakref
 import numpy as np
 import torch
 
-from mpicomp import amp, mpi
+from mpicomp import amp, copies, mpi
 from mpicomp.errors import SpecError
 
 _reducers = weakref.WeakKeyDictionary()  # optimizer: those that are attached to it
 
 
-class Attachment:
+class Attachment(copies.Uncopied):
     """The part of the Reducer that finishes before an optimizer steps, and begins anew after it."""
 
     def attach(self, optimizer, scaler=None):
@@ -31,6 +31,7 @@ class Attachment:
                 raise SpecError(f"a GradScaler needs a synchronous exchange, found {self.method!r}")
             amp.follow_scale(self._order.slots, scaler)
             amp.finish_before_unscale(self, scaler)
+        copies.mark(optimizer)
         handles = [optimizer.register_step_pre_hook(self._before_step),
                    optimizer.register_step_post_hook(self._after_step)]
         self._hooks += filter(None, handles)  # somebody's own optimizer may give none
@@ -42,6 +43,8 @@ class Attachment:
         """No optimizer is attached any more."""
         for optimizer in self._optimizers:
             _reducers[optimizer].remove(self)
+            if not _reducers[optimizer]:
+                copies.release(optimizer)
 
     @torch.compiler.disable
     def _before_step(self, optimizer, args, kwargs):
