@@ -38,7 +38,9 @@ def check_replicas(reducer) -> None:
         agree(reducer.comm, {"step": reducer.step, "buckets": f"plan {reducer._plan:016x}",
                              "value of parameter": values},
               "call mpicomp.broadcast_parameters(model) before the first step, and load the states "
-              "of one step on every rank", reducer._pipeline.timeout)
+              "of one step on every rank. Where that was done the forward pass changes parameters, "
+              "as Embedding(max_norm=M) does: leave max_norm out, and after each step() call, "
+              "without gradients, weight.renorm_(2, 0, M)", reducer._pipeline.timeout)
 
 
 def trainable(named_parameters):
@@ -66,6 +68,21 @@ def trainable(named_parameters):
             return [], SpecError(f"the gradient of {name!r} has dtype {p.dtype}, expected "
                                  f"{', '.join(map(str, DTYPES))}: call model.float()")
     return named, None
+
+
+def kind(parameter):
+    """What of a parameter must stay as it was when its place in a bucket was made."""
+    return parameter.dtype, parameter.device, parameter.shape
+
+
+def require_kind(name, parameter, agreed):
+    """Raise SpecError where a parameter is no longer of the `kind` that ranks agreed on."""
+    if kind(parameter) != agreed:
+        before, now = (f"{dtype} on {device}, shape {list(shape)}"
+                       for dtype, device, shape in (agreed, kind(parameter)))
+        raise SpecError(f"{name!r} was {before}, when the Reducer was made, and is {now}, now: "
+                        "convert the model first (model.half(), model.to(device)), then make its "
+                        "optimizer and Reducer; close() the Reducer that it had")
 
 
 def stall_seconds(given):

@@ -19,7 +19,8 @@ from mpicomp.meter import Meter
 from mpicomp.order import Order
 from mpicomp.persistence import Persistence
 from mpicomp.place import on_place
-from mpicomp.plan import agree_on_plan, bad_option, check_replicas, stall_seconds, trainable
+from mpicomp.plan import (agree_on_plan, bad_option, check_replicas, kind, require_kind,
+                          stall_seconds, trainable)
 from mpicomp.receipt import Receipt
 from mpicomp.sparse import Sparse, divide
 from mpicomp.watchdog import Watchdog
@@ -99,6 +100,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         self._strangers, self._given, self._closed = {}, {}, False
         self._synchronising, self._checked = True, False
         self._watchdog = Watchdog(self)
+        self._kinds = {name: kind(p) for name, p in named}
         self._hooks = [p.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
                        for name, p in named]
         self._hooks += [p.register_post_accumulate_grad_hook(lambda _: self._reopen())
@@ -131,6 +133,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
     @torch.compiler.disable  # torch.compile leaves such calls as they are
     def _on_gradient(self, name, parameter):
         """The gradient of one parameter is complete (called by autograd)."""
+        require_kind(name, parameter, self._kinds[name])
         self._reopen()
         if self._synchronising:
             self._order.note(name)
