@@ -1,4 +1,4 @@
-"""Models that change after the Reducer was made, or in their forward pass: an error that says so."""
+"""Models that change after the Reducer was made, or in their forward pass: an error says so."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_a_model_that_changed_before_its_reducer_is_none_of_that(comm, back):
     assert all(p.grad.dtype == getattr(torch, back) for p in model.parameters())
 
 
-# ---- Embedding(max_norm) changes its weights in forward, each rank those rows that it looks up ----
+# ---- Embedding(max_norm) changes its weights in forward, each rank the rows that it looks up ----
 
 
 def table(**keywords):
