@@ -103,7 +103,8 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         self._kinds = {name: kind(p) for name, p in named}
         self._hooks = [p.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
                        for name, p in named]
-        self._hooks += [p.register_post_accumulate_grad_hook(lambda _: self._reopen())
+        anew = torch.compiler.disable(lambda _: self._reopen())
+        self._hooks += [p.register_post_accumulate_grad_hook(anew)
                         for _, p in in_rows]
 
     # ---- setting up ----
@@ -157,7 +158,6 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
             self._pipeline.poll()
             self._exchange.poll()
 
-    @torch.compiler.disable
     def _reopen(self):
         """A new step begins."""
         self._stepped.clear()
