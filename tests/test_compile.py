@@ -11,8 +11,9 @@ from training import digest, examples, replicas_are_identical
 
 import mpicomp
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch",  # torch's about itself
-                                        "ignore::UserWarning:torch")
+pytestmark = [pytest.mark.limit(240),  # beside other work imports of torch's compilers take long
+              pytest.mark.filterwarnings("ignore::DeprecationWarning:torch",  # torch's about itself
+                                         "ignore::UserWarning:torch")]
 FEW = 3  # steps: in the second gradients arrive in buckets that were made anew
 
 
