@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from mpicomp import amp, mpi
+from mpicomp import amp, copies, mpi
 from mpicomp.errors import SpecError
 
 _reducers = weakref.WeakKeyDictionary()  # optimizer: those that are attached to it
@@ -42,7 +42,7 @@ def _refuse_unattached(optimizer, args, kwargs):
                     "Type  reducer.attach(optimizer)  for it, too")
 
 
-class Attachment:
+class Attachment(copies.Uncopied):
     """The part of the Reducer that finishes before an optimizer steps, and begins anew after it."""
 
     def attach(self, optimizer, scaler=None):
@@ -66,6 +66,7 @@ class Attachment:
             raise SpecError(f"attach: {type(optimizer).__name__} found, expected a torch.optim."
                             "Optimizer that has called super().__init__(): where it wraps another "
                             "optimizer, attach that one")
+        copies.mark(optimizer)
         handles = [optimizer.register_step_pre_hook(self._before_step),
                    optimizer.register_step_post_hook(self._after_step)]
         self._hooks += filter(None, handles)  # somebody's own optimizer may give none
@@ -88,7 +89,10 @@ class Attachment:
         """No optimizer is attached any more."""
         for optimizer in self._optimizers:
             _reducers[optimizer].remove(self)
+            if not _reducers[optimizer]:
+                copies.release(optimizer)
 
+    @torch.compiler.disable
     def _before_step(self, optimizer, args, kwargs):
         """Finish; where step is given a closure that runs backward itself, finish after that."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -103,6 +107,7 @@ class Attachment:
                 "closure")
         self.compare()  # the closure may change parameters by what is this rank's alone (SAM)
 
+        @torch.compiler.disable
         def averaged():
             loss = closure()
             self._finish_for_step(optimizer)
@@ -112,6 +117,7 @@ class Attachment:
             return args, {**kwargs, "closure": averaged}
         return (args[0], averaged, *args[2:]), kwargs
 
+    @torch.compiler.disable
     def _after_step(self, optimizer, args, kwargs):
         """When every attached optimizer has stepped, the next step begins."""
         self._stepped.add(id(optimizer))

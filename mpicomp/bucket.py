@@ -30,11 +30,11 @@ class Slot:
 
     def __init__(self, name, parameter, view, flat):
         self.name, self.parameter, self.view, self.flat = name, parameter, view, flat
-        self.dtype, self._address = parameter.dtype, view.data_ptr()
+        self._address, self._kind, self._at = view.data_ptr(), kind(parameter), ()
         self.ready, self.fine = False, True
         self._on_host = not staging.is_device_array(flat)
-        self._shown = self._pending = self._handed = self._own = self._seen = None
-        self._version, self._direct = 0, False
+        self._shown = self._pending = self._handed = self._own = None
+        self._version = 0
 
     @property
     def direct(self) -> bool:
@@ -42,12 +42,23 @@ class Slot:
 
         torch's fused optimizers walk through memory, whatever the strides.
         """
+        self._meet()
+        return self._like and self.parameter.is_contiguous()
+
+    @property
+    def changed(self) -> str | None:
+        """What the parameter has become since the bucket was made, in words, or None."""
+        self._meet()
+        return self._changed
+
+    def _meet(self):
+        """Look at the parameter where it is not the one of before: it costs microseconds."""
         p = self.parameter
-        if p.data_ptr() != self._seen:  # else nothing has changed it: asking costs microseconds
-            self._seen = p.data_ptr()
-            self._direct = (p.dtype == kind(p) == torch.float32 and p.device == self.view.device
-                            and p.is_contiguous())
-        return self._direct
+        if (p.data_ptr(), p.dtype, p.numel()) == self._at:
+            return
+        self._at = p.data_ptr(), p.dtype, p.numel()
+        self._like = p.dtype == grad_dtype(p) == torch.float32 and p.device == self.view.device
+        self._changed = became(p, self._kind)
 
     @property
     def shown(self):
@@ -76,7 +87,8 @@ class Slot:
 
         With `finish`, p.grad is Pending from now on, and waits for the exchange by finish().
         """
-        gradient, direct = plain(self.parameter.grad), self.direct
+        direct = self.direct
+        gradient = None if self.changed else plain(self.parameter.grad)
         if direct or not finish:  # else `settle` brings it, after all hooks
             self.bring(gradient)
         if gradient is not None and direct:
@@ -122,7 +134,7 @@ class Slot:
         False where there is no gradient any more.
         """
         direct = self.direct
-        if direct and self._own is not None and self.untouched:
+        if self._changed or direct and self._own is not None and self.untouched:
             return True
         now = plain(self.parameter.grad)
         if now is None:
@@ -174,7 +186,7 @@ class Slot:
             return
         own = plain(self.parameter.grad)
         if own is None or own.is_sparse or self._is_here(own):
-            own = torch.empty_like(self.parameter, dtype=kind(self.parameter)).detach()
+            own = torch.empty_like(self.parameter, dtype=grad_dtype(self.parameter)).detach()
             self.parameter.grad = own.copy_(self.view)
         else:
             own.detach().copy_(self.view)
@@ -191,7 +203,21 @@ class Slot:
         self.clear()
 
 
-def kind(parameter) -> torch.dtype:
+def kind(parameter):
+    """What of a parameter must stay as it was when its place in a bucket was made."""
+    return parameter.dtype, parameter.device, parameter.shape
+
+
+def became(parameter, agreed) -> str | None:
+    """What a parameter was and is, where it is no longer of the `kind` that ranks agreed on."""
+    if kind(parameter) == agreed:
+        return None
+    before, now = (f"{dtype} on {device}, shape {list(shape)}"
+                   for dtype, device, shape in (agreed, kind(parameter)))
+    return f"was {before}, when the Reducer was made, and is {now}, now"
+
+
+def grad_dtype(parameter) -> torch.dtype:
     """Of its gradient: torch 2.10 and newer let it be another one than its own."""
     return getattr(parameter, "grad_dtype", None) or parameter.dtype
 

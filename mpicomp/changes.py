@@ -48,18 +48,17 @@ class Changes:
             self.problem(
                 f"another open Reducer has taken the gradient of {slot.name!r}: close() that one "
                 "first, or give each of them its own parameters")
-        self._refuse_other_dtype(slot)
+        self._refuse_changed(slot)
 
     def problem(self, text):
         """What all ranks raise when the exchange is finished; the first counts."""
         self.bad.setdefault("problem", text)
 
-    def _refuse_other_dtype(self, slot):
-        if slot.dtype != slot.parameter.dtype:
+    def _refuse_changed(self, slot):
+        if slot.changed:
             self.problem(
-                f"{slot.name!r} has become {slot.parameter.dtype}, it was {slot.dtype} when the "
-                "Reducer was made: make it after model.half() and the like, or close() it and "
-                "make a new one")
+                f"{slot.name!r} {slot.changed}: convert the model first (model.half(), model.to("
+                "device)), then make its optimizer and Reducer; close() the Reducer that it had")
 
     def settle(self):
         """All hooks of the parameter that came last are through."""
@@ -102,7 +101,7 @@ class Changes:
         r, changed = self.reducer, [slot for slot in self._came if not slot.untouched]
         for slot in r._order.slots:
             if not slot.ready:
-                self._refuse_other_dtype(slot)
+                self._refuse_changed(slot)
         if self.frozen and (r.method.adagrad or r._exchange.owns):
             self.problem(
                 f"{self.frozen[0]!r} needs no gradient any more, but with {r.method!r} it would "

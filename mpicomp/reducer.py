@@ -5,6 +5,8 @@ import threading
 from contextlib import contextmanager
 from functools import partial
 
+import torch
+
 from mpicomp import kernels, mpi, packet, place, systems
 from mpicomp.attachment import Attachment, now_open
 from mpicomp.bucket import make_buckets
@@ -136,6 +138,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence, Replicas):
 
     # ---- one step ----
 
+    @torch.compiler.disable  # torch.compile leaves such calls as they are
     def _on_gradient(self, name, parameter):
         """The gradient of one parameter is complete (called by autograd, from any thread)."""
         with self._lock:
@@ -145,6 +148,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence, Replicas):
                 self._order.note(name)
             self._arrived(*self._order.place[name], parameter, self._changes.touch)
 
+    @torch.compiler.disable
     def _on_rows(self, table, parameter):
         """A gradient that travels as rows is complete."""
         with self._lock:

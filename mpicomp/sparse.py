@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 from mpicomp import mpi, packet
+from mpicomp.bucket import became, kind
 from mpicomp.errors import SpecError
+from mpicomp.names import known_as
 from mpicomp.packet import Header
 
 BUCKET = 0xFFFFFFFF  # in headers
@@ -29,7 +31,8 @@ def sparse_parameters(module) -> list[str]:
 
 def divide(named, names, method):
     """(pairs that go into buckets, pairs that travel as rows, what is wrong or None)."""
-    names, known = list(names), [name for name, _ in named]
+    known = [name for name, _ in named]
+    names = known_as(list(names), known)
     odd = [name for name in names if name not in known]
     scalar = [name for name, p in named if name in names and not p.dim()]
     problem = None
@@ -49,8 +52,13 @@ class Table:
     """One parameter of `Sparse`, as changes.py looks at it: see `Slot` in bucket.py."""
 
     def __init__(self, name, parameter):
-        self.name, self.parameter, self.dtype = name, parameter, parameter.dtype
+        self.name, self.parameter, self._kind = name, parameter, kind(parameter)
         self._handed = self._version = None
+
+    @property
+    def changed(self) -> str | None:
+        """What the parameter has become since the Reducer was made, in words, or None."""
+        return became(self.parameter, self._kind)
 
     def fill(self):
         """A gradient has come."""

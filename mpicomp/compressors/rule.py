@@ -16,6 +16,7 @@ from mpicomp.compressors.onebit import OneBit
 from mpicomp.compressors.residual import Residual
 from mpicomp.errors import SpecError
 from mpicomp.layout import Layout
+from mpicomp.names import bare
 
 _TEST = re.compile(r"(size|ndim|last) *(<=|>=|=|<|>) *(\d+)")
 _SHAPE = re.compile(r"shape *= *([\dx*?]+)")
@@ -57,7 +58,7 @@ class Cases(tuple):
         for test, compressor in self:
             counts = _TEST.fullmatch(test)
             if not counts or counts[1] != "last":
-                pairs.append((test, compressor))
+                pairs.append((_for_plain(test, names), compressor))
                 continue
             pairs += [(escape(name), compressor) for place, name in enumerate(reversed(names), 1)
                       if _COMPARE[counts[2]](place, int(counts[3]))]
@@ -69,6 +70,13 @@ class Cases(tuple):
 
     def __repr__(self):
         return self.text()
+
+
+def _for_plain(test, names):
+    """The test; a pattern that fits no name because of `_orig_mod.` or `module.` without these."""
+    if any(fnmatchcase(name, test) for name in names):
+        return test
+    return bare(test)
 
 
 def _split(text):
