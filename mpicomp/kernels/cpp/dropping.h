@@ -76,17 +76,20 @@ AVX2 Survivors drop_avx2(const float* grad, const float* owed, float* out, i64 b
 }  // namespace
 
 // Number `number` in ascending order of `size` magnitudes of owed + grad (of grad, if `owed` is
-// null) at stride n // size. Magnitudes are ordered like their bits: a histogram of the upper bits
-// leaves few to sort.
-API float mp_drop_cut(const float* grad, const float* owed, i64 n, i64 size, i64 number) {
+// null), of elements k * span / size rounded down. Magnitudes are ordered like their bits: a
+// histogram of the upper bits leaves few to sort.
+API float mp_drop_cut(const float* grad, const float* owed, i64 span, i64 size, i64 number) {
     constexpr int SHIFT = 19;
     thread_local std::vector<u32> magnitudes, rest;
     magnitudes.resize(size);
     i64 bins[1 << (31 - SHIFT)] = {};
-    const i64 stride = n / size;
-    for (i64 k = 0; k < size; k++) {  // no more than this: then many of them are on their way
-        const i64 i = k * stride;
+    const i64 stride = span / size, over = span % size;
+    for (i64 k = 0, i = 0, part = 0; k < size; k++) {  // few steps: many reads are on their way
         magnitudes[k] = bits_of(std::fabs(owed ? owed[i] + grad[i] : grad[i]));
+        part += over;
+        const bool whole = part >= size;
+        i += stride + whole;
+        part -= whole ? size : 0;
     }
     for (u32 m : magnitudes) bins[m >> SHIFT]++;
     u32 bin = 0;
