@@ -19,7 +19,7 @@ import numpy as np
 from mpicomp import systems
 from mpicomp.compressors import Rule, Strom
 from mpicomp.errors import SpecError
-from mpicomp.trial import given, made_up, measure_codec, measure_links, reduction
+from mpicomp.trial import given, made_up, measure_codec, measure_links, reduction, together
 
 CANDIDATES = ("dense", "bf16", "terngrad", "onebit", "onebit:exchange=sharded")
 WORTH = 1.25  # a compressed method is advised only if it is predicted to be so much faster
@@ -113,7 +113,7 @@ def _sample(comm, gradient):
         sample = made_up(comm.rank) if gradient is None else given(gradient)
     except SpecError as error:
         problem = f"rank {comm.rank}: {error}"
-    found = comm.allgather((problem, sample and sample.x.size))
+    found = together(comm, (problem, sample and sample.x.size))
     if problems := [told for told, _ in found if told]:
         raise SpecError(problems[0])
     sizes = [size for _, size in found]
@@ -161,4 +161,5 @@ def advise(comm, n=None, candidates=CANDIDATES, hidden=0.0, ranks=None, gradient
                   f"{1e3 * dense.total:.1f} ms")
     order = tuple(sorted(predictions, key=lambda p: p.total))
     notes = () if sample.real else unit_free(methods)
-    return comm.bcast(Advice(n, links, codecs, order, choice.method, reason, sample.told, notes))
+    advice = Advice(n, links, codecs, order, choice.method, reason, sample.told, notes)
+    return together(comm, advice)[0]  # the same on every rank, where clocks differed

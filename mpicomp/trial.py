@@ -43,6 +43,16 @@ class Codec:
     bytes: float
 
 
+def together(comm, value) -> list:
+    """What each rank gives."""
+    return comm.allgather(value)
+
+
+def meet(comm) -> None:
+    """All ranks begin now."""
+    mpi.wait(comm, comm.Ibarrier(), PATIENCE, "measuring links and codecs")
+
+
 # ---- gradients ----------------------------------------------------------------------------------
 
 
@@ -122,7 +132,7 @@ def measure_codec(method, comm, sample) -> Codec:
     whole = method.exchange == "allreduce" and c.alias(x) is not None
     encode, decode = [], []
     for _ in range(4):
-        mpi.wait(comm, comm.Ibarrier(), PATIENCE, "measuring codecs")
+        meet(comm)
         start = perf_counter()
         c.measure(x, layout, state)
         used = c.encode(x, packet, layout, key, state)
@@ -134,7 +144,8 @@ def measure_codec(method, comm, sample) -> Codec:
         encode.append(middle - start)
         decode.append(perf_counter() - middle)
         c.commit(state)
-    worst = np.max(comm.allgather((np.median(encode[1:]), np.median(decode[1:]), used)), axis=0)
+    found = together(comm, (np.median(encode[1:]), np.median(decode[1:]), used))
+    worst = np.max(found, axis=0)
     return Codec(*(float(value) / layout.size for value in worst))
 
 
@@ -166,8 +177,6 @@ def measure_links(comm, n, methods=(), codecs=None) -> dict:
             for trial in trials:
                 trial.less = codecs[repr(method)].encode * trial.elements
         links[name] = _line(comm, pipeline, trials)
-    for stage in wire.communicators[1:]:
-        stage.Free()
     return links
 
 
@@ -218,9 +227,9 @@ def _time(comm, pipeline, trial, repeats=5):
     """Median seconds of a trial, of the slowest rank; the first is not counted."""
     times = []
     for _ in range(repeats + 1):
-        mpi.wait(comm, comm.Ibarrier(), PATIENCE, "measuring links")
+        meet(comm)
         start = perf_counter()
         pipeline.launch("the measurement of links", trial.run())
         pipeline.drain()
-        times.append(max(comm.allgather(perf_counter() - start)))
+        times.append(max(together(comm, perf_counter() - start)))
     return float(np.median(times[1:]))
