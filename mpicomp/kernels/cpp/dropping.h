@@ -83,13 +83,12 @@ API float mp_drop_cut(const float* grad, const float* owed, i64 span, i64 size, 
     thread_local std::vector<u32> magnitudes, rest;
     magnitudes.resize(size);
     i64 bins[1 << (31 - SHIFT)] = {};
-    const i64 stride = span / size, over = span % size;
-    for (i64 k = 0, i = 0, part = 0; k < size; k++) {  // few steps: many reads are on their way
+    // k * (span % size) / size without a division: exact while size * size < 2**62
+    using Wide = unsigned __int128;
+    const u64 stride = u64(span / size), part = u64((Wide(span % size) << 62) / Wide(size)) + 1;
+    for (i64 k = 0; k < size; k++) {  // no more than this: then many reads are on their way
+        const u64 i = u64(k) * stride + u64(Wide(k) * part >> 62);
         magnitudes[k] = bits_of(std::fabs(owed ? owed[i] + grad[i] : grad[i]));
-        part += over;
-        const bool whole = part >= size;
-        i += stride + whole;
-        part -= whole ? size : 0;
     }
     for (u32 m : magnitudes) bins[m >> SHIFT]++;
     u32 bin = 0;
