@@ -21,8 +21,9 @@ def main(arguments=None) -> int:
     commands.add_parser("doctor", help="say what is installed, and what to type if it is not"
                         ).set_defaults(run=lambda _: doctor())
     plan = commands.add_parser("plan", help="predict every method's time here, and say what to use")
-    plan.add_argument("--gradient", type=_number, default=25_000_000, metavar="N",
-                      help="elements of the model's gradient (default: %(default)s)")
+    plan.add_argument("--gradient", type=_gradient, default=25_000_000, metavar="N or FILE",
+                      help="elements of the model's gradient (default: %(default)s), or one of "
+                           "yours to try codecs on, written by numpy.save or numpy.savez")
     plan.add_argument("--hidden", type=float, default=0.0, metavar="S",
                       help="seconds of exchange that backward can hide (default: none)")
     plan.add_argument("--ranks", nargs="*", type=_number, default=[2, 4, 8, 16, 64], metavar="P")
@@ -85,6 +86,11 @@ def _number(text):
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} found, expected a whole number of at least 1")
     return number
+
+
+def _gradient(text):
+    """The elements of a gradient, or the file of one."""
+    return text if text.endswith((".npy", ".npz")) else _number(text)
 
 
 def launch(options) -> int:

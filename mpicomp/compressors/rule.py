@@ -9,7 +9,7 @@ from glob import escape
 
 import numpy as np
 
-from mpicomp import kernels
+from mpicomp import kernels, philox
 from mpicomp.compressor import Compressor, State, check_options, from_spec, option
 from mpicomp.compressors.dense import Dense
 from mpicomp.compressors.onebit import OneBit
@@ -117,8 +117,10 @@ class Run:
     layout: Layout
 
     def key(self, key):
-        """Random numbers of its own: the run stands in the upper half of the rank's word."""
-        return replace(key, rank=key.rank | self.number << 16)
+        """Random numbers of its own; the first run's are those it would draw without a rule."""
+        if not self.number:
+            return key
+        return replace(key, seed=philox.part(key.seed, self.number))
 
 
 @lru_cache(maxsize=1024)

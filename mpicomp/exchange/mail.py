@@ -16,15 +16,14 @@ class Mail:
     grad     float32[layout.size], the gradient going in and the mean coming out
     index    the bucket
     plan     digest of everything that ranks must agree on
-    draw     what tells its random numbers from those of other mail; by default the bucket
+    seed     of its random numbers, with the bucket, step and rank
     shared   the array of what ranks agree on before they encode (it lives in `state`), or None
     headers  of all ranks, once they are here
     """
 
-    def __init__(self, compressor, layout, index, grad, plan, seed, wire, draw=None):
+    def __init__(self, compressor, layout, index, grad, plan, seed, wire):
         self.compressor, self.layout, self.index = compressor, layout, index
         self.grad, self.plan, self.seed = grad, plan, seed
-        self.draw = index if draw is None else draw
         self.state = compressor.init(layout, grad)
         zeros = staging.rooms(grad)
         self.outbox = zeros(packet.SIZE + compressor.capacity(layout), np.uint8)
@@ -40,7 +39,7 @@ class Mail:
         return self.outbox[packet.SIZE:]
 
     def key(self, step, rank):
-        return Key(self.seed, rank, step, self.draw)
+        return Key(self.seed, rank, step, self.index)
 
     def measure(self, flags):
         """Have the compressor fill `shared`, with zeros if the gradient is not finite."""

@@ -15,7 +15,7 @@ import threading
 
 import numpy as np
 
-from mpicomp import kernels, packet
+from mpicomp import kernels, packet, philox
 from mpicomp.errors import PacketError, SpecError
 from mpicomp.exchange.asynchronous import Asynchronous, Promise
 from mpicomp.exchange.mail import Mail
@@ -24,7 +24,7 @@ from mpicomp.packet import Header
 from mpicomp.philox import Key
 
 PUSH, PULL = 0, 1  # tags
-BACK = 1 << 31  # marks the random numbers of pulls
+BACK = 1 << 32  # the first of the parts whose random numbers are the pulls'; pushes: the owner
 PAUSE = 1e-3  # seconds between two looks of the thread
 
 
@@ -185,7 +185,7 @@ class Server(Asynchronous):
         self._send(worker, PULL, step, self._box[:used])
 
     def _key(self, owner, worker, step):
-        return Key(self.seed, owner, step, BACK | (worker + 1) << 16)
+        return Key(philox.part(self.seed, BACK + worker), owner, step)
 
 
 class _Pushes:
@@ -198,11 +198,12 @@ class _Pushes:
     def __init__(self, exchange, compressor, layout, index, grad):
         self.borders, self.compressor, self.grad = exchange.borders, compressor, grad
         self.layout, self.index, self.rank = layout, index, exchange.wire.rank
-        self.whole, rest = compressor.can_split, (exchange.plan, exchange.seed, exchange.wire)
+        self.whole, plan, seed = compressor.can_split, exchange.plan, exchange.seed
         if self.whole:
-            self.mails = [Mail(compressor, layout, index, grad, *rest)]
+            self.mails = [Mail(compressor, layout, index, grad, plan, seed, exchange.wire)]
         else:
-            self.mails = [Mail(compressor, sub, index, grad[a:b], *rest, draw=(owner + 1) << 16)
+            self.mails = [Mail(compressor, sub, index, grad[a:b], plan, philox.part(seed, owner),
+                               exchange.wire)
                           for owner, (sub, a, b) in enumerate(self._parts(exchange.layouts))]
         self.flags, self.pulls, self.headers = 0, [], ["own"]
 
