@@ -25,6 +25,7 @@ def now_open(reducer):
     _open.add(reducer)
 
 
+@torch.compiler.disable
 def _refuse_unattached(optimizer, args, kwargs):
     """Before every step of any optimizer: SpecError where it would use this rank's gradients."""
     if _reducers.get(optimizer):

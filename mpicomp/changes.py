@@ -83,7 +83,9 @@ class Changes:
         if task >= 0:
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
+    @torch.compiler.disable
     def _end(self):
+        """backward() is over."""
         r = self.reducer
         with r._lock:
             if not r._closed and not r._finished:
@@ -91,6 +93,7 @@ class Changes:
                 with r._place.here():
                     r._launch_ready()
 
+    @torch.compiler.disable
     def touch(self):
         """Somebody reads or changes a gradient whose exchange is under way."""
         if not self.reducer._finished and not self.reducer._closed:

@@ -16,7 +16,7 @@ class Pending(torch.Tensor):
     @staticmethod
     def of(tensor, finish):
         """A Pending in the memory of `tensor`, which calls finish() when it is used."""
-        pending = torch.Tensor._make_subclass(Pending, tensor)
+        pending = tensor.detach().as_subclass(Pending)
         pending.tensor, pending.finish = tensor, finish
         return pending
 
