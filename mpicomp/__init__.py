@@ -28,13 +28,14 @@ _HOME = {
     "broadcast_optimizer_state": "broadcast",
     "broadcast_parameters": "broadcast",
     "from_spec": "compressor",
-    "local_rank": "mpi",
+    "local_rank": "start",
     "method": "systems",
     "methods": "systems",
     "register": "compressor",
     "sparse_parameters": "sparse",
 }
-_MODULES = ("checkpoint", "ddp")  # public as mpicomp.checkpoint.save, mpicomp.ddp.comm_hook ...
+# Public as mpicomp.checkpoint.save, mpicomp.ddp.comm_hook ...
+_MODULES = ("checkpoint", "ddp", "errors", "nn", "philox", "slurm", "watchdog")
 __all__ = sorted(_HOME)
 
 

@@ -23,6 +23,7 @@ import torch
 from mpicomp.errors import CheckpointError
 from mpicomp.repartition import repartition
 from mpicomp.signals import RESUME, Signals
+from mpicomp.start import intracommunicator
 
 __all__ = ["RESUME", "Signals", "each_rank", "folders", "load", "newest", "objection",
            "repartition", "save", "write"]
@@ -36,7 +37,7 @@ def save(folder, comm, step, shared, mine, about=None, keep=2):
     those of the steps before it; those of later steps are of an older history and go first. Raises
     CheckpointError on all ranks if any could not write; the checkpoints before are then as before.
     """
-    folder = Path(folder)
+    folder, comm = Path(folder), intracommunicator(comm)
     about = about or {}
     step, manifest = _together(comm, lambda: _checked(step, about, keep, comm.size))[0]
     final, aside = folder / f"step-{step}", folder / f"step-{step}.part"

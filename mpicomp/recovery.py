@@ -87,7 +87,7 @@ class Recovery:
 
     def track(self, comm):
         """Revoke this communicator, too, where a rank has died. To be made anew in `regrouped`."""
-        self._tracked.append(comm)
+        self._tracked.append(mpi.intracommunicator(comm))
         return comm
 
     # ---- a piece ----

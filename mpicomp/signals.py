@@ -6,6 +6,8 @@ import time
 
 import numpy as np
 
+from mpicomp.start import intracommunicator
+
 RESUME = os.EX_TEMPFAIL  # 75: "ended early and saved; start it again to go on"
 SAME = 5.0  # seconds; Slurm ends a job with two SIGTERM: one to its steps, one through srun
 
@@ -30,7 +32,7 @@ class Signals:
     """
 
     def __init__(self, comm, signals=(signal.SIGTERM, signal.SIGUSR1)):
-        self.comm = comm.Dup()
+        self.comm = intracommunicator(comm).Dup()
         # None: a handler of C's, which Python cannot put back
         self._before = {number: signal.signal(number, self._heard) or signal.SIG_DFL
                         for number in signals}

@@ -24,19 +24,20 @@ KNOWS = {
     "compressor": {"errors", "kernels", "compressors"},  # compressors: registry() imports them
     "compressors": {"errors", "kernels", "compressor", "layout", "philox"},
     "staging": {"kernels"},
-    "probe": {"kernels", "mpi"},
+    "probe": {"kernels", "start"},
     "place": {"errors", "kernels", "probe", "staging"},
     "exchange": BASE | {"kernels", "mpi", "staging"},
     "systems": {"errors", "compressor", "compressors", "exchange"},
-    "mpi": {"", "errors", "watchdog"},
+    "start": {"errors"},
+    "mpi": {"", "errors", "start", "watchdog"},
     "watchdog": {"errors"}, "sparse": {"", "errors", "mpi", "packet"},
     "agree": {"errors", "mpi"},
     "bucket": {"errors", "kernels", "layout", "place", "staging"},
     "delay": {"", "amp", "errors", "kernels", "packet"},
     "amp": {"errors"},
-    "signals": set(),
+    "signals": {"start"},
     "repartition": {"errors", "exchange", "layout"},
-    "checkpoint": {"errors", "repartition", "signals"},
+    "checkpoint": {"errors", "repartition", "signals", "start"},
     "process_group": {"errors", "mpi"},
     "plan": {"", "agree", "bucket", "errors"},
     "broadcast": {"agree", "errors", "mpi"},
@@ -60,7 +61,7 @@ TORCH = {"reducer", "place", "order", "persistence", "delivery", "shard_optimize
          "broadcast", "plan", "nn", "ddp", "bench", "amp", "process_group", "checkpoint",
          "repartition", "recovery", "sparse", "attachment"}
 MPI = {"exchange", "mpi", "reducer", "order", "delivery", "broadcast", "cli", "bench", "ddp",
-       "process_group", "signals", "probe", "recovery", "watchdog"}
+       "process_group", "signals", "probe", "recovery", "watchdog", "start"}
 CUPY = {"device.py", "staging.py"}
 TOP = {"cli", "bench", "__main__", "ddp"}  # these may know everything
 
