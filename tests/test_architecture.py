@@ -39,7 +39,7 @@ KNOWS = {
     "repartition": {"errors", "exchange", "layout"},
     "checkpoint": {"errors", "repartition", "signals", "start"},
     "process_group": {"errors", "mpi"},
-    "plan": {"", "agree", "bucket", "errors"},
+    "plan": {"", "agree", "bucket", "errors", "exchange", "kernels", "place"},
     "broadcast": {"agree", "errors", "mpi"},
     "nn": {"errors", "philox"},
     "slurm": {"errors"},
