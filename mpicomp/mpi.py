@@ -6,7 +6,7 @@ from time import perf_counter, sleep
 
 from mpicomp import watchdog
 from mpicomp.errors import DeadRankError, StallError
-from mpicomp.start import intracommunicator, load
+from mpicomp.start import at_end, intracommunicator, load, not_at_end  # for those who know mpi
 
 _abandoned = []
 

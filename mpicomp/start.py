@@ -1,5 +1,6 @@
-"""What must be right before the first call of MPI: the library, the launcher, the communicator."""
+"""How MPI starts and ends: the library, the launcher, the communicator, what must stop before."""
 
+import atexit
 import os
 import shlex
 import shutil
@@ -154,3 +155,34 @@ def intracommunicator(comm, what="comm"):
         raise SpecError(f"{what} is a process group of torch.distributed, {expected}: give the "
                         "communicator of the same ranks, such as MPI.COMM_WORLD.Split(color)")
     raise SpecError(f"{what}={comm!r} found, of type {type(comm).__name__}, {expected}")
+
+
+# ---- the end ----
+
+_endings = []
+
+
+def at_end(call):
+    """Have this called once before MPI ends: by MPI.Finalize(), or with the program.
+
+    For what stops a thread: who calls MPI after it has ended is killed by it.
+    """
+    if not _endings:
+        from mpi4py import MPI
+
+        # MPI_Finalize deletes the attributes of COMM_SELF before anything else
+        MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=_end), None)
+        atexit.register(_end)
+        _endings.append(lambda: None)  # so that this is done once
+    _endings.append(call)
+
+
+def not_at_end(call):
+    """It need not be called any more."""
+    if call in _endings:
+        _endings.remove(call)
+
+
+def _end(*_):
+    while _endings:
+        _endings.pop()()

@@ -10,12 +10,11 @@ Shards are contiguous, ceil(n / P) elements of the one bucket that holds all par
 takes its own shard as it is: nothing travels, nothing is compressed.
 """
 
-import atexit
 import threading
 
 import numpy as np
 
-from mpicomp import kernels, packet
+from mpicomp import kernels, mpi, packet
 from mpicomp.errors import PacketError, SpecError
 from mpicomp.exchange.asynchronous import Asynchronous, Promise
 from mpicomp.exchange.mail import Mail
@@ -80,7 +79,7 @@ class Server(Asynchronous):
             self._stop = threading.Event()
             self._thread = threading.Thread(target=self._serve, args=(self._stop,), daemon=True,
                                             name="mpicomp server")
-            atexit.register(self.rest)  # nobody may call MPI after it has ended
+            mpi.at_end(self.rest)  # nobody may call MPI after it has ended
             self._thread.start()
 
     def _serve(self, stop):
@@ -96,7 +95,7 @@ class Server(Asynchronous):
             self._stop.set()
             self._thread.join()
             self._stop = None
-            atexit.unregister(self.rest)
+            mpi.not_at_end(self.rest)
 
     def poll(self):
         if not self.settled:
