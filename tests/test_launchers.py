@@ -59,14 +59,14 @@ def test_the_command_that_the_error_names_is_what_was_typed_and_works(tmp_path):
                     "print(mpi.load().COMM_WORLD.size, *sys.argv[1:])\n")
     clean = {k: v for k, v in os.environ.items() if not k.startswith((*LAUNCHERS, "WORLD_SIZE"))}
     words = [sys.executable, "-u", str(path), "--lr", "a b"]
-    done = subprocess.run(words, env=clean | TORCHRUN, text=True, capture_output=True, timeout=50)
+    done = subprocess.run(words, env=clean | TORCHRUN, text=True, capture_output=True, timeout=300)
     assert done.returncode == 1
     said = done.stderr.splitlines()[-1].partition("type  ")[2]
     assert said.endswith(f" -n 2 {shlex.join(words)}")
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
     again = subprocess.run(said, shell=True, env=clean | root, text=True, capture_output=True,
-                           timeout=50)
+                           timeout=300)
     assert again.stdout == 2 * "2 --lr a b\n", again.stderr
 
 
@@ -107,7 +107,7 @@ def test_the_way_out_works():
     said = err.splitlines()[-1].partition("type  env ")[2]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
     again = subprocess.run(f"env {said}", shell=True, env=clean | {"SLURM_STEP_NUM_TASKS": "4"},
-                           text=True, capture_output=True, timeout=50)
+                           text=True, capture_output=True, timeout=300)
     assert again.stdout == "alone\n", again.stderr
 
 
