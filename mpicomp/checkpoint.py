@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from mpicomp import mpi
 from mpicomp.errors import CheckpointError
 from mpicomp.repartition import repartition
 from mpicomp.signals import RESUME, Signals
@@ -116,7 +117,7 @@ def _together(comm, work):
         mine, cause = (None, str(error)), error
     except Exception as error:      # whatever it is, the others wait to hear of it
         mine, cause = (None, f"{type(error).__name__}: {error}"), error
-    everyone = comm.allgather(mine)
+    everyone = mpi.allgather(comm, mine, "saving a checkpoint")
     for rank, (_, problem) in enumerate(everyone):
         if problem:
             raise CheckpointError(f"rank {rank} could not write its part of the checkpoint "
