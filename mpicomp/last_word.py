@@ -13,7 +13,7 @@ import signal
 import sys
 from time import perf_counter
 
-LEAST = 2.0  # seconds without the lock that are nothing to speak of
+LEAST = 10.0  # seconds without the lock that are nothing to speak of: a large garbage collection
 SHARE = 0.9  # of the others' patience: before they end the job
 
 _timer = None  # (the C library, its timer), or False where there is none
