@@ -299,7 +299,9 @@ time.sleep(0.5)
 assert not optimizer.reducer._watchdog.left, optimizer.reducer._watchdog.left
 print(f"rank {rank} goes on", flush=True)
 def holds_the_lock():
-    ctypes.PyDLL(None).sleep(100)
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):  # the second waits for the first; no signal ends that
+        ctypes.PyDLL(None).pthread_mutex_lock(mutex)
 if rank == last:
     holds_the_lock()
 model(torch.ones(2, 4)).sum().backward()
