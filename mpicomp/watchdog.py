@@ -158,7 +158,8 @@ def ask_all():
         silent = dog.ask()
         if silent:
             say(dog.comm, f"rank {', '.join(map(str, silent))} did not answer within {ANSWER:g} s: "
-                          "ended, stopped, or inside of code that holds Python's lock")
+                          "ended, stopped, or inside of code that holds Python's lock (then its "
+                          "stack, without a rank in front, may be among these lines)")
     sleep(0.5)  # what they wrote is still on its way
 
 
