@@ -89,10 +89,10 @@ def _time_call(comm, kind, size, repeats=5):
     call = comm.Iallgather if kind == "gather" else comm.Iallreduce
     times = []
     for _ in range(repeats + 1):
-        mpi.wait(comm, comm.Ibarrier(), 600.0, "measuring links")
+        mpi.wait(comm, comm.Ibarrier(), mpi.limit(comm), "measuring links")
         start = perf_counter()
-        mpi.wait(comm, call(send, receive), 600.0, "measuring links")
-        times.append(max(comm.allgather(perf_counter() - start)))
+        mpi.wait(comm, call(send, receive), mpi.limit(comm), "measuring links")
+        times.append(max(mpi.allgather(comm, perf_counter() - start, "measuring links")))
     return float(np.median(times[1:]))
 
 
@@ -105,7 +105,7 @@ def measure_codec(method, comm, rows=1024) -> Codec:
     state, key = c.init(layout, x), Key()
     encode, decode = [], []
     for _ in range(4):
-        mpi.wait(comm, comm.Ibarrier(), 600.0, "measuring codecs")
+        mpi.wait(comm, comm.Ibarrier(), mpi.limit(comm), "measuring codecs")
         start = perf_counter()
         c.measure(x, layout, state)
         used = c.encode(x, packet, layout, key, state)
@@ -114,7 +114,8 @@ def measure_codec(method, comm, rows=1024) -> Codec:
         encode.append(middle - start)
         decode.append(perf_counter() - middle)
         c.commit(state)
-    worst = np.max(comm.allgather((np.median(encode[1:]), np.median(decode[1:]))), axis=0)
+    mine = np.median(encode[1:]), np.median(decode[1:])
+    worst = np.max(mpi.allgather(comm, mine, "measuring codecs"), axis=0)
     return Codec(worst[0] / layout.size, worst[1] / layout.size, used / layout.size)
 
 
@@ -197,4 +198,4 @@ def advise(comm, n, candidates=CANDIDATES, hidden=0.0, ranks=None) -> Advice:
         reason = (f"predicted {1e3 * best.total:.1f} ms of exchange a step, dense "
                   f"{1e3 * dense.total:.1f} ms")
     order = tuple(sorted(predictions, key=lambda p: p.total))
-    return comm.bcast(Advice(links, codecs, order, choice.method, reason))
+    return mpi.bcast(comm, Advice(links, codecs, order, choice.method, reason), "choosing a method")

@@ -14,21 +14,23 @@ def digest(text: str) -> int:
 
 
 def agree(comm, facts: dict, hint="every rank must be started with the same arguments",
-          timeout=600.0) -> int:
+          timeout=None) -> int:
     """Compare `facts` (name -> value or list of lines) over all ranks; returns their digest.
 
     Raises MismatchError on every rank, naming the first rank and fact that differ from rank 0's.
     A rank that found a problem of its own puts it under "problem", so that nobody waits for it; a
-    problem that all share is a SpecError. StallError after `timeout` seconds without the others.
+    problem that all share is a SpecError. StallError after `timeout` seconds (None:
+    the communicator's limit) without the others.
     Collective; 16 bytes a rank where all is well.
     """
     mine = digest("\n".join(f"{name}: {value}" for name, value in facts.items()))
+    timeout = mpi.limit(comm) if timeout is None else timeout
     told = np.array([mine, "problem" in facts], np.uint64)
     heard = np.zeros((comm.size, 2), np.uint64)
     mpi.wait(comm, comm.Iallgather(told, heard), timeout, "comparing configurations")
     if (heard == told).all() and "problem" not in facts:
         return mine
-    everyone = comm.allgather(facts)
+    everyone = mpi.allgather(comm, facts, "comparing configurations", timeout)
     problems = [theirs.get("problem") for theirs in everyone]
     if len(set(problems)) == 1 and problems[0]:
         raise SpecError(problems[0])

@@ -19,8 +19,11 @@ def broadcast_parameters(module_or_state_dict, comm=None, root=0):
     if isinstance(source, torch.nn.Module):
         source = source.state_dict()
     named = [(k, v) for k, v in dict(source).items() if isinstance(v, torch.Tensor)]
-    with _private(comm) as comm:
-        agree(comm, {"tensor": [f"{k} {list(v.shape)} {v.dtype}" for k, v in named]},
+    with _private(comm, "broadcasting parameters") as comm:
+        lazy = [k for k, v in named if torch.nn.parameter.is_lazy(v)]
+        agree(comm, {"problem": f"{lazy[0]!r} has no shape yet: run the model once on every rank, "
+                                "then broadcast"} if lazy else
+              {"tensor": [f"{k} {list(v.shape)} {v.dtype}" for k, v in named]},
               "every rank must build the same model")
         for _, tensor in named:
             _broadcast(tensor, comm, root)
@@ -28,11 +31,12 @@ def broadcast_parameters(module_or_state_dict, comm=None, root=0):
 
 def broadcast_optimizer_state(optimizer, comm=None, root=0):
     """Give every rank the optimizer state (momenta, step counts, learning rates) of rank `root`."""
-    with _private(comm) as comm:
+    with _private(comm, "broadcasting an optimizer's state") as comm:
         mine = optimizer.state_dict()
         tensors = {}
-        told = comm.bcast(_strip(mine, tensors) if comm.rank == root else None, root)
-        shapes = comm.bcast([(t.shape, t.dtype) for t in tensors.values()], root)
+        stripped = _strip(mine, tensors) if comm.rank == root else None
+        told, shapes = mpi.bcast(comm, (stripped, [(t.shape, t.dtype) for t in tensors.values()]),
+                                 "broadcasting an optimizer's state", root)
         received = list(tensors.values()) if comm.rank == root else [
             torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
         received = [_broadcast(t.clone(), comm, root) for t in received]
@@ -43,15 +47,14 @@ def broadcast_optimizer_state(optimizer, comm=None, root=0):
 class _private:
     """A duplicate communicator for the length of a `with` block."""
 
-    def __init__(self, comm):
-        self.comm = mpi.communicator(comm)
+    def __init__(self, comm, what):
+        self.comm = mpi.communicator(comm, what=what)
 
     def __enter__(self):
         return self.comm
 
-    def __exit__(self, kind, *_):
-        if kind is None:
-            self.comm.Free()
+    def __exit__(self, *_):
+        mpi.release(self.comm)
 
 
 def _broadcast(tensor, comm, root):
@@ -59,7 +62,8 @@ def _broadcast(tensor, comm, root):
     flat = tensor.detach().to("cpu", copy=True).contiguous().view(-1).view(torch.uint8).numpy() \
         if tensor.numel() else np.empty(0, np.uint8)
     for at in range(0, flat.size, PIECE):
-        comm.Bcast(flat[at:at + PIECE], root)
+        mpi.wait(comm, comm.Ibcast(flat[at:at + PIECE], root), mpi.limit(comm),
+                 "broadcasting tensors")
     if tensor.numel():
         with torch.no_grad():
             tensor.copy_(torch.from_numpy(flat).view(tensor.dtype).view(tensor.shape))

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
+from mpicomp import mpi
 from mpicomp.errors import CheckpointError
 from mpicomp.repartition import repartition
 from mpicomp.signals import RESUME, Signals
-from mpicomp.start import intracommunicator
 
 __all__ = ["RESUME", "Signals", "each_rank", "folders", "load", "newest", "objection",
            "repartition", "save", "write"]
@@ -37,7 +37,7 @@ def save(folder, comm, step, shared, mine, about=None, keep=2):
     those of the steps before it; those of later steps are of an older history and go first. Raises
     CheckpointError on all ranks if any could not write; the checkpoints before are then as before.
     """
-    folder, comm = Path(folder), intracommunicator(comm)
+    folder, comm = Path(folder), mpi.intracommunicator(comm)
     about = about or {}
     step, manifest = _together(comm, lambda: _checked(step, about, keep, comm.size))[0]
     final, aside = folder / f"step-{step}", folder / f"step-{step}.part"
@@ -117,7 +117,7 @@ def _together(comm, work):
         mine, cause = (None, str(error)), error
     except Exception as error:      # whatever it is, the others wait to hear of it
         mine, cause = (None, f"{type(error).__name__}: {error}"), error
-    everyone = comm.allgather(mine)
+    everyone = mpi.allgather(comm, mine, "saving a checkpoint")
     for rank, (_, problem) in enumerate(everyone):
         if problem:
             raise CheckpointError(f"rank {rank} could not write its part of the checkpoint "

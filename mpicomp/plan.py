@@ -7,10 +7,10 @@ from numbers import Integral, Real
 import torch
 
 import mpicomp
-from mpicomp import kernels, place
+from mpicomp import kernels, mpi, place
 from mpicomp.agree import agree
 from mpicomp.bucket import DTYPES
-from mpicomp.errors import SpecError
+from mpicomp.errors import MismatchError, SpecError
 from mpicomp.exchange.pipeline import WAYS
 
 
@@ -24,9 +24,13 @@ def agree_on_plan(comm, method, named, problem, **options) -> int:
     try:
         return agree(comm, facts, "every rank must build the same model and Reducer, with the same "
                      "version of mpicomp and the same environment (mpirun -x VARIABLE)",
-                     options["stall_timeout"] if not problem else 600.0)
+                     mpi.limit(comm))
     except SpecError:
+        mpi.release(comm)
         raise problem from None  # all ranks have the same one
+    except MismatchError:
+        mpi.release(comm)
+        raise
 
 
 def check_replicas(reducer) -> None:
@@ -64,6 +68,9 @@ def trainable(named_parameters):
         return [], SpecError("one parameter is given under two names: pass "
                              "model.named_parameters(), which names each once")
     for name, p in named:
+        if torch.nn.parameter.is_lazy(p):
+            return [], SpecError(f"{name!r} has no shape yet: run the model once on every rank, "
+                                 "then broadcast_parameters, then make the Reducer")
         if p.dtype not in DTYPES:
             return [], SpecError(f"the gradient of {name!r} has dtype {p.dtype}, expected "
                                  f"{', '.join(map(str, DTYPES))}: call model.float()")

@@ -51,8 +51,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
     def __init__(self, named_parameters, method, comm=None, *, average=True,
                  bucket_bytes=25 << 20, seed=0, nonfinite="raise", stall_timeout=None,
                  require_ratio=None, ratio_window=100, progress="auto", sparse=()):
-        self.comm = mpi.communicator(comm)
-        mpi.end_all_on_exception(self.comm)
+        self.comm = mpi.communicator(comm, stall_timeout, "starting a Reducer")
         self.average, self.seed, self.nonfinite = bool(average), seed, nonfinite
         self.stats, self.step = Meter(), 0
         stall_timeout = stall_seconds(stall_timeout)
@@ -305,7 +304,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         found = [[]] * self.comm.rank + [bad]
         if not alone:
             with self._guard.tail():
-                found = self.comm.allgather(bad)
+                found = mpi.allgather(self.comm, bad, "telling which gradients are not finite")
         where = "; ".join(f"rank {r}: {', '.join(names)}" for r, names in enumerate(found) if names)
         if self.nonfinite == "raise":
             step, self.step = self.step, self.step + alone  # the others have heard of this step
@@ -324,11 +323,15 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
 
         With an asynchronous exchange call `deliver` first: others may need this rank's answers.
         """
+        if self._closed:
+            return
         self._unhook()
         self._closed = True
         self._detach()
         if self._pipeline.busy:
             mpi.keep(self._pipeline.abandon(), self._buckets, self._mail, self._warm)
+        elif self._exchange.settled:
+            mpi.release(self.comm)  # the next Reducer, or whoever asks for one, takes it over
 
 
 def DistributedOptimizer(optimizer, named_parameters, method="dense", comm=None, **keywords):

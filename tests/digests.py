@@ -14,6 +14,8 @@ from mpi4py import MPI
 
 import mpicomp
 
+torch.set_num_threads(1)  # ranks share cores
+
 METHODS = ("dense", "dense:exchange=allgather", "dense:exchange=sharded", "fp16", "bf16",
            "terngrad", "terngrad:exchange=allreduce", "onebit", "onebit:exchange=sharded",
            "onebit:exchange=hierarchical", "dorefa:bits=4", "strom:tau=0.5", "strom:tau=0.5,"
@@ -53,7 +55,6 @@ def train(method, comm, steps=3):
 
 if __name__ == "__main__":
     comm = MPI.COMM_WORLD
-    torch.set_num_threads(1)
     if comm.rank == 0:
         print("library", MPI.Get_library_version().split("\0")[0].splitlines()[0], flush=True)
     for method in sys.argv[1:] or METHODS:

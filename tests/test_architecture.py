@@ -29,17 +29,18 @@ KNOWS = {
     "exchange": BASE | {"kernels", "mpi", "staging"},
     "systems": {"errors", "compressor", "compressors", "exchange"},
     "start": {"errors"},
-    "mpi": {"", "errors", "start", "watchdog"},
-    "watchdog": {"errors"}, "sparse": {"", "errors", "mpi", "packet"},
+    "mpi": {"", "errors", "last_word", "shelf", "start", "waiting", "watchdog"},
+    "last_word": set(), "shelf": {"waiting", "watchdog"}, "waiting": {"", "errors", "shelf"},
+    "watchdog": {"errors", "last_word"}, "sparse": {"", "errors", "mpi", "packet"},
     "agree": {"errors", "mpi"},
     "bucket": {"errors", "kernels", "layout", "place", "staging"},
     "delay": {"", "amp", "errors", "kernels", "packet"},
     "amp": {"errors"},
-    "signals": {"start"},
+    "signals": {"mpi"},
     "repartition": {"errors", "exchange", "layout"},
-    "checkpoint": {"errors", "repartition", "signals", "start"},
+    "checkpoint": {"errors", "mpi", "repartition", "signals"},
     "process_group": {"errors", "mpi"},
-    "plan": {"", "agree", "bucket", "errors", "exchange", "kernels", "place"},
+    "plan": {"", "agree", "bucket", "errors", "exchange", "kernels", "mpi", "place"},
     "broadcast": {"agree", "errors", "mpi"},
     "nn": {"errors", "philox"},
     "slurm": {"errors"},
@@ -61,7 +62,7 @@ TORCH = {"reducer", "place", "order", "persistence", "delivery", "shard_optimize
          "broadcast", "plan", "nn", "ddp", "bench", "amp", "process_group", "checkpoint",
          "repartition", "recovery", "sparse", "attachment"}
 MPI = {"exchange", "mpi", "reducer", "order", "delivery", "broadcast", "cli", "bench", "ddp",
-       "process_group", "signals", "probe", "recovery", "watchdog", "start"}
+       "process_group", "signals", "probe", "recovery", "watchdog", "shelf", "start"}
 CUPY = {"device.py", "staging.py"}
 TOP = {"cli", "bench", "__main__", "ddp"}  # these may know everything
 

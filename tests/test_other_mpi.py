@@ -40,10 +40,3 @@ def test_every_mpi_library_ends_in_the_same_bits(ranks):
         assert digest == expected, f"{library} and {here}"
     assert len(libraries) == len(OTHERS) + 1, libraries
     print("\n".join(sorted(libraries)))
-
-
-@pytest.mark.mpi
-@pytest.mark.parametrize("method", ["dense", "onebit", "strom:tau=0.5,exchange=sharded"])
-def test_two_runs_end_in_the_same_bits(method, comm):
-    """What the comparison between libraries rests on."""
-    assert digests.train(method, comm) == digests.train(method, comm)

@@ -105,15 +105,18 @@ class Server(Asynchronous):
         """Bring all shards together in `flat`, the same bits on all ranks. After `settle`."""
         lengths = np.diff(self.borders)
         self.wire.meter.count("Allgatherv", self.latest.nbytes, flat.nbytes - self.latest.nbytes)
-        self.post.comm.Allgatherv(self.latest, [flat, lengths])
+        self._wait_for(self.post.comm.Iallgatherv(self.latest, [flat, lengths]))
 
     def apply_sum(self, flat):
         """Apply the sum over ranks of `flat`, every owner its part, as one push. After `settle`."""
         self.wire.meter.count("Reduce_scatter", flat.nbytes - self.latest.nbytes,
                               self.latest.nbytes)
-        self.post.comm.Reduce_scatter(flat, self.grad, np.diff(self.borders))
+        self._wait_for(self.post.comm.Ireduce_scatter(flat, self.grad, np.diff(self.borders)))
         self.grad *= np.float32(self.weight)
         self.optimizer.step()
+
+    def _wait_for(self, request):
+        mpi.wait(self.post.comm, request, mpi.limit(self.post.comm), "bringing shards together")
 
     # ---- one step of a worker ----
 
