@@ -71,7 +71,19 @@ def load():
     if MPI.COMM_WORLD.size == 1:
         library = MPI.Get_library_version().splitlines()[0].split(",")[0].strip(" \0")
         refuse_lonely_ranks(library, os.environ)
+        _refuse_group_of_others()
     return MPI
+
+
+def _refuse_group_of_others():
+    """Processes that torch.multiprocessing.spawn started: torch knows that there are more."""
+    dist = sys.modules.get("torch.distributed")
+    if dist and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        size = dist.get_world_size()
+        raise LaunchError(f"torch.distributed has a group of {size} processes, but this one is "
+                          "alone in COMM_WORLD: each would train by itself. The ranks of mpicomp "
+                          "are MPI's: start one process a rank, with no spawn in the script; type  "
+                          f"{_mpirun()} -n {size} {_this_command()}")
 
 
 def refuse_lonely_ranks(library, told):

@@ -7,8 +7,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_start import LAUNCHERS, python
 
+import mpicomp
 from mpicomp import start
 from mpicomp.errors import LaunchError
 
@@ -51,6 +53,16 @@ def test_launchers_of_torch_that_are_not_torchrun():
     assert "a launcher of torch.distributed started 8 processes" in text
     assert "-n 8 " in text and "env -u WORLD_SIZE" in text
     assert refusal(WORLD_SIZE="8", OMPI_COMM_WORLD_SIZE="1") is None
+
+
+def test_processes_that_were_spawned_are_refused(monkeypatch):
+    """torch.multiprocessing.spawn tells them nothing, but their process group does."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    with pytest.raises(LaunchError, match=r"group of 4 processes.*alone.*no spawn.* -n 4 "):
+        mpicomp.Reducer(torch.nn.Linear(2, 2).named_parameters(), "dense")
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    assert start.load()
 
 
 def test_the_command_that_the_error_names_is_what_was_typed_and_works(tmp_path):
