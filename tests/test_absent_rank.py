@@ -193,6 +193,7 @@ LEVEL = None
 if LEVEL:
     mpi4py.rc.thread_level = LEVEL
 import mpicomp, mpicomp.mpi
+stall = os.environ.pop("MPICOMP_STALL_TIMEOUT")  # not yet: to start may take longer
 MPI = mpicomp.mpi.load()
 rank, last = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size - 1
 torch.manual_seed(0)
@@ -244,6 +245,7 @@ steps(1)
 def test_a_rank_that_sleeps_before_the_reducer_says_where_it_is(program):
     status, output = program(2, """
 mpicomp.broadcast_parameters(model)
+os.environ["MPICOMP_STALL_TIMEOUT"] = stall
 if rank == last:
     lost_in_thought()
 steps(1)
@@ -284,6 +286,8 @@ def test_a_child_that_ends_is_no_rank_and_who_holds_pythons_lock_says_where_it_i
 from mpicomp import last_word
 last_word.LEAST = 1.0
 optimizer = steps(1)._optimizers[0]
+optimizer.reducer._pipeline.timeout = float(stall)
+last_word.allow(float(stall))
 for how in ("exit", "raise"):
     child = os.fork()
     if child == 0:
