@@ -35,8 +35,8 @@ _HOME = {
     "sparse_parameters": "sparse",
 }
 # Public as mpicomp.checkpoint.save, mpicomp.ddp.comm_hook ...
-_MODULES = ("checkpoint", "compressor", "ddp", "errors", "kernels", "nn", "philox", "slurm",
-            "watchdog")
+_MODULES = ("advice", "checkpoint", "compressor", "ddp", "errors", "kernels", "nn", "philox",
+            "slurm", "watchdog")
 __all__ = sorted(_HOME)
 
 

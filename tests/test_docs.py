@@ -13,6 +13,7 @@ import runpy
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
@@ -67,7 +68,8 @@ def given(page, comm, **model):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     x, y = batch(comm.rank, 0)
     names = {
-        "torch": torch, "mpicomp": mpicomp, "sys": sys, "checkpoint": checkpoint, "Net": Net,
+        "torch": torch, "np": np, "mpicomp": mpicomp, "sys": sys, "checkpoint": checkpoint,
+        "Net": Net,
         "net": net, "model": net, "optimizer": optimizer, "x": x, "y": y, "seed": 0, "step": 0,
         "rank": comm.rank, "steps": 2, "clip_grad_norm_": torch.nn.utils.clip_grad_norm_,
         "loss_fn": torch.nn.functional.cross_entropy, "loss": torch.nn.functional.cross_entropy,
@@ -76,7 +78,7 @@ def given(page, comm, **model):
     if page == "checkpoints":
         names |= {"reducer": mpicomp.Reducer(net.named_parameters(), "onebit", comm
                                              ).attach(optimizer), "steps": 200}
-    if page == "step":
+    if page in ("step", "planning"):
         names["loss"] = names["loss_fn"](net(x), y)
     return names
 
