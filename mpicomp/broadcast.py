@@ -31,7 +31,7 @@ def broadcast_parameters(module_or_state_dict, comm=None, root=0):
     not broadcast. StallError if a rank does not come within MPICOMP_STALL_TIMEOUT seconds (600).
     """
     source, timeout, extra = module_or_state_dict, stall_limit(), []
-    with _private(comm) as comm:
+    with _private(comm, "broadcasting parameters") as comm:
         named, others, problem = [], [], None
         if not 0 <= root < comm.size:
             problem = f"root={root} found, expected a rank from 0 to {comm.size - 1}"
@@ -74,7 +74,7 @@ def broadcast_optimizer_state(optimizer, comm=None, root=0):
     cannot load the state; StallError as `broadcast_parameters`.
     """
     timeout = stall_limit()
-    with _private(comm) as comm:
+    with _private(comm, "broadcasting an optimizer's state") as comm:
         tensors, problem = {}, None
         try:
             groups = [f"group {i} with parameters of shapes {[list(p.shape) for p in g['params']]}"
@@ -102,15 +102,14 @@ def broadcast_optimizer_state(optimizer, comm=None, root=0):
 class _private:
     """A duplicate communicator for the length of a `with` block."""
 
-    def __init__(self, comm):
-        self.comm = mpi.communicator(comm)
+    def __init__(self, comm, what):
+        self.comm = mpi.communicator(comm, what=what)
 
     def __enter__(self):
         return self.comm
 
-    def __exit__(self, kind, *_):
-        if kind is None:
-            self.comm.Free()
+    def __exit__(self, *_):
+        mpi.release(self.comm)
 
 
 # ---- what is given

@@ -9,6 +9,7 @@ it, so a step that is given up, before or after the exchange, leaves no trace in
 
 import torch
 
+from mpicomp import mpi
 from mpicomp.agree import digest
 from mpicomp.errors import NonFiniteError, SpecError
 from mpicomp.pending import Pending
@@ -179,7 +180,7 @@ class Changes:
         self.bad, alone, found = {}, r._lane[0].asynchronous, [{}] * r.comm.rank + [bad]
         if not alone:
             with r._guard.tail():
-                found = r.comm.allgather(bad)
+                found = mpi.allgather(r.comm, bad, "telling what is wrong with gradients")
         for rank, theirs in enumerate(found):
             if "problem" in theirs:
                 raise SpecError(f"rank {rank}: {theirs['problem']}")

@@ -138,9 +138,8 @@ def _together(comm, work, timeout):
         mine, cause = (None, str(error)), error
     except Exception as error:      # whatever it is, the others wait to hear of it
         mine, cause = (None, f"{type(error).__name__}: {error}"), error
-    mpi.wait(comm, comm.Ibarrier(), timeout, "saving a checkpoint (all ranks must call "
-             "checkpoint.save, not rank 0 alone)")
-    everyone = comm.allgather(mine)
+    everyone = mpi.allgather(comm, mine, "saving a checkpoint (all ranks must call "
+                             "checkpoint.save, not rank 0 alone)", timeout)
     for rank, (_, problem) in enumerate(everyone):
         if problem:
             raise CheckpointError(f"rank {rank} could not write its part of the checkpoint "

@@ -215,8 +215,10 @@ def show_methods() -> int:
 def doctor() -> int:
     """Print versions and the MPI library; the exit status is 1 where training cannot start."""
     print(f"mpicomp {mpicomp.__version__}, Python {platform.python_version()}, {sys.executable}")
+    print(f"from     {whence()}")
     for package in ("numpy", "torch", "mpi4py", "cupy"):
         print(f"{package:8} {_installed(package)}")
+    print(f"kernels  {kernels_verdict()}")
     try:
         from mpicomp import mpi
 
@@ -228,6 +230,26 @@ def doctor() -> int:
     print(f"MPI      {library}; {MPI.COMM_WORLD.size} rank(s) in this job")
     print(f"GPU      {gpu_verdict()}")
     return 0
+
+
+def whence() -> str:
+    """Which mpicomp this is: where it lies, and whether it stands before an installed one."""
+    from mpicomp import installed
+
+    other = installed.shadowed()
+    return str(installed.HERE) + (f", not the installed {other}: the working directory or "
+                                  "PYTHONPATH stands before it; leave that folder if you did not "
+                                  "mean this one" if other else "")
+
+
+def kernels_verdict() -> str:
+    """Which kernels serve host memory, and what to type where they are not the compiled ones."""
+    from mpicomp import kernels
+
+    compiled = kernels.backends().get("cpu")
+    if compiled is None:
+        return f"NumPy's only, 5 to 50 times slower than compiled ones {kernels.cure()}"
+    return "compiled, " + ("no vector instructions", "AVX2", "AVX-512")[compiled.vectors()]
 
 
 def gpu_verdict() -> str:
@@ -254,7 +276,10 @@ def gpu_verdict() -> str:
 
 
 def _installed(package):
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    """The version; that of CuPy stands under the name of its wheel."""
+    for name in (package, f"{package}-cuda13x", f"{package}-cuda12x"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            pass
+    return "not installed"

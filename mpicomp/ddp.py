@@ -46,7 +46,8 @@ class HookState:
             raise SpecError(f"HookState: sparse={keywords['sparse']!r} found, which only "
                             "mpicomp.Reducer takes: leave it out, and sparse gradients of DDP are "
                             "exchanged as the dense ones that they stand for")
-        self.comm, self._keywords = mpi.communicator(comm), keywords
+        self.comm, self._keywords = mpi.communicator(
+            comm, keywords.get("stall_timeout"), "making a HookState"), keywords
         self.method = systems.method(method)
         if self.method.delay or exchange(self.method.exchange).asynchronous:
             raise SpecError(f"HookState: {self.method!r} applies a gradient in another step than "

@@ -7,23 +7,31 @@ import torch
 from torch.nn.parameter import is_lazy
 
 import mpicomp
+from mpicomp import kernels, mpi, place
 from mpicomp.agree import agree
 from mpicomp.bucket import DTYPES
-from mpicomp.errors import SpecError
+from mpicomp.errors import MismatchError, SpecError
+from mpicomp.exchange.pipeline import WAYS
 from mpicomp.names import plain
 
 
 def agree_on_plan(comm, method, named, problem, **options) -> int:
     """The plan digest; raises on all ranks alike if they differ or any has a problem."""
-    facts = {"mpicomp": mpicomp.__version__, "method": repr(method), **options,
-             "parameter": [f"{name} {list(p.shape)} {p.dtype}" for name, p in named]}
+    facts = {"mpicomp": mpicomp.__version__, "method": repr(method), **options, **settings(),
+             "parameter": [f"{name} {list(p.shape)} {p.dtype}{' on a GPU' * place.is_on_gpu(p)}"
+                           for name, p in named]}
     if problem:
         facts["problem"] = str(problem)
     try:
-        return agree(comm, facts, "every rank must build the same model and Reducer",
-                     options["stall_timeout"] if not problem else 600.0)
+        return agree(comm, facts, "every rank must build the same model and Reducer, with the same "
+                     "version of mpicomp and the same environment (mpirun -x VARIABLE)",
+                     mpi.limit(comm))
     except SpecError:
+        mpi.release(comm)
         raise problem from None  # all ranks have the same one
+    except MismatchError:
+        mpi.release(comm)
+        raise
 
 
 def trainable(named_parameters):
@@ -63,8 +71,8 @@ def _no_parameter(p) -> str | None:
     if not isinstance(p, torch.Tensor):
         return f"is {type(p).__name__}, expected a parameter: pass model.named_parameters()"
     if is_lazy(p):
-        return ("has no shape yet: run the model once on every rank, with the same shapes, before "
-                "broadcast_parameters and the Reducer")
+        return ("has no shape yet: run the model once on every rank, then broadcast_parameters, "
+                "then make the Reducer")
     if p.is_meta:
         return ("is on the meta device and has no values: call model.to_empty(device=...) and "
                 "initialise it first")
@@ -96,6 +104,30 @@ def stall_limit(given=None) -> float:
     return seconds
 
 
+def settings() -> dict:
+    """The environment variables that change which calls are made, and what they mean on this rank.
+
+    With MPICOMP_KERNELS, MPICOMP_AVX2 and OMP_NUM_THREADS the bytes are the same, and with
+    MPICOMP_PROGRESS the order of calls is: those may differ.
+    """
+    on_host = os.environ.get("MPICOMP_STAGING") == "host"  # packets go around rings there
+    return {"MPICOMP_RING": os.environ.get("MPICOMP_RING") or "not set",
+            "MPICOMP_STAGING": "host" if on_host else "not host"}
+
+
+def bad_setting(progress):
+    """What is wrong with a variable of the environment of this rank, or None."""
+    for name, known in (("MPICOMP_RING", ("never",)), ("MPICOMP_PROGRESS", WAYS)):
+        found = os.environ.get(name)
+        if found and found not in known and (progress == "auto" or name != "MPICOMP_PROGRESS"):
+            return SpecError(f"{name}={found} found, expected {' or '.join(known)}: type  "
+                             f"unset {name}  if you did not mean to set it")
+    try:
+        kernels.of(None)
+    except SpecError as error:  # MPICOMP_KERNELS
+        return error
+
+
 def bad_option(bucket_bytes, seed, nonfinite, stall_timeout, require_ratio=None, ratio_window=1,
                progress="auto", check_replicas_every=None):
     """What is wrong with these arguments of Reducer, or None."""
@@ -108,8 +140,8 @@ def bad_option(bucket_bytes, seed, nonfinite, stall_timeout, require_ratio=None,
             ("stall_timeout", stall_timeout, Real, lambda v: v > 0, "seconds, more than 0"),
             ("require_ratio", require_ratio, Real, lambda v: v > 0, "a number above 0"),
             ("check_replicas_every", every, Integral, lambda v: v > 0, "a whole number above 0"),
-            ("progress", progress, str, lambda v: v in ("auto", "poll", "thread"),
-             "'auto', 'poll' or 'thread'"),
+            ("progress", progress, str, lambda v: v in WAYS, "'auto', 'poll' or 'thread'"),
             ("ratio_window", ratio_window, Integral, lambda v: v > 0, "a whole number above 0")):
         if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
             return SpecError(f"{name}={value!r} found, expected {expected}")
+    return bad_setting(progress)

@@ -32,8 +32,7 @@ def init_process_group(comm=None, timeout=600.0):
     if BACKEND not in dist.Backend.backend_list:
         dist.Backend.register_backend(BACKEND, _create, extended_api=True,
                                       devices=["cpu", "cuda"])
-    comm = mpi.communicator(comm)
-    mpi.end_all_on_exception(comm)
+    comm = mpi.communicator(comm, timeout, "making torch's process group")
     _lent[:] = comm, timeout
     dist.init_process_group(BACKEND, rank=comm.rank, world_size=comm.size, store=dist.HashStore())
 
@@ -43,7 +42,7 @@ def _create(options, _):
     comm, timeout = _lent
     ranks = options.global_ranks_in_group
     if ranks:
-        comm = comm.Create_group(comm.group.Incl(ranks))
+        comm = mpi.subgroup(comm, list(ranks), timeout)
     return MpiGroup(comm, timeout)
 
 

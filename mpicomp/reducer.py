@@ -58,8 +58,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence, Replicas):
                  bucket_bytes=25 << 20, seed=0, nonfinite="raise", stall_timeout=None,
                  require_ratio=None, ratio_window=100, progress="auto", sparse=(),
                  check_replicas_every=None):
-        self.comm = mpi.communicator(comm)
-        mpi.end_all_on_exception(self.comm)
+        self.comm = mpi.communicator(comm, stall_timeout, "starting a Reducer")
         self.average, self.seed, self.nonfinite = bool(average), seed, nonfinite
         self.stats, self.step = Meter(), 0
         stall_timeout = stall_seconds(stall_timeout)
@@ -379,11 +378,15 @@ class Reducer(Attachment, Connection, Delivery, Persistence, Replicas):
 
         With an asynchronous exchange call `deliver` first: others may need this rank's answers.
         """
+        if self._closed:
+            return
         self._unhook()
         self._closed = True
         self._detach()
         if self._pipeline.busy:
             mpi.keep(self._pipeline.abandon(), self._buckets, self._mail, self._warm)
+        elif self._exchange.settled:
+            mpi.release(self.comm)  # the next Reducer, or whoever asks for one, takes it over
 
 
 def DistributedOptimizer(optimizer, named_parameters, method="dense", comm=None, **keywords):

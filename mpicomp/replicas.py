@@ -111,7 +111,8 @@ def compare(comm, facts, timeout, remedies=None) -> None:
     heard = np.zeros((comm.size, 2), np.uint64)
     mpi.wait(comm, comm.Iallgather(told, heard), timeout, "comparing replicas")
     if (heard != told).any():
-        raise MismatchError(_first_difference(comm.allgather(mine), REMEDIES | (remedies or {})))
+        everyone = mpi.allgather(comm, mine, "telling what differs", timeout)
+        raise MismatchError(_first_difference(everyone, REMEDIES | (remedies or {})))
     if mine and mine[0][0] == "problem":
         raise SpecError(mine[0][2])
 

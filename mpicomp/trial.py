@@ -20,7 +20,6 @@ SAMPLE = 1 << 21  # elements of the gradient that is made up
 LAYERS, WIDTH = 8, 512  # its layers, and the columns of each
 SMALL, LARGE = 1 << 10, 1 << 20  # bytes of the packets between which a line is drawn
 MOST = 1 << 23  # and of a sum, which is timed at the gradient's size if it is not more than this
-PATIENCE = 600.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,12 @@ class Codec:
 
 def together(comm, value) -> list:
     """What each rank gives."""
-    return comm.allgather(value)
+    return mpi.allgather(comm, value, "measuring links and codecs")
 
 
 def meet(comm) -> None:
     """All ranks begin now."""
-    mpi.wait(comm, comm.Ibarrier(), PATIENCE, "measuring links and codecs")
+    mpi.wait(comm, comm.Ibarrier(), mpi.limit(comm), "measuring links and codecs")
 
 
 # ---- gradients ----------------------------------------------------------------------------------
@@ -166,7 +165,7 @@ def measure_links(comm, n, methods=(), codecs=None) -> dict:
     its own (`reduction`), less what its codec takes. n: elements of the gradient; a sum is timed at
     its size. One rank receives nothing: its links tell what a call takes and nothing about bytes.
     """
-    wire, pipeline = Wire(comm, Meter()), Pipeline(comm, PATIENCE)
+    wire, pipeline = Wire(comm, Meter()), Pipeline(comm, mpi.limit(comm))
     sums = {reduction(m): m for m in (systems.method("dense"), *methods)
             if m.exchange == "allreduce"}
     large = min(MOST, max(1 << 16, 4 * n))

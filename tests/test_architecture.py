@@ -20,27 +20,31 @@ KNOWS = {
     "": set(),  # mpicomp/__init__.py
     "errors": set(), "meter": set(),
     "layout": {"errors"}, "packet": {"errors"}, "philox": {"errors"},
-    "kernels": {"errors", "philox"},
+    "installed": set(), "kernels": {"errors", "installed", "philox"},
     "compressor": {"errors", "kernels", "compressors"},  # compressors: registry() imports them
     "compressors": {"errors", "kernels", "compressor", "layout", "names", "philox"},
     "staging": {"kernels"},
-    "probe": {"kernels", "mpi"},
+    "probe": {"kernels", "start"},
     "place": {"errors", "kernels", "probe", "staging"},
     "exchange": BASE | {"kernels", "mpi", "staging"},
     "systems": {"errors", "compressor", "compressors", "exchange"},
-    "mpi": {"", "errors", "watchdog"},
-    "watchdog": {"errors"}, "sparse": {"", "bucket", "errors", "mpi", "names", "packet"},
+    "start": {"errors"},
+    "mpi": {"", "errors", "last_word", "shelf", "start", "waiting", "watchdog"},
+    "last_word": set(), "shelf": {"waiting", "watchdog"}, "waiting": {"", "errors", "shelf"},
+    "watchdog": {"errors", "last_word"},
+    "sparse": {"", "bucket", "errors", "mpi", "names", "packet"},
     "agree": {"errors", "mpi"},
     "bucket": {"errors", "kernels", "layout", "pending", "place", "staging"},
-    "pending": set(), "changes": {"agree", "errors", "pending"}, "clip": {"attachment", "errors"},
+    "pending": set(), "changes": {"", "agree", "errors", "mpi", "pending"},
+    "clip": {"attachment", "errors"},
     "delay": {"", "amp", "errors", "kernels", "packet"},
     "amp": {"copies", "errors"}, "copies": {"errors"},
-    "signals": set(), "names": set(),
+    "signals": {"mpi"}, "names": set(),
     "repartition": {"errors", "exchange", "layout"},
     "folder_lock": {"errors"},
     "checkpoint": {"folder_lock", "errors", "mpi", "plan", "repartition", "signals"},
     "process_group": {"errors", "mpi"},
-    "plan": {"", "agree", "bucket", "errors", "names"},
+    "plan": {"", "agree", "bucket", "errors", "exchange", "kernels", "mpi", "names", "place"},
     "replicas": {"errors", "exchange", "mpi"},
     "broadcast": {"agree", "errors", "mpi", "plan", "replicas"},
     "nn": {"errors", "philox"},
@@ -65,7 +69,7 @@ TORCH = {"reducer", "changes", "clip", "pending", "place", "order", "persistence
          "broadcast", "plan", "nn", "ddp", "bench", "amp", "process_group", "checkpoint",
          "repartition", "recovery", "sparse", "attachment", "replicas"}
 MPI = {"exchange", "mpi", "reducer", "order", "delivery", "broadcast", "cli", "bench", "ddp",
-       "process_group", "signals", "probe", "recovery", "watchdog"}
+       "process_group", "signals", "probe", "recovery", "watchdog", "shelf", "start"}
 CUPY = {"device.py", "staging.py"}
 TOP = {"cli", "bench", "__main__", "ddp"}  # these may know everything
 

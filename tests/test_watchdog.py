@@ -7,9 +7,10 @@ from mpicomp.watchdog import STALLED
 
 pytestmark = pytest.mark.limit(120)
 PROGRAM = """
-import ctypes, sys, time
+import ctypes, os, sys, time
 import torch
 import mpicomp, mpicomp.mpi
+stall = float(os.environ.pop("MPICOMP_STALL_TIMEOUT"))  # not to start, which may take longer
 
 MPI = mpicomp.mpi.load()
 rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
@@ -29,6 +30,8 @@ def lost_in_thought():
         ctypes.PyDLL(None).sleep(100)  # nobody else gets Python's lock
 
 for step in range(4):
+    if step == 2:
+        optimizer.reducer._pipeline.timeout = stall
     if step == 2 and rank == size - 1:
         if sys.argv[1] == "leave":
             break

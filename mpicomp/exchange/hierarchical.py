@@ -7,7 +7,7 @@ leaders have residuals. Replicas are identical because members take the sum from
 
 import numpy as np
 
-from mpicomp import kernels, packet
+from mpicomp import kernels, mpi, packet
 from mpicomp.errors import MismatchError
 from mpicomp.exchange import ring
 from mpicomp.exchange.allgather import Allgather
@@ -16,11 +16,7 @@ from mpicomp.exchange.wire import Wire
 from mpicomp.packet import Header
 
 
-def node_of(comm):
-    """The ranks of `comm` that share memory with this one, as a communicator."""
-    from mpi4py import MPI
-
-    return comm.Split_type(MPI.COMM_TYPE_SHARED)
+node_of = mpi.node  # the ranks that share memory with this one, as a communicator
 
 
 class Hierarchical(Exchange):
@@ -33,9 +29,9 @@ class Hierarchical(Exchange):
         node = node_of(wire.comm)
         self.node = Wire(node, wire.meter, within=True)
         self.node.open(4)
-        leaders = wire.comm.Split(0 if node.rank == 0 else 1)
+        leaders = mpi.split(wire.comm, "leaders", 0 if node.rank == 0 else 1)
         self.inner = Allgather(Wire(leaders, wire.meter)) if node.rank == 0 else None
-        self.nodes = node.bcast(leaders.size)
+        self.nodes = mpi.bcast(node, leaders.size, "counting nodes")
 
     def open(self, compressor, layout, index, grad, plan, seed):
         return _Bucket(self, compressor, layout, index, grad, plan, seed)

@@ -10,12 +10,11 @@ Shards are contiguous, ceil(n / P) elements of the one bucket that holds all par
 takes its own shard as it is: nothing travels, nothing is compressed.
 """
 
-import atexit
 import threading
 
 import numpy as np
 
-from mpicomp import kernels, packet, philox
+from mpicomp import kernels, mpi, packet, philox
 from mpicomp.errors import PacketError, SpecError
 from mpicomp.exchange.asynchronous import Asynchronous, Promise
 from mpicomp.exchange.mail import Mail
@@ -80,7 +79,7 @@ class Server(Asynchronous):
             self._stop = threading.Event()
             self._thread = threading.Thread(target=self._serve, args=(self._stop,), daemon=True,
                                             name="mpicomp server")
-            atexit.register(self.rest)  # nobody may call MPI after it has ended
+            mpi.at_end(self.rest)  # nobody may call MPI after it has ended
             self._thread.start()
 
     def _serve(self, stop):
@@ -96,7 +95,7 @@ class Server(Asynchronous):
             self._stop.set()
             self._thread.join()
             self._stop = None
-            atexit.unregister(self.rest)
+            mpi.not_at_end(self.rest)
 
     def poll(self):
         if not self.settled:
@@ -106,15 +105,18 @@ class Server(Asynchronous):
         """Bring all shards together in `flat`, the same bits on all ranks. After `settle`."""
         lengths = np.diff(self.borders)
         self.wire.meter.count("Allgatherv", self.latest.nbytes, flat.nbytes - self.latest.nbytes)
-        self.post.comm.Allgatherv(self.latest, [flat, lengths])
+        self._wait_for(self.post.comm.Iallgatherv(self.latest, [flat, lengths]))
 
     def apply_sum(self, flat):
         """Apply the sum over ranks of `flat`, every owner its part, as one push. After `settle`."""
         self.wire.meter.count("Reduce_scatter", flat.nbytes - self.latest.nbytes,
                               self.latest.nbytes)
-        self.post.comm.Reduce_scatter(flat, self.grad, np.diff(self.borders))
+        self._wait_for(self.post.comm.Ireduce_scatter(flat, self.grad, np.diff(self.borders)))
         self.grad *= np.float32(self.weight)
         self.optimizer.step()
+
+    def _wait_for(self, request):
+        mpi.wait(self.post.comm, request, mpi.limit(self.post.comm), "bringing shards together")
 
     # ---- one step of a worker ----
 
