@@ -12,7 +12,7 @@ from mpicomp.exchange import ring
 from mpicomp.exchange.mail import Exchange
 
 
-_ops = {}  # kind of float: MPI operation, of which mpi4py has room for few
+_ops = {}  # kind of float: MPI operation, which nobody frees
 PIECE = 1 << 14  # bytes of 16-bit floats that are widened and added at a time
 
 
