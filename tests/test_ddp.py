@@ -377,13 +377,11 @@ def test_objects_barrier_and_average(group, comm):
         assert number == dist.get_world_size(odd) == (comm.size + 1) // 2
     dist.barrier()
     assert dist.get_rank() == comm.rank and dist.get_world_size() == comm.size
-    with pytest.raises(ValueError, match="MPI has SUM"):
-        group._operation(dist.ReduceOp.PREMUL_SUM)
 
 
 @pytest.mark.mpi(min_size=2)
 def test_a_collective_that_one_rank_leaves_out(comm):
-    group = ddp.MpiGroup(comm, 0.3)
+    group = ddp.MpiGroup(comm.Dup(), 0.3)
     if comm.rank:
         with pytest.raises(StallError, match=f"rank {comm.rank} waited 0.3 s while in torch"):
             group.barrier()
