@@ -141,6 +141,9 @@ def end_all_on_exception(comm):
         else:
             previous(kind, value, trace)
         sys.stderr.flush()
+        if hasattr(sys.stderr, "getvalue"):  # torch's own hook collects it, and would print it later
+            sys.__stderr__.write(sys.stderr.getvalue())
+            sys.__stderr__.flush()
         if issubclass(kind, StallError):
             watchdog.ask_all()
             comm.Abort(watchdog.STALLED)

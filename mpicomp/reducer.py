@@ -48,6 +48,8 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
     first difference on all ranks otherwise. The order of a step is in docs/design.md.
     """
 
+    _mark = 0  # a flag that all packets carry: see ddp.py
+
     def __init__(self, named_parameters, method, comm=None, *, average=True,
                  bucket_bytes=25 << 20, seed=0, nonfinite="raise", stall_timeout=None,
                  require_ratio=None, ratio_window=100, progress="auto", sparse=()):
@@ -192,7 +194,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         if self._delay:
             self._delay.launch(bucket)
         bad = bucket.first_bad()
-        flags = (packet.NONFINITE if bad else 0) | (0 if touched else packet.EMPTY)
+        flags = (packet.NONFINITE if bad else 0) | (0 if touched else packet.EMPTY) | self._mark
         if bad:
             self._bad[bucket.index] = bad
         exchange, mail = self._lane

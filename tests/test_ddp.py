@@ -258,6 +258,11 @@ def test_errors_that_name_what_to_type(group, comm):
         ddp.HookState("onebit", comm, sparse=["weight"])
     with pytest.raises(SpecError, match="nonfinite='skip'"):
         ddp.HookState("onebit", comm).follow(torch.amp.GradScaler("cpu"))
+    model = DistributedDataParallel(Given())
+    model.register_comm_hook("onebit", ddp.comm_hook)
+    text = same_error(comm, SpecError, lambda: model(
+        [torch.ones(p.shape) for p in model.parameters()]).backward())
+    assert "found a state of type str, expected a HookState" in text
     with pytest.raises(mpicomp.LaunchError, match="exists already"):
         ddp.init_process_group(comm)
     other = Run(comm, "dense")
