@@ -13,13 +13,15 @@ group is.
 
 import copy
 import sys
+import weakref
+from time import perf_counter
 
 import torch
 import torch.distributed as dist
 
-from mpicomp import amp, mpi, packet, systems
+from mpicomp import amp, mpi, packet, systems, watchdog
 from mpicomp.bucket import Slot
-from mpicomp.errors import SpecError
+from mpicomp.errors import SpecError, StallError
 from mpicomp.exchange import exchange
 from mpicomp.meter import Meter
 from mpicomp.process_group import MpiGroup, init_process_group
@@ -72,6 +74,7 @@ class HookState:
         self._futures = []      # (future, DDP's buffer, its parameters) of this step
         self._standing_in = None  # the DDP that is out of examples, within its join()
         self._copied = None     # what a copy must find again
+        self._since = None      # when this step's last bucket came, while torch may wait for us
 
     def _make(self, named_parameters):
         """The Reducer, with its hooks taken off and slots that DDP fills."""
@@ -82,6 +85,7 @@ class HookState:
             bucket.slots = [_DdpSlot(s.name, s.parameter, s.view, s.flat) for s in bucket.slots]
             self._home |= {id(slot.parameter): (bucket, slot) for slot in bucket.slots}
         self._reducer, self.method = reducer, reducer.method
+        self._vigil = _Vigil(self, reducer._pipeline.timeout)
         if self._loaded is not None:
             reducer.load_state_dict(self._loaded)
         if self._scaler is not None:
@@ -95,6 +99,7 @@ class HookState:
 
     def _take(self, bucket):
         """One bucket of DDP; returns a future of its buffer, filled when the last bucket is in."""
+        self._since = None
         if not self._futures:
             self._standing_in = _joined()
         self._mark_packets()
@@ -117,6 +122,8 @@ class HookState:
                 self._arrive(p, gradient)
         if bucket.is_last():
             self._finish()
+        else:
+            self._since = perf_counter()
         return future
 
     def _mark_packets(self):
@@ -287,6 +294,40 @@ class _Reducer(Reducer):
                             "hierarchical nobody knows how many ranks of another node have "
                             "joined; leave the argument out, or take another exchange")
         return 1.0 / (self.comm.size - away) if self.average else 1.0
+
+
+class _Vigil:
+    """What the watchdog's thread looks at: does torch wait for a step whose last bucket never came?
+
+    torch's wait has no end, and no Python runs in it. Others that wait, too, have their own limit.
+    """
+
+    _said = False  # it is no Watchdog, and never asked
+
+    def __init__(self, state, timeout):
+        self._state, self.comm, self._timeout = weakref.ref(state), state._reducer.comm, timeout
+        if watchdog._start():
+            watchdog._dogs.add(self)
+
+    def look(self):
+        state = self._state()
+        since = state and state._since
+        if since is None or perf_counter() - since < self._timeout:
+            return
+        state._since = None
+        error = StallError(
+            f"rank {self.comm.rank} waited {self._timeout:g} s in backward() for DDP's last bucket, "
+            f"after {len(state._futures)} others: it never comes with skip_all_reduce_unused_params"
+            "=True, which the hook cannot work with; leave it out")
+        watchdog.say(self.comm, f"StallError: {error}")
+        for future, *_ in state._futures:
+            future.set_exception(error)  # torch's wait ends
+
+    def ask(self):
+        return []
+
+    def leave(self):
+        pass
 
 
 class _DdpSlot(Slot):

@@ -1,10 +1,11 @@
-"""DDP.join: ranks that have fewer examples than others, with our hook and without."""
+"""What torch's DDP does around the hook: join() for uneven inputs, waits in C++, torch.compile."""
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_ddp import SMALL, Given, group  # noqa: F401 (a fixture)
 from torch.nn.parallel import DistributedDataParallel
-from training import same_error
+from training import digest, examples, network, outcome, same_error
 
 from mpicomp import SpecError, ddp
 
@@ -81,3 +82,77 @@ def test_a_step_is_skipped_within_join(group, comm):
     assert state.stats.skipped == 2 and state.state_dict()["step"] == last + 2
     for step, gradients in enumerate(seen):
         assert all((g is None) == (step in (0, last + 1)) for g in gradients), step
+
+
+# ---- waits inside of torch ------------------------------------------------------------------
+
+
+def test_a_bucket_that_never_comes_ends_torchs_wait(group, comm, capfd):
+    """skip_all_reduce_unused_params leaves out the last bucket, by which the hook knows the end."""
+    class Half(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused, self.used = (torch.nn.Linear(40, 40) for _ in range(2))
+
+        def forward(self, x):
+            return self.used(x).sum()
+
+    module = Half()
+    model = DistributedDataParallel(module, find_unused_parameters=True, bucket_cap_mb=SMALL,
+                                    skip_all_reduce_unused_params=True)
+    model.register_comm_hook(ddp.HookState("dense", comm, stall_timeout=0.5,
+                                           named_parameters=module.named_parameters()),
+                             ddp.comm_hook)
+
+    def train():
+        for _ in range(2):  # the first step has one bucket
+            model(torch.ones(2, 40)).backward()
+
+    for error in outcome(comm, train):
+        assert "0.5 s in backward() for DDP's last bucket" in error, error
+    assert "skip_all_reduce_unused_params=True" in capfd.readouterr().err
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_rank_in_a_collective_of_torch_says_so(group, comm, capfd):
+    """As it does in an exchange, when another rank's StallError asks all for where they are."""
+    dist.barrier()
+    calls = group.dog.step
+    comm.Barrier()
+    if comm.rank == 0:
+        assert group.dog.ask() == []
+    dist.barrier()
+    said = capfd.readouterr().err
+    assert bool(comm.rank) == (f"in collective {calls + 1} of a group of torch.distributed, "
+                               "barrier" in said), said
+
+
+# ---- torch.compile --------------------------------------------------------------------------
+
+
+def test_a_compiled_ddp_model_is_the_model(group, comm):
+    """Dynamo takes our calls as they are, and those within a graph come back through C++."""
+    results = []
+    for compiled in True, False:
+        net = network()
+        model = DistributedDataParallel(net)
+        state = ddp.HookState("onebit", comm, named_parameters=net.named_parameters())
+        model.register_comm_hook(state, ddp.comm_hook)
+        run = torch.compile(model, backend="eager") if compiled else model
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for step in range(3):
+            x, y = examples(comm, step)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(run(x), y).backward()
+            optimizer.step()
+        results.append((digest(net.parameters()), digest(state.state_dict()[f"error/{name}"]
+                                                         for name, _ in net.named_parameters())))
+    assert results[0] == results[1]
+
+    @torch.compile(backend="eager")
+    def total(x):
+        x = x * 2
+        dist.all_reduce(x)
+        return x + 1
+
+    assert total(torch.ones(2)).tolist() == [2 * comm.size + 1] * 2
