@@ -316,9 +316,9 @@ class _Vigil:
             return
         state._since = None
         error = StallError(
-            f"rank {self.comm.rank} waited {self._timeout:g} s in backward() for DDP's last bucket, "
-            f"after {len(state._futures)} others: it never comes with skip_all_reduce_unused_params"
-            "=True, which the hook cannot work with; leave it out")
+            f"rank {self.comm.rank} waited {self._timeout:g} s in backward() for DDP's last "
+            f"bucket, after {len(state._futures)} others: it never comes with skip_all_reduce_"
+            "unused_params=True, which the hook cannot work with; leave it out")
         watchdog.say(self.comm, f"StallError: {error}")
         for future, *_ in state._futures:
             future.set_exception(error)  # torch's wait ends

@@ -141,7 +141,7 @@ def end_all_on_exception(comm):
         else:
             previous(kind, value, trace)
         sys.stderr.flush()
-        if hasattr(sys.stderr, "getvalue"):  # torch's own hook collects it, and would print it later
+        if hasattr(sys.stderr, "getvalue"):  # torch's hook collects it, to print it later
             sys.__stderr__.write(sys.stderr.getvalue())
             sys.__stderr__.flush()
         if issubclass(kind, StallError):

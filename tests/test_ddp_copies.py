@@ -1,4 +1,4 @@
-"""Copies of a DDP model with our hook, and what ends a job that torch.distributed has its hands in."""
+"""Copies of a DDP model with our hook, and the last words of a job that torch has hooks in."""
 
 import copy
 import io

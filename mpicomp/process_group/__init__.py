@@ -36,11 +36,11 @@ def init_process_group(comm=None, timeout=600.0):
                                       devices=["cpu", "cuda"])
     comm = mpi.communicator(comm)
     mpi.end_all_on_exception(comm)
-    group = MpiGroup(comm, timeout)
-    group.dog.store = SharedStore(comm, group.dog, timeout)
+    group, limit = MpiGroup(comm, timeout), timedelta(seconds=min(timeout, 1e9))
+    group.dog.store = SharedStore(comm, group.dog, limit)
     _lent[:] = [group]
     dist.init_process_group(BACKEND, rank=comm.rank, world_size=comm.size,
-                            store=group.dog.store, timeout=timedelta(seconds=timeout))
+                            store=group.dog.store, timeout=limit)
 
 
 def _create(options, _):

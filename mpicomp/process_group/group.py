@@ -25,7 +25,7 @@ class MpiGroup(Collectives):
     def __init__(self, comm, timeout):
         super().__init__(comm.rank, comm.size)
         self.comm, self.timeout = comm, timeout
-        self.open = set()  # messages under way
+        self.open, self._name = set(), ""  # messages under way
         self.dog = GroupDog(comm, tag_limit() - 1)
 
     def wait(self, request, what, timeout):

@@ -10,7 +10,6 @@ be in the new group, so the watchdog's thread on rank 0 makes it and tells the a
 import os
 import socket
 import threading
-from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -20,9 +19,9 @@ from mpicomp.errors import LaunchError
 class SharedStore(dist.Store):
     """A store that all ranks of the default group share."""
 
-    def __init__(self, comm, dog, timeout):
+    def __init__(self, comm, dog, limit):
         super().__init__()
-        self._comm, self._dog, self._seconds = comm, dog, timeout
+        self._comm, self._dog, self._limit = comm, dog, limit
         self._made, self._lock = None, threading.Lock()
 
     @property
@@ -43,11 +42,11 @@ class SharedStore(dist.Store):
                 "dist.new_group(ranks) is a group over MPI")
         if self._comm.rank == 0:
             return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False,
-                                 timeout=timedelta(seconds=self._seconds))
-        host, port = self._dog.ask_for_store(self._seconds)
+                                 timeout=self._limit)
+        host, port = self._dog.ask_for_store(self._limit.total_seconds())
         try:
             return dist.TCPStore(host, port, is_master=False, wait_for_workers=False,
-                                 timeout=timedelta(seconds=self._seconds))
+                                 timeout=self._limit)
         except Exception as error:
             raise LaunchError(f"rank {self._comm.rank} cannot reach the store of rank 0 at "
                               f"{host}:{port} ({str(error).splitlines()[0]}): set MASTER_ADDR on "
