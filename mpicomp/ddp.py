@@ -306,8 +306,8 @@ class _Vigil:
 
     def __init__(self, state, timeout):
         self._state, self.comm, self._timeout = weakref.ref(state), state._reducer.comm, timeout
-        if watchdog._start():
-            watchdog._dogs.add(self)
+        watchdog._start()
+        watchdog._dogs.add(self)  # without a thread nobody looks
 
     def look(self):
         state = self._state()

@@ -22,7 +22,9 @@ class GroupDog(watchdog.Watchdog):
         self.step, self._what, self._told = 0, None, None
         self.left, self._answers, self._sent, self._said = {}, set(), [], False
         self._lock = threading.Lock()
-        self.awake = comm.size > 1 and watchdog._start()
+        if comm.size > 1:
+            watchdog._start()
+        self.awake = comm.size > 1 and watchdog._thread is not None
         if self.awake:
             watchdog._dogs.add(self)
 
