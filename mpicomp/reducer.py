@@ -48,8 +48,6 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
     first difference on all ranks otherwise. The order of a step is in docs/design.md.
     """
 
-    _mark = 0  # a flag that all packets carry: see ddp.py
-
     def __init__(self, named_parameters, method, comm=None, *, average=True,
                  bucket_bytes=25 << 20, seed=0, nonfinite="raise", stall_timeout=None,
                  require_ratio=None, ratio_window=100, progress="auto", sparse=()):
@@ -187,6 +185,8 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         if self.step < self.method.warmup:
             return self._warm
         return self._exchange, self._mail
+
+    _mark = 0  # a flag that all packets carry: see ddp.py
 
     def _launch(self, bucket, touched):
         """Send a complete bucket on its way."""

@@ -37,7 +37,7 @@ KNOWS = {
     "signals": set(),
     "repartition": {"errors", "exchange", "layout"},
     "checkpoint": {"errors", "repartition", "signals"},
-    "process_group": {"", "errors", "mpi", "watchdog"},
+    "process_group": {"errors", "mpi", "watchdog"},
     "plan": {"", "agree", "bucket", "errors"},
     "broadcast": {"agree", "errors", "mpi"},
     "nn": {"errors", "philox"},
