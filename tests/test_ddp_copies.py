@@ -1,4 +1,4 @@
-"""Copies of a DDP model with our hook, and the last words of a job that torch has hooks in."""
+"""What others make of a DDP model with our hook: copies, torch.compile; and a job's last words."""
 
 import copy
 import io
@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 from test_ddp import Run, group  # noqa: F401 (a fixture)
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from training import same_error
+from training import digest, examples, network, same_error
 
 from mpicomp import SpecError, ddp, mpi
 
@@ -106,3 +107,31 @@ def test_an_exception_that_ends_the_job_is_printed(first, monkeypatch, capfd):
     finally:
         sys.stderr = before
     assert "ValueError: a word to the wise" in capfd.readouterr().err
+
+
+def test_a_compiled_ddp_model_is_the_model(group, comm):
+    """Dynamo takes our calls as they are, and those within a graph come back through C++."""
+    results = []
+    for compiled in True, False:
+        net = network()
+        model = DistributedDataParallel(net)
+        state = ddp.HookState("onebit", comm, named_parameters=net.named_parameters())
+        model.register_comm_hook(state, ddp.comm_hook)
+        run = torch.compile(model, backend="eager") if compiled else model
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for step in range(3):
+            x, y = examples(comm, step)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(run(x), y).backward()
+            optimizer.step()
+        results.append((digest(net.parameters()), digest(state.state_dict()[f"error/{name}"]
+                                                         for name, _ in net.named_parameters())))
+    assert results[0] == results[1]
+
+    @torch.compile(backend="eager")
+    def total(x):
+        x = x * 2
+        dist.all_reduce(x)
+        return x + 1
+
+    assert total(torch.ones(2)).tolist() == [2 * comm.size + 1] * 2

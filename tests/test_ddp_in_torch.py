@@ -1,11 +1,11 @@
-"""What torch's DDP does around the hook: join() for uneven inputs, waits in C++, torch.compile."""
+"""What torch's DDP does around the hook: join() for uneven inputs, and waits in C++."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from test_ddp import SMALL, Given, group  # noqa: F401 (a fixture)
 from torch.nn.parallel import DistributedDataParallel
-from training import digest, examples, network, outcome, same_error
+from training import outcome, same_error
 
 from mpicomp import SpecError, ddp
 
@@ -123,34 +123,3 @@ def test_a_rank_in_a_collective_of_torch_says_so(group, comm, capfd):
     said = capfd.readouterr().err
     assert bool(comm.rank) == (f"in collective {calls + 1} of a group of torch.distributed, "
                                "barrier" in said), said
-
-
-# ---- torch.compile --------------------------------------------------------------------------
-
-
-def test_a_compiled_ddp_model_is_the_model(group, comm):
-    """Dynamo takes our calls as they are, and those within a graph come back through C++."""
-    results = []
-    for compiled in True, False:
-        net = network()
-        model = DistributedDataParallel(net)
-        state = ddp.HookState("onebit", comm, named_parameters=net.named_parameters())
-        model.register_comm_hook(state, ddp.comm_hook)
-        run = torch.compile(model, backend="eager") if compiled else model
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        for step in range(3):
-            x, y = examples(comm, step)
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(run(x), y).backward()
-            optimizer.step()
-        results.append((digest(net.parameters()), digest(state.state_dict()[f"error/{name}"]
-                                                         for name, _ in net.named_parameters())))
-    assert results[0] == results[1]
-
-    @torch.compile(backend="eager")
-    def total(x):
-        x = x * 2
-        dist.all_reduce(x)
-        return x + 1
-
-    assert total(torch.ones(2)).tolist() == [2 * comm.size + 1] * 2
