@@ -13,18 +13,18 @@ group is.
 
 import copy
 import sys
-import weakref
 from time import perf_counter
 
 import torch
 import torch.distributed as dist
 
-from mpicomp import amp, mpi, packet, systems, watchdog
+from mpicomp import amp, mpi, packet, systems
 from mpicomp.bucket import Slot
-from mpicomp.errors import SpecError, StallError
+from mpicomp.errors import SpecError
 from mpicomp.exchange import exchange
 from mpicomp.meter import Meter
 from mpicomp.process_group import MpiGroup, init_process_group
+from mpicomp.process_group.watch import Vigil
 from mpicomp.reducer import Reducer
 
 __all__ = ["HookState", "MpiGroup", "comm_hook", "init_process_group"]
@@ -85,7 +85,7 @@ class HookState:
             bucket.slots = [_DdpSlot(s.name, s.parameter, s.view, s.flat) for s in bucket.slots]
             self._home |= {id(slot.parameter): (bucket, slot) for slot in bucket.slots}
         self._reducer, self.method = reducer, reducer.method
-        self._vigil = _Vigil(self, reducer._pipeline.timeout)
+        self._vigil = Vigil(self, reducer.comm, reducer._pipeline.timeout)
         if self._loaded is not None:
             reducer.load_state_dict(self._loaded)
         if self._scaler is not None:
@@ -294,40 +294,6 @@ class _Reducer(Reducer):
                             "hierarchical nobody knows how many ranks of another node have "
                             "joined; leave the argument out, or take another exchange")
         return 1.0 / (self.comm.size - away) if self.average else 1.0
-
-
-class _Vigil:
-    """What the watchdog's thread looks at: does torch wait for a step whose last bucket never came?
-
-    torch's wait has no end, and no Python runs in it. Others that wait, too, have their own limit.
-    """
-
-    _said = False  # it is no Watchdog, and never asked
-
-    def __init__(self, state, timeout):
-        self._state, self.comm, self._timeout = weakref.ref(state), state._reducer.comm, timeout
-        watchdog._start()
-        watchdog._dogs.add(self)  # without a thread nobody looks
-
-    def look(self):
-        state = self._state()
-        since = state and state._since
-        if since is None or perf_counter() - since < self._timeout:
-            return
-        state._since = None
-        error = StallError(
-            f"rank {self.comm.rank} waited {self._timeout:g} s in backward() for DDP's last "
-            f"bucket, after {len(state._futures)} others: it never comes with skip_all_reduce_"
-            "unused_params=True, which the hook cannot work with; leave it out")
-        watchdog.say(self.comm, f"StallError: {error}")
-        for future, *_ in state._futures:
-            future.set_exception(error)  # torch's wait ends
-
-    def ask(self):
-        return []
-
-    def leave(self):
-        pass
 
 
 class _DdpSlot(Slot):

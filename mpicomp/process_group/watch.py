@@ -1,8 +1,9 @@
-"""What the watchdog's thread knows of a process group, and does for it."""
+"""What the watchdog's thread knows of torch's waits, and does for a process group."""
 
 import sys
 import threading
 import traceback
+import weakref
 from contextlib import contextmanager
 from time import perf_counter, sleep
 
@@ -113,3 +114,37 @@ class GroupDog(watchdog.Watchdog):
                  if self._what else f"in no collective of a group of torch.distributed that the "
                                     f"other is in: {self.step} are done")
         watchdog.say(self.comm, f"another rank waits for too long; this one is {where}\n{stack}")
+
+
+class Vigil:
+    """Of one HookState: does torch wait for a step whose last bucket never came?
+
+    torch's wait has no end, and no Python runs in it. Others that wait, too, have their own limit.
+    """
+
+    _said = False  # it is no Watchdog, and never asked
+
+    def __init__(self, state, comm, timeout):
+        self._state, self.comm, self._timeout = weakref.ref(state), comm, timeout
+        watchdog._start()
+        watchdog._dogs.add(self)  # without a thread nobody looks
+
+    def look(self):
+        state = self._state()
+        since = state and state._since
+        if since is None or perf_counter() - since < self._timeout:
+            return
+        state._since = None
+        error = StallError(
+            f"rank {self.comm.rank} waited {self._timeout:g} s in backward() for DDP's last "
+            f"bucket, after {len(state._futures)} others: it never comes with skip_all_reduce_"
+            "unused_params=True, which the hook cannot work with; leave it out")
+        watchdog.say(self.comm, f"StallError: {error}")
+        for future, *_ in state._futures:
+            future.set_exception(error)  # torch's wait ends
+
+    def ask(self):
+        return []
+
+    def leave(self):
+        pass
