@@ -195,6 +195,9 @@ def end_all_on_exception(comm):
         else:
             previous(kind, value, trace)
         sys.stderr.flush()
+        if hasattr(sys.stderr, "getvalue"):  # torch's hook collects it, to print it later
+            sys.__stderr__.write(sys.stderr.getvalue())
+            sys.__stderr__.flush()
         if issubclass(kind, StallError):
             watchdog.ask_all()
             MPI.COMM_WORLD.Abort(watchdog.STALLED)

@@ -221,6 +221,8 @@ class Reducer(Attachment, Connection, Delivery, Persistence, Replicas):
             return self._warm
         return self._exchange, self._mail
 
+    _mark = 0  # a flag that all packets carry: see ddp.py
+
     def _launch(self, bucket, touched):
         """Send a complete bucket on its way."""
         self._resume()
@@ -231,7 +233,8 @@ class Reducer(Attachment, Connection, Delivery, Persistence, Replicas):
         bad = bucket.first_bad()
         if bad:
             self._changes.bad[bucket.index] = bad
-        flags = (packet.NONFINITE if self._changes.bad else 0) | (0 if touched else packet.EMPTY)
+        flags = ((packet.NONFINITE if self._changes.bad else 0)
+                 | (0 if touched else packet.EMPTY) | self._mark)
         exchange, mail = self._lane
         self.stats.reason = self.method.name if exchange is self._exchange else "warm-up"
         generator = exchange.run(mail[bucket.index], self.step, flags)

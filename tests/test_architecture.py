@@ -43,7 +43,7 @@ KNOWS = {
     "repartition": {"errors", "exchange", "layout"},
     "folder_lock": {"errors"},
     "checkpoint": {"folder_lock", "errors", "mpi", "plan", "repartition", "signals"},
-    "process_group": {"errors", "mpi"},
+    "process_group": {"errors", "mpi", "watchdog"},
     "plan": {"", "agree", "bucket", "errors", "exchange", "kernels", "mpi", "names", "place"},
     "replicas": {"errors", "exchange", "mpi"},
     "broadcast": {"agree", "errors", "mpi", "plan", "replicas"},

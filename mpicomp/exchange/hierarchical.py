@@ -72,7 +72,8 @@ class Hierarchical(Exchange):
         if not bad and not kernels.of(mail.sum).finite(mail.sum):
             bad = True  # finite gradients whose sum is not
         flags = ((packet.NONFINITE if bad else 0) | (packet.EMPTY if empty else 0)
-                 | (packet.DISAGREE if odd else 0))
+                 | (packet.DISAGREE if odd else 0)
+                 | (packet.JOINED if any(h.flags & packet.JOINED for h in headers) else 0))
         mail.grad[...] = mail.sum
         try:
             yield from self.inner.run(mail.inner, step, flags)

@@ -36,7 +36,7 @@ class Sharded(Exchange):
 
     def run(self, mail, step, flags):
         yield from self._to_owners(mail, step, flags)
-        flags = mail.reduce(step)
+        flags = mail.reduce(step) | flags & packet.JOINED
         yield from self._to_all(mail, step, flags)
 
     def _to_owners(self, mail, step, flags):
