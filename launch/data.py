@@ -16,6 +16,7 @@ A package is only the carrier: its file is read, its code never imported, so ins
 """
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import gzip
@@ -180,7 +181,8 @@ def _decode(name: str, raw: list[bytes], folder: Path) -> None:
     # All ranks of a node come here at once. The lock saves the work of all but the first; the
     # rename keeps it right even where a network file system makes nothing of the lock.
     with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.exists():
             return
         aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))

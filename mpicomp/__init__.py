@@ -27,14 +27,17 @@ _HOME = {
     "StallError": "errors",
     "broadcast_optimizer_state": "broadcast",
     "broadcast_parameters": "broadcast",
+    "clip_grad_norm_": "clip",
     "from_spec": "compressor",
-    "local_rank": "mpi",
+    "local_rank": "start",
     "method": "systems",
     "methods": "systems",
     "register": "compressor",
     "sparse_parameters": "sparse",
 }
-_MODULES = ("checkpoint", "ddp")  # public as mpicomp.checkpoint.save, mpicomp.ddp.comm_hook ...
+# Public as mpicomp.checkpoint.save, mpicomp.ddp.comm_hook ...
+_MODULES = ("advice", "checkpoint", "compressor", "ddp", "errors", "kernels", "nn", "philox",
+            "slurm", "watchdog")
 __all__ = sorted(_HOME)
 
 

@@ -8,43 +8,21 @@ The model, for a gradient of n elements over P ranks, packets of L bytes (see do
     step        compute + codec + max(0, wire - what backward hides)
 
 a (seconds a call) and b (seconds a received byte) are measured for each kind of call on the ranks
-that are present, while all of them work at once. What is predicted for other P assumes that each
-rank's link, not the network behind it, is the limit.
+that are present, while all of them work at once (trial.py). What is predicted for other P assumes
+that each rank's link, not the network behind it, is the limit.
 """
 
 from dataclasses import dataclass
-from time import perf_counter
 
 import numpy as np
 
-from mpicomp import mpi, systems
+from mpicomp import systems
+from mpicomp.compressors import Rule, Strom
 from mpicomp.errors import SpecError
-from mpicomp.layout import Layout
-from mpicomp.philox import Key
+from mpicomp.trial import given, made_up, measure_codec, measure_links, reduction, together
 
 CANDIDATES = ("dense", "bf16", "terngrad", "onebit", "onebit:exchange=sharded")
 WORTH = 1.25  # a compressed method is advised only if it is predicted to be so much faster
-SAMPLE = 1 << 21  # elements on which codecs are measured
-
-
-@dataclass(frozen=True)
-class Link:
-    """One kind of call: seconds = latency + bytes received * seconds a byte."""
-
-    latency: float
-    per_byte: float
-
-    def seconds(self, received, calls=1):
-        return calls * self.latency + received * self.per_byte
-
-
-@dataclass(frozen=True)
-class Codec:
-    """What one method costs an element: seconds to encode, to decode, and bytes."""
-
-    encode: float
-    decode: float
-    bytes: float
 
 
 @dataclass(frozen=True)
@@ -62,69 +40,13 @@ class Prediction:
         return self.encode + self.decode + max(0.0, self.wire - self.hidden)
 
 
-def measure_links(comm) -> dict:
-    """{"gather": Link, "reduce": Link} between the ranks of `comm`; about a second.
-
-    One rank receives nothing, so its links tell what a call takes and nothing about bytes.
-    """
-    small, large = 1 << 10, 1 << 20
-    links = {}
-    for kind in ("gather", "reduce"):
-        times = [_time_call(comm, kind, size) for size in (small, large)]
-        received = [_received(kind, size, comm.size) for size in (small, large)]
-        slope = max(0.0, times[1] - times[0]) / (received[1] - received[0]) if received[0] else 0.0
-        links[kind] = Link(max(0.0, times[0] - slope * received[0]), slope)
-    return links
-
-
-def _received(kind, size, ranks):
-    """Bytes that reach a rank: all other packets, or the two passes of a ring."""
-    return (ranks - 1) * size if kind == "gather" else 2 * (ranks - 1) / ranks * size
-
-
-def _time_call(comm, kind, size, repeats=5):
-    """Median seconds of one call with `size` bytes a rank, of the slowest rank."""
-    send = np.ones(size // 4, np.float32)
-    receive = np.empty(size // 4 * (comm.size if kind == "gather" else 1), np.float32)
-    call = comm.Iallgather if kind == "gather" else comm.Iallreduce
-    times = []
-    for _ in range(repeats + 1):
-        mpi.wait(comm, comm.Ibarrier(), 600.0, "measuring links")
-        start = perf_counter()
-        mpi.wait(comm, call(send, receive), 600.0, "measuring links")
-        times.append(max(comm.allgather(perf_counter() - start)))
-    return float(np.median(times[1:]))
-
-
-def measure_codec(method, comm, rows=1024) -> Codec:
-    """Encode and decode a sample of normal numbers on all ranks at once; the slowest counts."""
-    c = method.compressor
-    layout = Layout.of([("sample", (rows, SAMPLE // rows))])
-    x = np.random.default_rng(comm.rank).standard_normal(layout.size, np.float32)
-    out, packet = np.zeros_like(x), np.zeros(c.capacity(layout), np.uint8)
-    state, key = c.init(layout, x), Key()
-    encode, decode = [], []
-    for _ in range(4):
-        mpi.wait(comm, comm.Ibarrier(), 600.0, "measuring codecs")
-        start = perf_counter()
-        c.measure(x, layout, state)
-        used = c.encode(x, packet, layout, key, state)
-        middle = perf_counter()
-        c.decode_add(packet[:used], out, layout, key, 1.0)
-        encode.append(middle - start)
-        decode.append(perf_counter() - middle)
-        c.commit(state)
-    worst = np.max(comm.allgather((np.median(encode[1:]), np.median(decode[1:]))), axis=0)
-    return Codec(worst[0] / layout.size, worst[1] / layout.size, used / layout.size)
-
-
 def predict(method, codec, links, n, ranks, hidden=0.0, copy=0.0) -> Prediction:
     """The parts of one step's exchange, by the model above; `copy` is seconds an element."""
     size = codec.bytes * n
     encode, decode = codec.encode * n, codec.decode * n
     share = (ranks - 1) / ranks
     if method.exchange == "allreduce":
-        wire = links["reduce"].seconds(2 * share * size)
+        wire = links[reduction(method)].seconds(2 * share * size)
         if method.compressor.alias(np.zeros(1, np.float32)) is not None:
             encode = 0.0
     elif method.exchange == "sharded":
@@ -141,11 +63,14 @@ def predict(method, codec, links, n, ranks, hidden=0.0, copy=0.0) -> Prediction:
 class Advice:
     """What was measured, what is predicted (fastest first), what to use and why."""
 
+    elements: int
     links: dict
     codecs: dict
     predictions: tuple
     choice: str
     reason: str
+    sample: str  # what the codecs were tried on
+    notes: tuple = ()  # which predictions mean nothing, and what to type
 
     @property
     def copy(self):
@@ -166,18 +91,56 @@ def report(method, stats, advice=None) -> str:
     return text
 
 
-def advise(comm, n, candidates=CANDIDATES, hidden=0.0, ranks=None) -> Advice:
+def unit_free(methods) -> tuple:
+    """A note for each method whose threshold has the unit of a gradient that nobody has shown."""
+    notes = []
+    for method in methods:
+        rule = method.compressor
+        parts = [c for _, c in rule.inner] if isinstance(rule, Rule) else [rule]
+        fixed = [c.core for c in parts if isinstance(c.core, Strom) and not c.core.density]
+        if fixed:
+            notes.append(f"{method.name}: what this sends depends on how large your gradients are "
+                         f"beside tau={fixed[0].tau:g}, so the figures found with made-up ones "
+                         "say nothing of it. Give a gradient of yours (--gradient FILE.npz), or "
+                         "let tau follow the data: strom:density=0.001")
+    return tuple(notes)
+
+
+def _sample(comm, gradient):
+    """The gradient that codecs are tried on; SpecError on all ranks if any has none."""
+    sample = problem = None
+    try:
+        sample = made_up(comm.rank) if gradient is None else given(gradient)
+    except SpecError as error:
+        problem = f"rank {comm.rank}: {error}"
+    found = together(comm, (problem, sample and sample.x.size))
+    if problems := [told for told, _ in found if told]:
+        raise SpecError(problems[0])
+    sizes = [size for _, size in found]
+    if len(set(sizes)) > 1:
+        raise SpecError(f"gradient: {sizes} elements found on the ranks, the same number expected")
+    return sample
+
+
+def advise(comm, n=None, candidates=CANDIDATES, hidden=0.0, ranks=None, gradient=None) -> Advice:
     """Measure, predict for a gradient of n elements, and choose. The same on every rank.
 
     `hidden` is how many seconds of the exchange the backward pass can hide; `ranks` predicts for
-    another number of ranks than are present, which one rank alone cannot: SpecError.
+    another number of ranks than are present, which one rank alone cannot: SpecError. `gradient`,
+    an array, {parameter name: array} or the path of a file of numpy.save or numpy.savez, is one of
+    yours to try the codecs on, on every rank; n is its size if not given. What the sparse methods
+    send depends on it. Without one they are tried on numbers with heavy tails (`trial.made_up`).
     """
+    if n is None and gradient is None:
+        raise SpecError("advise: n, the elements of the gradient, or a gradient expected")
     if comm.size == 1 and ranks not in (None, 1):
         raise SpecError(f"ranks={ranks} found, but this job has one rank and so no link to "
                         "measure: start it with  launch/run -n 2  or more")
     methods = [systems.method(spec) for spec in dict.fromkeys(["dense", *candidates])]
-    links = measure_links(comm)
-    codecs = {repr(m): measure_codec(m, comm) for m in methods}
+    sample = _sample(comm, gradient)
+    n = n or sample.x.size
+    codecs = {repr(m): measure_codec(m, comm, sample) for m in methods}
+    links = measure_links(comm, n, methods, codecs)
     ranks = ranks or comm.size
     copy = codecs[repr(methods[0])].encode  # dense
     predictions = [predict(m, codecs[repr(m)], links, n, ranks, hidden, copy) for m in methods]
@@ -197,4 +160,6 @@ def advise(comm, n, candidates=CANDIDATES, hidden=0.0, ranks=None) -> Advice:
         reason = (f"predicted {1e3 * best.total:.1f} ms of exchange a step, dense "
                   f"{1e3 * dense.total:.1f} ms")
     order = tuple(sorted(predictions, key=lambda p: p.total))
-    return comm.bcast(Advice(links, codecs, order, choice.method, reason))
+    notes = () if sample.real else unit_free(methods)
+    advice = Advice(n, links, codecs, order, choice.method, reason, sample.told, notes)
+    return together(comm, advice)[0]  # the same on every rank, where clocks differed

@@ -14,21 +14,23 @@ def digest(text: str) -> int:
 
 
 def agree(comm, facts: dict, hint="every rank must be started with the same arguments",
-          timeout=600.0) -> int:
+          timeout=None) -> int:
     """Compare `facts` (name -> value or list of lines) over all ranks; returns their digest.
 
     Raises MismatchError on every rank, naming the first rank and fact that differ from rank 0's.
     A rank that found a problem of its own puts it under "problem", so that nobody waits for it; a
-    problem that all share is a SpecError. StallError after `timeout` seconds without the others.
+    problem that all share is a SpecError. StallError after `timeout` seconds (None:
+    the communicator's limit) without the others.
     Collective; 16 bytes a rank where all is well.
     """
     mine = digest("\n".join(f"{name}: {value}" for name, value in facts.items()))
+    timeout = mpi.limit(comm) if timeout is None else timeout
     told = np.array([mine, "problem" in facts], np.uint64)
     heard = np.zeros((comm.size, 2), np.uint64)
     mpi.wait(comm, comm.Iallgather(told, heard), timeout, "comparing configurations")
     if (heard == told).all() and "problem" not in facts:
         return mine
-    everyone = comm.allgather(facts)
+    everyone = mpi.allgather(comm, facts, "comparing configurations", timeout)
     problems = [theirs.get("problem") for theirs in everyone]
     if len(set(problems)) == 1 and problems[0]:
         raise SpecError(problems[0])
@@ -43,16 +45,24 @@ def agree(comm, facts: dict, hint="every rank must be started with the same argu
 
 
 def first_difference(zero: dict, other: dict) -> str | None:
-    """The first fact in which `other` differs from rank 0's, in words."""
-    for name, expected in zero.items():
-        found = other.get(name)
-        if found == expected:
+    """The first fact in which `other` differs from rank 0's, in words.
+
+    Ranks with other versions of this package may have other facts, and facts of other kinds.
+    """
+    for name in [*zero, *(name for name in other if name not in zero)]:
+        expected, found = zero.get(name, "nothing"), other.get(name, "nothing")
+        if not (isinstance(expected, (list, tuple)) and isinstance(found, (list, tuple))):
+            if found != expected:
+                return f"{name}: {_in_words(found)} there, {_in_words(expected)} on rank 0"
             continue
-        if not isinstance(expected, (list, tuple)):
-            return f"{name}: {found} there, {expected} on rank 0"
-        for i, line in enumerate(expected):
-            if i >= len(found) or found[i] != line:
-                there = found[i] if i < len(found) else "nothing more"
-                return f"{name} {i}: {there} there, {line} on rank 0"
-        return f"{name} {len(expected)}: {found[len(expected)]} there, nothing more on rank 0"
+        for i in range(max(len(expected), len(found))):
+            here = expected[i] if i < len(expected) else "nothing more"
+            there = found[i] if i < len(found) else "nothing more"
+            if there != here:
+                return f"{name} {i}: {there} there, {here} on rank 0"
     return None
+
+
+def _in_words(value):
+    """A list where the other rank has none is not printed in full."""
+    return f"a list of {len(value)}" if isinstance(value, (list, tuple)) else value

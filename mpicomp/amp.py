@@ -10,6 +10,7 @@ from functools import wraps
 
 import torch
 
+from mpicomp import copies
 from mpicomp.errors import MismatchError, SpecError
 
 
@@ -80,10 +81,12 @@ def finish_before_unscale(reducer, scaler):
                 absent[0].grad = None
         return check(optimizer)
 
+    @torch.compiler.disable
     @wraps(inner)
     def unscale_(optimizer):
         return look(optimizer, inner) if ours(optimizer) else inner(optimizer)
 
+    @torch.compiler.disable
     @wraps(inner_step)
     def step(optimizer, *args, **kwargs):
         # with fused=True torch looks at gradients itself, before the step and so before finish
@@ -105,6 +108,9 @@ def finish_before_unscale(reducer, scaler):
 
     scaler.unscale_, scaler.step = unscale_, step
     _after(scaler, "update", updated)
+    ours_in_it = ("unscale_", "step", "update", "load_state_dict")
+    copies.change_copies(scaler, lambda state: {  # a copy would call this scaler's
+        key: value for key, value in state.items() if key not in ours_in_it})
 
 
 def _after(scaler, name, then):

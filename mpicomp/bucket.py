@@ -1,8 +1,9 @@
 """Buckets: parameters side by side in flat float32 arrays, in the order in which backward ends.
 
 The gradient of a float32 parameter lives in its bucket (see place.py): after the hook's one copy,
-p.grad is a view of it. Float16 and bfloat16 are widened by that same copy, and what arrives is
-rounded once, so everything between is float32. Gradients from elsewhere are copied in and out.
+p.grad is a view of it, and Pending until the exchange is over (pending.py). Float16 and bfloat16
+are widened by that same copy, and what arrives is rounded once, so everything between is float32.
+Gradients from elsewhere are copied in and out.
 """
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from mpicomp import kernels, place, staging
 from mpicomp.errors import NonFiniteError
 from mpicomp.layout import Layout
+from mpicomp.pending import Pending, plain
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -17,6 +19,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Slot:
     """One parameter's place in a bucket: `view` with the parameter's shape, `flat` without.
 
+    view   the bucket's own torch tensor, which nobody else holds
+    shown  another one in the same memory: p.grad, which users may change or move elsewhere
     scale  what p.grad is multiplied by outside of the bucket: a loss scale, see amp.py
     ready  is this step's gradient in place?
     fine   is all of it finite? None on a GPU, where one look at a bucket costs less than many
@@ -26,9 +30,11 @@ class Slot:
 
     def __init__(self, name, parameter, view, flat):
         self.name, self.parameter, self.view, self.flat = name, parameter, view, flat
-        self._same_kind = parameter.dtype == torch.float32 and parameter.device == view.device
+        self._address, self._kind, self._at = view.data_ptr(), kind(parameter), ()
         self.ready, self.fine = False, True
         self._on_host = not staging.is_device_array(flat)
+        self._shown = self._pending = self._handed = self._own = None
+        self._version = 0
 
     @property
     def direct(self) -> bool:
@@ -36,14 +42,61 @@ class Slot:
 
         torch's fused optimizers walk through memory, whatever the strides.
         """
-        return self._same_kind and self.parameter.is_contiguous()
+        self._meet()
+        return self._like and self.parameter.is_contiguous()
 
-    def fill(self):
-        """Bring the parameter's gradient into the bucket; zeros where there is none."""
-        gradient = self.parameter.grad
-        self.bring(gradient)
-        if self.direct and gradient is not None:
-            self.parameter.grad = self.view
+    @property
+    def changed(self) -> str | None:
+        """What the parameter has become since the bucket was made, in words, or None."""
+        self._meet()
+        return self._changed
+
+    def _meet(self):
+        """Look at the parameter where it is not the one of before: it costs microseconds."""
+        p = self.parameter
+        if (p.data_ptr(), p.dtype, p.numel()) == self._at:
+            return
+        self._at = p.data_ptr(), p.dtype, p.numel()
+        self._like = p.dtype == grad_dtype(p) == torch.float32 and p.device == self.view.device
+        self._changed = became(p, self._kind)
+
+    @property
+    def shown(self):
+        """The tensor that is p.grad, in the bucket's memory: made anew where it lies elsewhere.
+
+        m.double(), m.share_memory() or p.grad.data = x move the object that they find.
+        """
+        if self._shown is None or not self._is_here(self._shown):
+            # one with a storage and a version of its own
+            mine = torch.from_numpy(self.flat) if self._on_host else self.view.data
+            self._shown, self._pending = mine.view(self.view.shape), None
+        return self._shown
+
+    def _is_here(self, tensor) -> bool:
+        """Does this tensor lie where the bucket has this gradient?"""
+        if tensor is self._shown:
+            return tensor.data_ptr() == self._address and tensor.dtype == torch.float32
+        return (tensor.layout is torch.strided and tensor.data_ptr() == self._address
+                and tensor.dtype == torch.float32 and tensor.shape == self.view.shape
+                and tensor.is_contiguous())
+
+    # ---- in ----
+
+    def fill(self, finish=None):
+        """Bring the parameter's gradient into the bucket; zeros where there is none.
+
+        With `finish`, p.grad is Pending from now on, and waits for the exchange by finish().
+        """
+        direct = self.direct
+        gradient = None if self.changed else plain(self.parameter.grad)
+        if direct or not finish:  # else `settle` brings it, after all hooks
+            self.bring(gradient)
+        if gradient is not None and direct:
+            gradient = self.shown
+        if finish:
+            self._hand_out(gradient, finish)
+        else:
+            self.parameter.grad = gradient
 
     def bring(self, gradient):
         """Copy a gradient to its place, in true units, and look for what is not finite."""
@@ -53,12 +106,60 @@ class Slot:
             one_pass = kernels.of(self.flat).take
             self.fine = one_pass(gradient.detach().numpy().reshape(-1), self.flat)
             return
-        elif gradient is not self.view:
+        elif not self._is_here(gradient):
             self.view.copy_((gradient.to_dense() if gradient.is_sparse else gradient).detach())
         if self.scale != 1.0:
             self.view.mul_(1.0 / self.scale)
-        self.fine = (gradient is None or kernels.of(self.flat).finite(self.flat)
-                     if self._on_host else None)
+        self._look(gradient is None)
+
+    def _look(self, surely=False):
+        """Is all of it finite?"""
+        self.fine = (surely or kernels.of(self.flat).finite(self.flat)) if self._on_host else None
+
+    def _hand_out(self, gradient, finish):
+        self._own, self._version = gradient, None if gradient is None else gradient._version
+        if gradient is not None and not gradient.is_sparse:  # those cannot be Pending
+            if gradient is not self._shown:
+                gradient = Pending.of(gradient, finish)
+            else:
+                if self._pending is None:
+                    self._pending = Pending.of(gradient, finish)
+                gradient = self._pending
+            self.parameter.grad = gradient
+        self._handed = gradient
+
+    def settle(self, finish) -> bool:
+        """All hooks of the parameter are through: take in what they changed.
+
+        False where there is no gradient any more.
+        """
+        direct = self.direct
+        if self._changed or direct and self._own is not None and self.untouched:
+            return True
+        now = plain(self.parameter.grad)
+        if now is None:
+            return False
+        if self._is_here(now):
+            self._look()
+        elif direct:
+            self.view.copy_(now)  # made from p.grad, so in true units
+            self._look()
+        else:
+            self.bring(now)
+        self._hand_out(self.shown if direct else now, finish)
+        return True
+
+    @property
+    def untouched(self) -> bool:
+        """Is p.grad as `fill` has left it? (While it is Pending nobody changes it unseen.)"""
+        return (self.parameter.grad is self._handed
+                and (self._own is None or self._own._version == self._version))
+
+    @property
+    def shows(self) -> bool:
+        """Is p.grad at least in the bucket's memory?"""
+        now = plain(self.parameter.grad)
+        return now is not None and self._is_here(now)
 
     def refuse_overflow(self, step):
         """Raise NonFiniteError unless the parameter's dtype can hold what stands in the bucket."""
@@ -70,22 +171,55 @@ class Slot:
         most = torch.finfo(self.parameter.dtype).max
         kernels.of(self.flat).within(self.flat, -most, most, complain)
 
+    # ---- out ----
+
     def give_back(self):
-        """Make p.grad what now stands in the bucket."""
+        """Make p.grad what now stands in the bucket; None for a parameter that is frozen now."""
+        if not self.parameter.requires_grad:
+            self.clear()
+            return
         if self.scale != 1.0:
             self.view.mul_(self.scale)
+        self._handed = self._own = None
         if self.direct:
-            self.parameter.grad = self.view
-        elif self.parameter.grad is None or self.parameter.grad.is_sparse:
-            self.parameter.grad = torch.empty_like(self.parameter).copy_(self.view).detach()
+            self.parameter.grad = self.shown
+            return
+        own = plain(self.parameter.grad)
+        if own is None or own.is_sparse or self._is_here(own):
+            own = torch.empty_like(self.parameter, dtype=grad_dtype(self.parameter)).detach()
+            self.parameter.grad = own.copy_(self.view)
         else:
-            self.parameter.grad.detach().copy_(self.view)
+            own.detach().copy_(self.view)
+            self.parameter.grad = own
+
+    def clear(self):
+        """There is no gradient."""
+        self.parameter.grad = self._handed = self._own = None
 
     def move(self):
         """Add what now stands in the bucket to the parameter itself; there is no gradient left."""
         with torch.no_grad():
             self.parameter += self.view.to(self.parameter.device)
-        self.parameter.grad = None
+        self.clear()
+
+
+def kind(parameter):
+    """What of a parameter must stay as it was when its place in a bucket was made."""
+    return parameter.dtype, parameter.device, parameter.shape
+
+
+def became(parameter, agreed) -> str | None:
+    """What a parameter was and is, where it is no longer of the `kind` that ranks agreed on."""
+    if kind(parameter) == agreed:
+        return None
+    before, now = (f"{dtype} on {device}, shape {list(shape)}"
+                   for dtype, device, shape in (agreed, kind(parameter)))
+    return f"was {before}, when the Reducer was made, and is {now}, now"
+
+
+def grad_dtype(parameter) -> torch.dtype:
+    """Of its gradient: torch 2.10 and newer let it be another one than its own."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
 
 
 class Bucket:
@@ -124,8 +258,9 @@ class Bucket:
 
 def _side_by_side(gradient, view):
     """Is this another dense float32 CPU array whose elements lie as those of `view` do?"""
-    return (gradient is not view and gradient.dtype == torch.float32 and not gradient.is_sparse
-            and gradient.device.type == "cpu" and gradient.is_contiguous())
+    return (gradient.dtype == torch.float32 and not gradient.is_sparse
+            and gradient.device.type == "cpu" and gradient.is_contiguous()
+            and gradient.data_ptr() != view.data_ptr())
 
 
 def groups(named_parameters, bucket_bytes) -> list[list]:

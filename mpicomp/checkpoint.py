@@ -3,12 +3,14 @@
     FOLDER/step-N/shared.pt        what the ranks have in common: model, optimizer
                   rank-R.pt        what only rank R knows: what it still owes
                   manifest.json    step, ranks, sha256 of each file, and what the caller adds
+    FOLDER/lock.json               which job saves here (folder_lock.py)
 
 A folder is written aside and renamed last, so the newest one is whole whatever happens while the
 next is written. With ranks on several hosts it must lie on a file system that all of them share.
 docs/checkpoints.md shows a training loop with all of this.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -20,37 +22,52 @@ from pathlib import Path
 
 import torch
 
+from mpicomp import folder_lock, mpi
 from mpicomp.errors import CheckpointError
+from mpicomp.plan import stall_limit
 from mpicomp.repartition import repartition
 from mpicomp.signals import RESUME, Signals
 
 __all__ = ["RESUME", "Signals", "each_rank", "folders", "load", "newest", "objection",
            "repartition", "save", "write"]
 
+SLOWEST = 1e6  # bytes a second: time is given to write at this speed before it is a StallError
+_said = []  # not empty: this process has said that folders cannot be flushed
 
-def save(folder, comm, step, shared, mine, about=None, keep=2):
+
+def save(folder, comm, step, shared, mine, about=None, keep=2, stall_timeout=None):
     """All ranks together: `shared` of rank 0 and `mine` of each rank, to folder/step-N.
 
     Both are dictionaries of tensors, numbers and plain containers, as state_dict() gives them;
     `about`, for JSON, goes into the manifest. The newest `keep` checkpoints stay: this one and
     those of the steps before it; those of later steps are of an older history and go first. Raises
-    CheckpointError on all ranks if any could not write; the checkpoints before are then as before.
+    CheckpointError on all ranks if any could not write, or if another job saves into this folder;
+    the checkpoints before are then as before. StallError where a rank does not come within
+    `stall_timeout` seconds, by default those of MPICOMP_STALL_TIMEOUT, or 600; while files are
+    written, a second more for each megabyte of the largest part.
     """
-    folder = Path(folder)
-    about = about or {}
-    step, manifest = _together(comm, lambda: _checked(step, about, keep, comm.size))[0]
+    folder, about, timeout = Path(folder), about or {}, stall_limit(stall_timeout)
+    first = _together(comm, lambda: (*_checked(step, about, keep, comm.size),
+                                     folder_lock.held(folder)), timeout)
+    step, manifest, _ = first[0]
     final, aside = folder / f"step-{step}", folder / f"step-{step}.part"
     try:
-        _together(comm, lambda: _clear(folder, aside) if comm.rank == 0 else None)
-        parts = {f"rank-{comm.rank}.pt": mine}
-        if comm.rank == 0:
-            parts["shared.pt"] = shared
-        written = _together(comm, lambda: {name: _write_state(aside / name, state)
-                                           for name, state in parts.items()})
+        def prepare():
+            if comm.rank == 0:
+                _clear(folder, aside, any(ours for _, _, ours in first))
+            parts = {f"rank-{comm.rank}.pt": mine} | ({} if comm.rank else {"shared.pt": shared})
+            content.update({name: _content(name, state) for name, state in parts.items()})
+            return sum(map(len, content.values()))
+
+        content = {}
+        longer = timeout + max(_together(comm, prepare, timeout)) / SLOWEST
+        written = _together(comm, lambda: {name: write(aside / name, data)
+                                           for name, data in content.items()}, longer)
         manifest["files"] = {name: sha for part in written for name, sha in part.items()}
         _together(comm, lambda: _publish(folder, aside, final, manifest, keep)
-                  if comm.rank == 0 else None)
+                  if comm.rank == 0 else None, timeout)
     except CheckpointError:
+        _together(comm, lambda: folder_lock.held(folder), timeout)  # says so where another job came
         if comm.rank == 0:      # no rank writes any more; on a full disk the next save needs this
             shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -69,9 +86,14 @@ def _checked(step, about, keep, ranks):
     return step, json.loads(json.dumps({**about, **manifest}))
 
 
-def _clear(folder, aside):
-    """Rank 0: what a run that was killed had not finished goes, then there is room for this one."""
+def _clear(folder, aside, ours):
+    """Rank 0: what a run that was killed had not finished goes, then there is room for this one.
+
+    `ours`: a rank holds the folder already.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if not ours:
+        folder_lock.take(folder)
     for name in os.listdir(folder):
         if re.fullmatch(r"step-[0-9]+\.part", name):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -107,7 +129,7 @@ def _drop(path):
               flush=True)
 
 
-def _together(comm, work):
+def _together(comm, work, timeout):
     """Every rank's result of work(); CheckpointError on all ranks if it fails on any."""
     cause = None
     try:
@@ -116,7 +138,8 @@ def _together(comm, work):
         mine, cause = (None, str(error)), error
     except Exception as error:      # whatever it is, the others wait to hear of it
         mine, cause = (None, f"{type(error).__name__}: {error}"), error
-    everyone = comm.allgather(mine)
+    everyone = mpi.allgather(comm, mine, "saving a checkpoint (all ranks must call "
+                             "checkpoint.save, not rank 0 alone)", timeout)
     for rank, (_, problem) in enumerate(everyone):
         if problem:
             raise CheckpointError(f"rank {rank} could not write its part of the checkpoint "
@@ -217,11 +240,12 @@ def write(path, content):
     return hashlib.sha256(content).hexdigest()
 
 
-def _write_state(path, state):
+def _content(name, state):
+    """The bytes of a file."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    _readable(buffer, path.name)
-    return write(path, buffer.getvalue())
+    _readable(buffer, name)
+    return buffer.getvalue()
 
 
 def _readable(buffer, name):
@@ -240,10 +264,19 @@ def _readable(buffer, name):
 
 
 def _sync(folder):
-    """A new name in a folder is on disk only when the folder is."""
+    """A new name in a folder is on disk only when the folder is, if its file system can say so."""
     handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    except OSError as error:    # CIFS, and some that are made with FUSE
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+        if not _said:
+            _said.append(folder)
+            print(f"checkpoint folder {folder}: its file system does not flush folders ({error}), "
+                  "so after a loss of power the newest checkpoint may be missing", flush=True)
+    finally:
+        os.close(handle)
 
 
 def folders(folder):

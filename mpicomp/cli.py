@@ -21,8 +21,9 @@ def main(arguments=None) -> int:
     commands.add_parser("doctor", help="say what is installed, and what to type if it is not"
                         ).set_defaults(run=lambda _: doctor())
     plan = commands.add_parser("plan", help="predict every method's time here, and say what to use")
-    plan.add_argument("--gradient", type=_number, default=25_000_000, metavar="N",
-                      help="elements of the model's gradient (default: %(default)s)")
+    plan.add_argument("--gradient", type=_gradient, default=25_000_000, metavar="N or FILE",
+                      help="elements of the model's gradient (default: %(default)s), or one of "
+                           "yours to try codecs on, written by numpy.save or numpy.savez")
     plan.add_argument("--hidden", type=float, default=0.0, metavar="S",
                       help="seconds of exchange that backward can hide (default: none)")
     plan.add_argument("--ranks", nargs="*", type=_number, default=[2, 4, 8, 16, 64], metavar="P")
@@ -85,6 +86,11 @@ def _number(text):
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} found, expected a whole number of at least 1")
     return number
+
+
+def _gradient(text):
+    """The elements of a gradient, or the file of one."""
+    return text if text.endswith((".npy", ".npz")) else _number(text)
 
 
 def launch(options) -> int:
@@ -209,8 +215,10 @@ def show_methods() -> int:
 def doctor() -> int:
     """Print versions and the MPI library; the exit status is 1 where training cannot start."""
     print(f"mpicomp {mpicomp.__version__}, Python {platform.python_version()}, {sys.executable}")
+    print(f"from     {whence()}")
     for package in ("numpy", "torch", "mpi4py", "cupy"):
         print(f"{package:8} {_installed(package)}")
+    print(f"kernels  {kernels_verdict()}")
     try:
         from mpicomp import mpi
 
@@ -222,6 +230,26 @@ def doctor() -> int:
     print(f"MPI      {library}; {MPI.COMM_WORLD.size} rank(s) in this job")
     print(f"GPU      {gpu_verdict()}")
     return 0
+
+
+def whence() -> str:
+    """Which mpicomp this is: where it lies, and whether it stands before an installed one."""
+    from mpicomp import installed
+
+    other = installed.shadowed()
+    return str(installed.HERE) + (f", not the installed {other}: the working directory or "
+                                  "PYTHONPATH stands before it; leave that folder if you did not "
+                                  "mean this one" if other else "")
+
+
+def kernels_verdict() -> str:
+    """Which kernels serve host memory, and what to type where they are not the compiled ones."""
+    from mpicomp import kernels
+
+    compiled = kernels.backends().get("cpu")
+    if compiled is None:
+        return f"NumPy's only, 5 to 50 times slower than compiled ones {kernels.cure()}"
+    return "compiled, " + ("no vector instructions", "AVX2", "AVX-512")[compiled.vectors()]
 
 
 def gpu_verdict() -> str:
@@ -248,7 +276,10 @@ def gpu_verdict() -> str:
 
 
 def _installed(package):
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    """The version; that of CuPy stands under the name of its wheel."""
+    for name in (package, f"{package}-cuda13x", f"{package}-cuda12x"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            pass
+    return "not installed"

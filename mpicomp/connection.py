@@ -32,6 +32,7 @@ class Connection:
         exchange = method.open(self._wire)
         refusal = exchange.check(method.compressor)
         if refusal:
+            mpi.release(self.comm)
             raise SpecError(refusal)
         return exchange
 
@@ -52,7 +53,7 @@ class Connection:
     @property
     def communicators(self) -> list:
         """All that this Reducer calls MPI on, to revoke them where a rank has died."""
-        found = [self.comm, *self._wire.communicators, *self._exchange.communicators]
+        found = [*mpi.family(self.comm), *self._wire.communicators, *self._exchange.communicators]
         if self._warm:
             found += self._warm[0].communicators
         return list({id(comm): comm for comm in found}.values())
@@ -69,9 +70,11 @@ class Connection:
         if refusal := self.irreplaceable:
             raise SpecError(f"regroup: {refusal}")
         mpi.keep(self._pipeline.abandon())
-        self.comm = mpi.communicator(comm)
+        limit = self._pipeline.timeout
+        self.comm = mpi.communicator(comm, limit, "moving a Reducer to fewer ranks")
         order = np.array(self._order.next or self._order.now, np.int32)
-        self.comm.Bcast(order)  # whoever died in the first step may have told it to some only
+        # whoever died in the first step may have told it to some only
+        mpi.wait(self.comm, self.comm.Ibcast(order), limit, "agreeing on buckets")
         pipeline = self._pipeline.over(self.comm)
         self._wire = Wire(self.comm, self.stats)
         exchange = self._open_exchange(self.method)
@@ -85,7 +88,7 @@ class Connection:
             self._receipt.restart(self.step)
         self._finished, self._next, self._checked = False, 0, False
         self._stepped.clear()
-        self._bad = {}
+        self._changes.reset()
         self._forget_gradients()
 
     @property

@@ -61,6 +61,7 @@ class Delay:
                     if len(mail.flagged(packet.EMPTY)) < len(mail.headers):
                         exchange.decode(mail, r.step, weight)
                         mail.commit()
+                        r._changes.put_back(bucket, mail)
                         self.late[bucket.index][...] = bucket.flight
                         self.landed.add(bucket.index)
         finally:
@@ -69,7 +70,7 @@ class Delay:
     def _note_error(self):
         """Landing happens inside of backward; the error belongs to `finish`."""
         try:
-            self.reducer.tell_nonfinite()
+            self.reducer._changes.tell()
         except NonFiniteError as error:
             self.error = error
 
@@ -77,6 +78,7 @@ class Delay:
         """All buckets of this step are on their way; p.grad becomes what has landed, or None."""
         self._hand_out()
         self.step = self.reducer.step
+        self.reducer._outcome = "skipped" if self.skipped else None
         self.reducer._end_step(self.skipped)
         self._raise_error()
 
@@ -94,7 +96,7 @@ class Delay:
                 if bucket.index in self.landed:
                     slot.give_back()
                 else:
-                    slot.parameter.grad = None
+                    slot.clear()
         self.landed.clear()
 
     def deliver(self, optimizers):

@@ -107,6 +107,7 @@ class Delivery:
 
     def _require_no_step(self, what):
         """Raise where gradients have arrived that no step has used."""
+        self._changes.commit()  # what finish() has left in p.grad counts as applied
         if not self._finished and any(s.ready for b in self._buckets for s in b.slots):
             raise MismatchError(f"rank {self.comm.rank}: {what}() in the middle of a step: call "
                                 "it after optimizer.step()")
@@ -137,7 +138,7 @@ class Delivery:
         """No parameter has a gradient; rows are `Sparse.clear`'s."""
         for bucket in self._buckets:
             for slot in bucket.slots:
-                slot.parameter.grad = None
+                slot.clear()
 
     # ---- server ----
 
@@ -178,6 +179,7 @@ class Delivery:
 
     def _require_settled(self, what):
         """Raise unless nothing is under way."""
+        self._changes.commit()
         if self._delay:
             self._delay.require_settled(what)
         if not self._exchange.settled:

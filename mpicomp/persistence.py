@@ -5,6 +5,7 @@ import torch
 
 from mpicomp import staging
 from mpicomp.errors import MismatchError
+from mpicomp.names import known_as
 from mpicomp.place import on_place
 
 
@@ -58,6 +59,7 @@ class Persistence:
         """
         self._require_no_step("load_state_dict")
         now = self.state_dict()
+        state = dict(zip(known_as(state, now), state.values()))  # saved with or without wrappers
         odd = sorted((set(now) ^ set(state)) - {"order"})
         if odd:
             raise MismatchError(

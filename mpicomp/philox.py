@@ -6,10 +6,12 @@ are visited. Element i takes word i % 4 of the block with the counter
 
     (i // 4, bucket, step, rank)    and the key    (seed mod 2**32, seed div 2**32)
 
-so ranks draw independently, and a step that is repeated draws the same numbers again.
+so ranks draw independently, and a step that is repeated draws the same numbers again. What else
+must draw independently (a rule's runs, an owner's shards, pulls) has a seed of its own: `part`.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -27,6 +29,18 @@ class Key:
     rank: int = 0
     step: int = 0
     bucket: int = 0
+
+
+@lru_cache(maxsize=4096)
+def part(seed: int, number: int) -> int:
+    """A seed of its own for part `number` (from 0 on) of what draws by `seed`.
+
+    A random function of both, 64 bits wide: so a number of parts, of ranks or of buckets that
+    outgrows some field of bits cannot make two of them draw the same.
+    """
+    counter = number & MASK32, MASK32, number >> 32 & MASK32, MASK32
+    low, high, *_ = block(counter, (seed & MASK32, seed >> 32 & MASK32))
+    return int(high) << 32 | int(low)
 
 
 def block(counter, key) -> tuple:

@@ -4,7 +4,8 @@ On a GPU a bucket is torch's memory that CuPy works on, without a copy, on torch
 """
 
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from functools import wraps
 
 import numpy as np
 import torch
@@ -105,12 +106,10 @@ def of(named, exchange):
 
 
 def on_place(method):
-    """Decorates a method of an object with `_place`: kernels in it run there."""
-    from functools import wraps
-
+    """Decorates a method of an object with `_place`: kernels in it run there, uncompiled."""
     @wraps(method)
     def call(self, *arguments, **keywords):
         with self._place.here():
             return method(self, *arguments, **keywords)
 
-    return call
+    return torch.compiler.disable(call)  # no graph can hold an exchange

@@ -100,7 +100,7 @@ def ask(call, command=None) -> str:
     command = command or launcher()
     if not command:
         return "not known: there is no mpirun beside this Python or on PATH"
-    environment = {k: v for k, v in os.environ.items() if not OURS.match(k)}
+    environment = {k: v for k, v in os.environ.items() if not OURS.match(k)} | {"PATH": _path()}
     job = subprocess.Popen([*command, sys.executable, "-m", "mpicomp.probe", call], text=True,
                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE, env=environment, start_new_session=True)
@@ -129,17 +129,21 @@ def _last(text):
 
 def launcher() -> list:
     """The words that start two ranks here; [] where there is no mpirun."""
-    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
-    mpirun = shutil.which("mpirun", path=path) or shutil.which("mpiexec", path=path)
+    mpirun = shutil.which("mpirun", path=_path()) or shutil.which("mpiexec", path=_path())
     if not mpirun:
         return []
     version = subprocess.run([mpirun, "--version"], stdin=subprocess.DEVNULL, text=True,
-                             capture_output=True).stdout
+                             capture_output=True, env=os.environ | {"PATH": _path()}).stdout
     words = [mpirun, "-n", "2"]
     if "Open MPI" in version:
         words += ["--oversubscribe", "--bind-to", "none"]
         words += ["--allow-run-as-root"] if os.geteuid() == 0 else []
     return words
+
+
+def _path():
+    """PATH with this Python's folder first, as in an activated environment: Intel's mpirun asks."""
+    return os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
 
 
 # ---- what its ranks do -------------------------------------------------------------------------
@@ -174,7 +178,7 @@ def right(comm, call, size, there, back) -> bool:
 def main(call) -> int:
     """One rank of the job: host memory first, then the GPU's."""
     from mpicomp.kernels.gpu.device import Cupy
-    from mpicomp.mpi import local_rank
+    from mpicomp.start import local_rank
 
     cupy = Cupy().cupy
     cupy.cuda.Device(local_rank() % cupy.cuda.runtime.getDeviceCount()).use()

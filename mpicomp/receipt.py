@@ -61,7 +61,8 @@ class Receipt:
         sent, dense = map(int, total)
         if dense >= self.least * sent:
             return
-        everyone = sum(map(Counter, self.comm.allgather(reasons)), Counter())
+        theirs = mpi.allgather(self.comm, reasons, "adding up bytes")
+        everyone = sum(map(Counter, theirs), Counter())
         parts = ", ".join(f"{reason} {size:,} ({100 * size / sent:.0f} %)"
                           for reason, size in everyone.most_common() if size)
         steps = f"step {last}" if first == last else f"steps {first} to {last}"

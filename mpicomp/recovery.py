@@ -60,7 +60,9 @@ class Recovery:
                  least=1):
         self.reducer, self.model, self.least = reducer, model, least
         self._keep, self._restore, self._regrouped = keep, restore, regrouped
-        self.comm, self._base = mpi.communicator(comm), mpi.communicator(comm)
+        limit = reducer._pipeline.timeout
+        self.comm, self._base = (mpi.communicator(comm, limit, "starting Recovery")
+                                 for _ in range(2))
         self._members = list(range(self.comm.size))
         self._tracked, self.lost = [], []
         self._committed = self._late = False
@@ -87,7 +89,7 @@ class Recovery:
 
     def track(self, comm):
         """Revoke this communicator, too, where a rank has died. To be made anew in `regrouped`."""
-        self._tracked.append(comm)
+        self._tracked.append(mpi.intracommunicator(comm))
         return comm
 
     # ---- a piece ----

@@ -1,12 +1,16 @@
 """The Reducer decides when: it watches backward, exchanges, and leaves the mean in p.grad."""
 
 import sys
+import threading
 from contextlib import contextmanager
 from functools import partial
 
+import torch
+
 from mpicomp import kernels, mpi, packet, place, systems
-from mpicomp.attachment import Attachment
+from mpicomp.attachment import Attachment, now_open
 from mpicomp.bucket import make_buckets
+from mpicomp.changes import Changes
 from mpicomp.connection import Connection
 from mpicomp.delay import Delay
 from mpicomp.delivery import Delivery
@@ -17,15 +21,16 @@ from mpicomp.meter import Meter
 from mpicomp.order import Order
 from mpicomp.persistence import Persistence
 from mpicomp.place import on_place
-from mpicomp.plan import agree_on_plan, bad_option, check_replicas, stall_seconds, trainable
+from mpicomp.plan import agree_on_plan, bad_option, stall_seconds, trainable
 from mpicomp.receipt import Receipt
+from mpicomp.replicas import Replicas, bad_every, check_start
 from mpicomp.sparse import Sparse, divide
 from mpicomp.watchdog import Watchdog
 
 _said = set()  # notes that this process has printed
 
 
-class Reducer(Attachment, Connection, Delivery, Persistence):
+class Reducer(Attachment, Connection, Delivery, Persistence, Replicas):
     """Replaces every gradient by its mean over ranks, exchanged as `method` says.
 
     named_parameters  (name, parameter) pairs, as model.named_parameters() gives them; those that
@@ -43,6 +48,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
     ratio_window      judged after every so many steps, and by check_ratio()
     sparse            names of parameters whose gradients are sparse and stay so, see sparse.py
     progress          who moves exchanges on during backward: "poll", "thread" or "auto"
+    check_replicas_every  call check_replicas() after every so many steps; None: only on demand
 
     Every rank must make one with the same arguments and the same model; MismatchError names the
     first difference on all ranks otherwise. The order of a step is in docs/design.md.
@@ -50,9 +56,9 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
 
     def __init__(self, named_parameters, method, comm=None, *, average=True,
                  bucket_bytes=25 << 20, seed=0, nonfinite="raise", stall_timeout=None,
-                 require_ratio=None, ratio_window=100, progress="auto", sparse=()):
-        self.comm = mpi.communicator(comm)
-        mpi.end_all_on_exception(self.comm)
+                 require_ratio=None, ratio_window=100, progress="auto", sparse=(),
+                 check_replicas_every=None):
+        self.comm = mpi.communicator(comm, stall_timeout, "starting a Reducer")
         self.average, self.seed, self.nonfinite = bool(average), seed, nonfinite
         self.stats, self.step = Meter(), 0
         stall_timeout = stall_seconds(stall_timeout)
@@ -60,7 +66,9 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         try:
             self.method = systems.method(method)
             problem = problem or bad_option(bucket_bytes, seed, nonfinite, stall_timeout,
-                                            require_ratio, ratio_window, progress)
+                                            require_ratio, ratio_window, progress,
+                                            check_replicas_every)
+            problem = problem or bad_every(check_replicas_every, self.method)
             self._place = place.of(named, self.method.exchange)
         except (SpecError, DeviceError) as error:
             self.method, problem = None, error
@@ -68,7 +76,9 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         self._plan = agree_on_plan(
             self.comm, self.method, named + in_rows, problem or wrong, sparse=list(sparse),
             seed=seed, average=average, nonfinite=nonfinite, bucket_bytes=bucket_bytes,
-            stall_timeout=stall_timeout, require_ratio=require_ratio, ratio_window=ratio_window)
+            stall_timeout=stall_timeout, require_ratio=require_ratio, ratio_window=ratio_window,
+            check_replicas_every=check_replicas_every)
+        self._check_every = check_replicas_every
         self.method = self.method.of([name for name, _ in named])
         self._named, self._rows, self.advice = named, Sparse(self, in_rows), None
         if self.method.name == "auto":
@@ -80,7 +90,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         # backward ends with the first parameters
         self._buckets = make_buckets(named[::-1], float("inf") if whole else bucket_bytes,
                                      self._place)
-        self._order = Order(self, bucket_bytes)
+        self._order, self._changes = Order(self, bucket_bytes), Changes(self)
         self._delay = Delay(self) if self.method.delay else None
         self._exchange, self._mail = self._open(self.method)
         if self._exchange.asynchronous:
@@ -92,15 +102,16 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
                                                   ratio_window, stall_timeout)
         self._say_notes()
         self._next = 0  # the bucket to launch next: plan order, on every rank
-        self._finished, self._bad = False, {}
+        self._finished, self._finishing, self._lock = False, False, threading.RLock()
         self._optimizers, self._stepped = [], set()
-        self._strangers, self._given, self._closed = {}, {}, False
+        self._given, self._closed, self._outcome = {}, False, None
         self._synchronising, self._checked = True, False
         self._watchdog = Watchdog(self)
         self._hooks = [p.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
                        for name, p in named]
-        self._hooks += [p.register_post_accumulate_grad_hook(lambda _: self._reopen())
-                        for _, p in in_rows]
+        self._hooks += [table.parameter.register_post_accumulate_grad_hook(
+            partial(self._on_rows, table)) for table in self._rows.tables]
+        now_open(self)
 
     # ---- setting up ----
 
@@ -126,27 +137,49 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
 
     # ---- one step ----
 
+    @torch.compiler.disable  # torch.compile leaves such calls as they are
     def _on_gradient(self, name, parameter):
-        """The gradient of one parameter is complete (called by autograd)."""
-        self._reopen()
-        if self._synchronising:
-            self._order.note(name)
-        self._arrived(*self._order.place[name], parameter)
+        """The gradient of one parameter is complete (called by autograd, from any thread)."""
+        with self._lock:
+            self._changes.arrive(parameter)
+            self._reopen()
+            if self._synchronising:
+                self._order.note(name)
+            self._arrived(*self._order.place[name], parameter, self._changes.touch)
+
+    @torch.compiler.disable
+    def _on_rows(self, table, parameter):
+        """A gradient that travels as rows is complete."""
+        with self._lock:
+            self._changes.arrive(parameter)
+            self._reopen()
+            if self._synchronising:
+                self._changes.came(table)
+                table.fill()
 
     @on_place
-    def _arrived(self, bucket, slot, parameter):
-        """The gradient of one parameter is complete and can go into its bucket."""
+    def _arrived(self, bucket, slot, parameter, finish=None):
+        """The gradient of one parameter is complete and can go into its bucket.
+
+        With `finish` hooks of the user's may yet change it: its bucket is sent after those.
+        """
         self._reopen()
         if slot.ready:
+            self._changes.spoil()
             raise MismatchError(
                 f"rank {self.comm.rank}: a second gradient of {slot.name!r} arrived before the "
                 "step: wrap every backward() but the last one, and only those, in  with "
                 "reducer.no_sync():  (checkpoint() of a module that is used twice does this in one "
-                "backward(); there use_reentrant=False helps)")
+                "backward(); there use_reentrant=False helps). A step that is not to be made is "
+                "given up by optimizer.zero_grad(), or by reducer.discard()")
         if not self._synchronising:
             return
-        self._fill(bucket, slot)
-        self._launch_ready()
+        if finish:
+            self._launch_ready()
+            self._changes.came(slot)
+        self._fill(bucket, slot, finish)
+        if not finish:
+            self._launch_ready()
         with self.stats.stage("post"):
             self._pipeline.poll()
             self._exchange.poll()
@@ -156,21 +189,23 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         self._stepped.clear()
         if self._finished:
             self._finished, self._next = False, 0
+            self._changes.begin()
             self._order.apply()
             for bucket in self._buckets:
                 bucket.reset()
 
-    def _fill(self, bucket, slot):
-        slot.fill()
+    def _fill(self, bucket, slot, finish=None):
+        slot.fill(*[finish] * bool(finish))
         slot.ready = True
         bucket.missing -= 1
 
     def _launch_ready(self):
         """Send what is complete; not before ranks are known to agree, which waits for `finish`.
 
-        A comparison in here would wait for ranks that are in another Reducer's finish.
+        A comparison in here would wait for ranks that are in another Reducer's finish. The last
+        bucket waits for `finish`, too: its header tells whether the step is given up.
         """
-        while (self._checked and self._next < len(self._buckets)
+        while (self._checked and self._next < len(self._buckets) - 1
                and not self._buckets[self._next].missing):
             self._launch(self._buckets[self._next], touched=True)
 
@@ -186,15 +221,20 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
             return self._warm
         return self._exchange, self._mail
 
+    _mark = 0  # a flag that all packets carry: see ddp.py
+
     def _launch(self, bucket, touched):
         """Send a complete bucket on its way."""
         self._resume()
+        if not self._next and not self._finishing:
+            self._changes.replan()
         if self._delay:
             self._delay.launch(bucket)
         bad = bucket.first_bad()
-        flags = (packet.NONFINITE if bad else 0) | (0 if touched else packet.EMPTY)
         if bad:
-            self._bad[bucket.index] = bad
+            self._changes.bad[bucket.index] = bad
+        flags = ((packet.NONFINITE if self._changes.bad else 0)
+                 | (0 if touched else packet.EMPTY) | self._mark)
         exchange, mail = self._lane
         self.stats.reason = self.method.name if exchange is self._exchange else "warm-up"
         generator = exchange.run(mail[bucket.index], self.step, flags)
@@ -210,13 +250,32 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         optimizer is attached, a call after p.grad was zeroed, set to None or replaced is the next
         step's.
         """
-        if self._closed or self._finished and (self._optimizers or not self._begun_anew()):
-            return
-        if self._finished:
-            self._reopen()
+        with self._lock:
+            if self._closed or self._finishing or self._finished and (
+                    self._optimizers or not self._begun_anew()):
+                return
+            if self._finished:
+                self._reopen()
+            self._finishing = True
+            try:
+                self._finish()
+            finally:
+                self._finishing = False
+
+    def compare(self):
+        """Before anything is sent: are all ranks at one step, with the same parameters?"""
         if not self._checked:
-            check_replicas(self)
+            check_start(self)
             self._checked = True
+
+    def _finish(self):
+        self._changes.settle()
+        if self._delay:
+            self._delay.land()
+        self.compare()
+        if not self._next:
+            self._changes.replan()
+        self._changes.judge()
         for bucket in self._buckets[self._next:]:
             touched = bucket.touched
             for slot in bucket.slots:
@@ -230,7 +289,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
             return
         with self.stats.stage("wait"):
             self._pipeline.drain()
-            skipped = self._rows.exchange(self._lane[0], self._plan, self._weight)
+            skipped = self._rows.exchange(self._lane[0], self._changes.plan, self._weight)
         skipped |= any(mail.flagged(packet.NONFINITE) for mail in self._lane[1])
         self._finished, full, overflow = True, [], None
         with self._guard.commit():  # until its end nothing has changed that lasts
@@ -238,6 +297,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
                 full = [] if skipped else self._decode()
             except NonFiniteError as error:  # the sum is not finite, on all ranks alike
                 skipped, overflow = True, error
+        self._outcome = None
         if skipped:
             self._skip(overflow)
             if self._lane[0].asynchronous:  # what the others said counts all the same
@@ -246,7 +306,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         self._end_step(skipped)
 
     def _end_step(self, skipped):
-        self.step, self._outcome = self.step + 1, "skipped" if skipped else None
+        self.step += 1
         if not self._optimizers:
             self._remember_given()
         elements = sum(b.layout.size for b in self._buckets) + self._rows.elements
@@ -255,6 +315,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
             if self._receipt:
                 self._receipt.after(self.step - 1, self.method)
             self._order.agree()
+            self._check_in_turn()
 
     def check_ratio(self):
         """At the end of a run: hold the steps since the last judgement to require_ratio, too."""
@@ -276,41 +337,37 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
         return full
 
     def _apply(self, full):
-        """Make residuals the past, and hand the gradients out."""
+        """Hand the gradients out. What was said is the past when an optimizer steps on them."""
         for bucket, mail in full:
-            mail.commit()
             for slot in bucket.slots:
                 slot.move() if self._lane[0].owns else slot.give_back()
         self._rows.give_back()
+        self._changes.applied = full
+        if not self._optimizers or self._lane[0].asynchronous:
+            self._changes.commit()
 
     def _skip(self, overflow=None):
-        """A gradient or their sum is not finite: nobody applies this step, and all say why."""
+        """A gradient or their sum is not finite, or was given up: nobody applies this step."""
         self._rows.clear()
         self._forget_gradients()
         try:
             if overflow and self.nonfinite == "raise":
                 raise overflow
-            self.tell_nonfinite()
-        except NonFiniteError:
+            self._outcome = self._changes.tell()
+        except (NonFiniteError, SpecError):
             self._reopen()
             raise
 
-    def tell_nonfinite(self):
-        """Raise NonFiniteError that says where, unless such a step is to be skipped.
+    def discard(self):
+        """Give up the step that has begun, as zero_grad() before optimizer.step() does.
 
-        With an asynchronous exchange only this rank is concerned: it says nothing in this step.
+        No rank then applies it, and every p.grad is None; residuals are as before it. Where one
+        rank gives a step up, all do: a rank that was in step() skips it. So a rank may call this
+        without the others, as long as it has not read p.grad or called `finish`, also where
+        backward() or the forward pass has failed on it alone. Later, when p.grad is the mean,
+        either all ranks give up or none: the next exchange raises MismatchError otherwise.
         """
-        bad, self._bad = list(self._bad.values()), {}
-        alone = self._lane[0].asynchronous
-        found = [[]] * self.comm.rank + [bad]
-        if not alone:
-            with self._guard.tail():
-                found = self.comm.allgather(bad)
-        where = "; ".join(f"rank {r}: {', '.join(names)}" for r, names in enumerate(found) if names)
-        if self.nonfinite == "raise":
-            step, self.step = self.step, self.step + alone  # the others have heard of this step
-            raise NonFiniteError(f"step {step}: the gradient holds NaN or Inf ({where}). The "
-                                 "residuals are as before this step; nonfinite='skip' goes on")
+        self._changes.discard()
 
     def _unhook(self):
         """Take all hooks off."""
@@ -324,11 +381,15 @@ class Reducer(Attachment, Connection, Delivery, Persistence):
 
         With an asynchronous exchange call `deliver` first: others may need this rank's answers.
         """
+        if self._closed:
+            return
         self._unhook()
         self._closed = True
         self._detach()
         if self._pipeline.busy:
             mpi.keep(self._pipeline.abandon(), self._buckets, self._mail, self._warm)
+        elif self._exchange.settled:
+            mpi.release(self.comm)  # the next Reducer, or whoever asks for one, takes it over
 
 
 def DistributedOptimizer(optimizer, named_parameters, method="dense", comm=None, **keywords):

@@ -6,6 +6,8 @@ import time
 
 import numpy as np
 
+from mpicomp import mpi
+
 RESUME = os.EX_TEMPFAIL  # 75: "ended early and saved; start it again to go on"
 SAME = 5.0  # seconds; Slurm ends a job with two SIGTERM: one to its steps, one through srun
 
@@ -30,7 +32,7 @@ class Signals:
     """
 
     def __init__(self, comm, signals=(signal.SIGTERM, signal.SIGUSR1)):
-        self.comm = comm.Dup()
+        self.comm = mpi.communicator(comm, what="starting Signals")
         # None: a handler of C's, which Python cannot put back
         self._before = {number: signal.signal(number, self._heard) or signal.SIG_DFL
                         for number in signals}
@@ -61,15 +63,17 @@ class Signals:
         if self._request is None:
             raise RuntimeError("agreed() without post(): call signals.post() before it in every "
                                "step, on all ranks")
-        self._request.Wait()
+        mpi.wait(self.comm, self._request, mpi.limit(self.comm), "agreeing on signals")
         return int(self._all[0])
 
     def move(self, comm):
         """Go on over another communicator, whose duplicate it returns; what was heard counts."""
-        self.comm, self._request = comm.Dup(), None
+        self.comm, self._request = mpi.communicator(comm, what="moving Signals"), None
         return self.comm
 
     def close(self):
         """Signals do again what they did before."""
         for number, before in self._before.items():
             signal.signal(number, before)
+        if self._request is None or self._request.Test():
+            mpi.release(self.comm)

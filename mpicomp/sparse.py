@@ -4,17 +4,22 @@ Parameters named in Reducer(sparse=...) are in no bucket. Their gradients are co
 rank; then, in each step and for each of them, the ranks compare what their rows take with what the
 dense gradient takes, and do what is less: gather all rows, or add up the dense gradient. Either
 way float32, uncompressed and exact: no method has anything to say of a table of which a step
-touches a thousandth, and nothing is owed. p.grad is the sparse mean afterwards.
+touches a thousandth, and nothing is owed. p.grad is the sparse mean afterwards; it is dense where
+the gradient of any rank was. (A sparse gradient that is not named here travels in a bucket, and
+p.grad is dense then: what Horovod calls sparse_as_dense.)
 """
 
 import numpy as np
 import torch
 
 from mpicomp import mpi, packet
+from mpicomp.bucket import became, kind
 from mpicomp.errors import SpecError
+from mpicomp.names import known_as
 from mpicomp.packet import Header
 
 BUCKET = 0xFFFFFFFF  # in headers
+DENSE = 1 << 62  # added to a number of rows: this rank's gradient was not sparse
 
 
 def sparse_parameters(module) -> list[str]:
@@ -26,7 +31,8 @@ def sparse_parameters(module) -> list[str]:
 
 def divide(named, names, method):
     """(pairs that go into buckets, pairs that travel as rows, what is wrong or None)."""
-    names, known = list(names), [name for name, _ in named]
+    known = [name for name, _ in named]
+    names = known_as(list(names), known)
     odd = [name for name in names if name not in known]
     scalar = [name for name, p in named if name in names and not p.dim()]
     problem = None
@@ -42,6 +48,37 @@ def divide(named, names, method):
             [pair for pair in named if pair[0] in names], problem)
 
 
+class Table:
+    """One parameter of `Sparse`, as changes.py looks at it: see `Slot` in bucket.py."""
+
+    def __init__(self, name, parameter):
+        self.name, self.parameter, self._kind = name, parameter, kind(parameter)
+        self._handed = self._version = None
+
+    @property
+    def changed(self) -> str | None:
+        """What the parameter has become since the Reducer was made, in words, or None."""
+        return became(self.parameter, self._kind)
+
+    def fill(self):
+        """A gradient has come."""
+        self._handed = self.parameter.grad
+        self._version = None if self._handed is None else self._handed._version
+
+    def settle(self, finish) -> bool:
+        """Is there a gradient, after all hooks?"""
+        self.fill()
+        return self._handed is not None
+
+    @property
+    def untouched(self) -> bool:
+        """Is p.grad as backward() has left it?"""
+        now = self.parameter.grad
+        return now is self._handed and (now is None or now._version == self._version)
+
+    shows = untouched
+
+
 class Sparse:
     """Gradients of some (name, parameter) pairs of a Reducer, exchanged when a step ends."""
 
@@ -49,6 +86,7 @@ class Sparse:
         self.reducer, self.named = reducer, named
         self.elements = sum(p.numel() for _, p in named)
         self._means = []
+        self.tables = [Table(name, p) for name, p in named]
 
     def exchange(self, exchange, plan, weight) -> bool:
         """Gather and average what all ranks have; True if some gradient is not finite.
@@ -60,12 +98,19 @@ class Sparse:
         grads = [_rows(p) for _, p in self.named]
         bad = [name for (name, _), g in zip(self.named, grads) if not g.values().isfinite().all()]
         if bad:
-            self.reducer._bad[BUCKET] = bad[0]
-        heads, counts = self._heads(exchange, plan, bad, [g.indices().shape[1] for g in grads])
+            self.reducer._changes.bad[BUCKET] = bad[0]
+        rows = [g.indices().shape[1] + (DENSE if _is_dense(p.grad) else 0)
+                for (_, p), g in zip(self.named, grads)]
+        heads, counts = self._heads(exchange, plan, rows)
         if any(head.flags & packet.NONFINITE for head in heads):
             return True
+        dense, counts = (counts & DENSE).any(0), counts & ~DENSE
         self._means = [self._mean(p, g, counts[:, i], weight)
                        for i, ((_, p), g) in enumerate(zip(self.named, grads))]
+        for i, (_, p) in enumerate(self.named):
+            if dense[i]:
+                mean = self._means[i]
+                self._means[i] = torch.zeros_like(p) if mean is None else mean.to_dense()
         return False
 
     def give_back(self):
@@ -80,11 +125,11 @@ class Sparse:
         for _, p in self.named:
             p.grad = None
 
-    def _heads(self, exchange, plan, bad, rows):
+    def _heads(self, exchange, plan, rows):
         """Every rank's header, and int64[ranks, parameters] with how many rows it has."""
         size = packet.SIZE + 8 * len(rows)
         mine, all_ = np.zeros(size, np.uint8), np.zeros(size * self.reducer.comm.size, np.uint8)
-        flags = packet.NONFINITE if bad else 0
+        flags = packet.NONFINITE if self.reducer._changes.bad else 0
         Header(self.reducer.step, BUCKET, plan, 8 * len(rows), flags).write(mine)
         mine[packet.SIZE:].view(np.int64)[:] = rows
         self._wait("Iallgather", mine.nbytes, all_.nbytes - mine.nbytes,
@@ -139,11 +184,17 @@ class Sparse:
                  f"exchanging sparse gradients in step {r.step}")
 
 
+def _is_dense(gradient) -> bool:
+    return gradient is not None and not gradient.is_sparse
+
+
 def _rows(parameter):
     """The coalesced sparse gradient of a parameter, without rows where there is none."""
     grad = parameter.grad
     if grad is None:
-        return torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.int64),
-                                       torch.zeros(0, *parameter.shape[1:]),
-                                       parameter.shape, check_invariants=True).coalesce()
+        where = parameter.device  # whatever torch.set_default_device says
+        return torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.int64, device=where),
+                                       torch.zeros(0, *parameter.shape[1:], device=where),
+                                       parameter.shape, device=where,
+                                       check_invariants=True).coalesce()
     return (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()

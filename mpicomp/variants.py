@@ -31,7 +31,7 @@ SEVEN = {  # method: (publication, {variant: specification})
     "dropping": ("Aji & Heafield, Sparse Communication, EMNLP 2017", {
         "paper": "dropping:exchange=server",
         "Marian, by MPI": "dropping",
-        "Marian, Feb. 2017": "dropping:exchange=server,cut=marian-feb2017",
+        "Marian, Apr. 2017": "dropping:exchange=server,cut=marian-feb2017,sample=marian",
         "local thresholds": "dropping:scope=layer",
         "1-bit survivors": "dropping:survivors=onebit"}),
     "adacomp": ("Chen et al., AdaComp, AAAI 2018", {

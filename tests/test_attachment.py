@@ -1,11 +1,13 @@
 """What optimizers may step on, and when a step begins and ends where none is attached."""
 
 import gc
+import threading
 
 import numpy as np
 import pytest
 import torch
-from training import examples, give, network, outcome, parameters, replicas_are_identical
+from training import (examples, give, network, outcome, parameters, replicas_are_identical,
+                      same_error)
 
 import mpicomp
 from mpicomp import MismatchError, NonFiniteError, SpecError
@@ -260,3 +262,105 @@ def test_two_reducers_where_one_rank_has_no_examples_in_the_first_step(comm):
         second(first(torch.ones(1, 3))).sum().backward()
     assert not any(outcome(comm, lambda: [optimizer.step() for optimizer in optimizers]))
     replicas_are_identical(comm, models)
+
+
+# ---- optimizers and Reducers that do not belong together --------------------------------------
+
+
+def test_two_open_reducers_over_the_same_parameters(comm):
+    """Seen to fail before: where a parameter was unused on a rank, p.grad was a mean of means."""
+    named, first = make(comm)
+    second = mpicomp.Reducer(named, "dense", comm)
+    give(named, [np.ones((2, 3)), np.ones(4)])
+    assert "another open Reducer has taken the gradient of 'b'" in same_error(
+        comm, SpecError, second.finish)
+    first.finish()
+
+
+def test_an_optimizer_that_is_made_anew_must_be_attached(comm):
+    """Seen to fail before: it stepped on this rank's own gradients, without a word."""
+    named, reducer = make(comm)
+    reducer.attach(torch.optim.SGD([p for _, p in named], lr=1.0))
+    again = torch.optim.SGD([p for _, p in named], lr=1.0)
+    give(named, [np.ones((2, 3)), np.ones(4)])
+    with pytest.raises(SpecError, match=r"another SGD than.*reducer.attach\(optimizer\)"):
+        again.step()
+    reducer.attach(again)
+    again.step()
+    assert all((p == -1).all() for _, p in named)
+    other = torch.nn.Parameter(torch.zeros(3))
+    other.grad = torch.ones(3)
+    torch.optim.SGD([other], lr=1.0).step()  # of other parameters
+    assert (other == -1).all()
+
+
+def test_what_is_no_optimizer_is_not_attached(comm):
+    class Wrapper:
+        param_groups = ()
+
+    _, reducer = make(comm)
+    with pytest.raises(SpecError, match="Wrapper found, expected a torch.optim.Optimizer"):
+        reducer.attach(Wrapper())
+
+
+@pytest.mark.parametrize("spec", ["onebit:delay=1", "onebit:exchange=peers,staleness=0"])
+def test_a_closure_where_its_gradient_would_be_another_calls(spec, comm):
+    named, reducer = make(comm, spec)
+    optimizer = torch.optim.SGD([p for _, p in named], lr=1.0)
+    reducer.attach(optimizer)
+    assert "step(closure)" in outcome(comm, lambda: optimizer.step(lambda: 1.0))[comm.rank]
+
+
+def test_a_closure_that_moves_parameters_by_what_is_a_ranks_own(comm):
+    """As SAM does. Seen to fail before: the first comparison of parameters came after it."""
+    named, reducer = make(comm)
+    optimizer = torch.optim.SGD([p for _, p in named], lr=1.0)
+    reducer.attach(optimizer)
+
+    def closure():
+        with torch.no_grad():
+            for _, p in named:
+                p += comm.rank
+        give(named, [np.ones((2, 3)), np.ones(4)])
+        with torch.no_grad():
+            for _, p in named:
+                p -= comm.rank
+
+    for step in range(2):
+        optimizer.zero_grad()
+        optimizer.step(closure)
+    assert all((p == -2).all() for _, p in named)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch before 2.10")
+@pytest.mark.parametrize("dtype, kind", [(torch.bfloat16, torch.float32),
+                                         (torch.float32, torch.bfloat16)])
+def test_gradients_of_another_dtype_than_their_parameters(dtype, kind, comm):
+    """One rank has no gradient. Seen to fail before: a torch error, on some ranks only."""
+    named = [(name, torch.nn.Parameter(p.detach().to(dtype)))
+             for name, p in parameters(a=(2, 3), b=4)]
+    for _, p in named:
+        p.grad_dtype = kind
+    reducer = mpicomp.Reducer(named, "dense", comm)
+    if comm.rank == 0:
+        give(named, [np.full((2, 3), comm.size), np.full(4, comm.size)])
+    reducer.finish()
+    assert all(p.grad.dtype == kind and (p.grad == 1).all() for _, p in named)
+
+
+def test_backward_from_several_threads(comm):
+    """Seen to fail before: internal errors by timing. torch allows it, DDP has a lock for it."""
+    parts = [parameters(**{f"p{i}_{k}": (50, 4) for k in range(4)}) for i in range(3)]
+    named = [pair for part in parts for pair in part]
+    reducer = mpicomp.Reducer(named, "onebit", comm, bucket_bytes=1000)
+    for step in range(4):
+        for _, p in named:
+            p.grad = None
+        ones = [np.ones((50, 4))] * 4
+        threads = [threading.Thread(target=give, args=(part, ones)) for part in parts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        reducer.finish()
+        assert all((p.grad == 1).all() for _, p in named)

@@ -48,16 +48,16 @@ def found(monkeypatch):
 
 def test_no_cupy(found):
     found(None)
-    with pytest.raises(DeviceError, match=r"CuPy is not.*pip install 'mpicomp\[cuda12\]'$"):
+    with pytest.raises(DeviceError, match=r"CuPy is not.*pip install 'cupy-cuda12x>=13'$"):
         device.current()
 
 
 def test_the_install_line_fits_the_cuda_of_torch(found):
     found(None, cuda="13.0")
-    with pytest.raises(DeviceError, match=r"mpicomp\[cuda13\]'$"):
+    with pytest.raises(DeviceError, match=r"cupy-cuda13x>=13'$"):
         device.current()
     found(None, cuda=None)  # a torch for CPUs
-    with pytest.raises(DeviceError, match=r"mpicomp\[cuda13\]'  \(or cuda12"):
+    with pytest.raises(DeviceError, match=r"cupy-cuda13x>=13'  \(or cupy-cuda12x"):
         device.current()
 
 
@@ -155,7 +155,7 @@ def model(monkeypatch):
 def test_a_reducer_without_cupy(model, comm, monkeypatch):
     """The same error on every rank, of its own kind, before anything is exchanged."""
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(DeviceError, match=r"CuPy is not installed.*pip install 'mpicomp\[cuda"):
+    with pytest.raises(DeviceError, match=r"CuPy is not installed.*pip install 'cupy-cuda"):
         mpicomp.Reducer(model.named_parameters(), "onebit", comm)
     monkeypatch.setenv("MPICOMP_STAGING", "host")
     reducer = mpicomp.Reducer(model.named_parameters(), "onebit", comm)

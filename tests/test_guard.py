@@ -92,7 +92,7 @@ def test_states_of_different_steps(method, comm):
         job.reducer.deliver()
         states.append(job.reducer.state_dict())
     job.reducer.load_state_dict(states[1 if comm.rank == odd else 2])
-    assert f"rank {odd} and rank 0 differ in step: 2 there, 3 on rank 0" in job.fails()
+    assert "replicas differ in step: 3 on rank" in job.fails()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -107,7 +107,7 @@ def test_another_order_of_buckets(method, comm):
     other = dict(state, order=torch.tensor([0, 2, 1]))
     job.reducer.load_state_dict(other if comm.rank == odd else state)
     text = job.fails()
-    assert f"rank {odd} and rank 0 differ in buckets: plan" in text
+    assert "replicas differ in plan of buckets: " in text
 
 
 def test_parameters_that_drifted_apart_are_noticed_when_a_state_is_loaded(comm):
@@ -117,7 +117,7 @@ def test_parameters_that_drifted_apart_are_noticed_when_a_state_is_loaded(comm):
         job.named[1][1].data[3] = 1
     job.reducer.load_state_dict(job.reducer.state_dict())
     text = job.fails()
-    assert f"rank {odd} and rank 0 differ in value of parameter 1: b" in text
+    assert "replicas differ in parameter 'b'" in text
 
 
 def test_after_an_error_the_right_state_goes_on(comm):

@@ -1,10 +1,9 @@
 """Ranks that disagree: the same error on every rank, naming who and what, within seconds."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
+from mpi4py import MPI
 from training import give, impatient, outcome, parameters, same_error
 
 import mpicomp
@@ -124,7 +123,7 @@ def test_other_values_of_one_bit(comm):
         reducer.finish()
 
     text = same_error(comm, MismatchError, first_step)
-    assert "rank 1" in text and " b " in text
+    assert "rank 1" in text and "'b'" in text
 
 
 # ---- ranks that do not come -----------------------------------------------------------------
@@ -163,20 +162,15 @@ def test_stall(method, steps, comm):
 
 
 @two
-def test_a_reducer_that_one_rank_does_not_make(comm):
-    text = None
+def test_a_reducer_that_one_rank_does_not_make():
+    comm, text = MPI.COMM_WORLD.Dup(), None  # not freed: the others' calls stay open on it
     if comm.rank:
         with pytest.raises(StallError) as caught:
             reduce_with(comm, stall_timeout=0.4)
         text = str(caught.value)
-    else:
-        time.sleep(0.1)
-        private = comm.Dup()  # as the constructor does first
     comm.Barrier()
     if comm.rank:
         assert "0.4 s" in text
-    else:
-        private.Free()
 
 
 # ---- gradients that are not finite ----------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from shim.fake_cupy import FakeCupy
 
 import mpicomp
-from mpicomp import cli, mpi, probe
+from mpicomp import cli, probe, start
 from mpicomp.errors import DeviceError
 from mpicomp.kernels.gpu import device
 
@@ -133,7 +133,7 @@ def test_the_doctor_prints_the_verdict(asked, monkeypatch):
 
 
 def test_the_place_of_a_rank_on_its_node(monkeypatch):
-    for variable in mpi._LOCAL_VARIABLES:
+    for variable in start._LOCAL_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     assert mpicomp.local_rank() == 0
     monkeypatch.setenv("SLURM_LOCALID", "0")  # of the batch script

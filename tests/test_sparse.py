@@ -188,3 +188,35 @@ def test_flush_does_not_apply_the_rows_of_the_last_step_again(comm):
     optimizer.step()
     assert torch.equal(model.table.weight, table)
     assert not torch.equal(model.out.weight, out)
+
+
+@pytest.mark.parametrize("who", ["all", "last"])
+def test_a_dense_gradient_of_a_named_parameter_stays_dense(who, comm):
+    """Seen to fail before: it came back sparse, which ASGD and others refuse."""
+    named = parameters(w=(5, 2))
+    reducer = mpicomp.Reducer(named, "dense", comm, sparse=["w"])
+    for value in 2.0, 0.0:
+        named[0][1].grad = None
+        if who == "all" or comm.rank == comm.size - 1:
+            give(named, [np.full((5, 2), value)])
+        reducer.finish()
+        grad, ranks = named[0][1].grad, comm.size if who == "all" else 1
+        assert not grad.is_sparse and torch.allclose(grad, torch.tensor(value * ranks / comm.size))
+
+
+def test_rows_that_are_given_up_or_changed_before_they_travel(comm):
+    table = torch.nn.Embedding(6, 2, sparse=True)
+    torch.nn.init.ones_(table.weight)
+    optimizer = torch.optim.SGD(table.parameters(), lr=1.0)
+    reducer = mpicomp.Reducer(table.named_parameters(), "dense", comm, sparse=["weight"])
+    reducer.attach(optimizer)
+    for give_up in True, False:
+        table(torch.tensor([1])).sum().backward()
+        if give_up and comm.rank == 0:
+            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert table.weight[1].tolist() == [0.0, 0.0] and reducer.stats.skipped == 1
+    table(torch.tensor([1])).sum().backward()
+    table.weight.grad.mul_(0.5)
+    assert "p.grad of 'weight' was changed" in same_error(comm, mpicomp.SpecError, optimizer.step)

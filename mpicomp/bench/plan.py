@@ -5,10 +5,15 @@ from mpicomp.advice import advise, predict
 from mpicomp.bench.timing import table
 
 
-def run(n, hidden, candidates, ranks) -> dict:
-    """Print links, codecs and predictions on rank 0; returns the figures."""
+def run(gradient, hidden, candidates, ranks) -> dict:
+    """Print links, codecs and predictions on rank 0; returns the figures.
+
+    gradient: the number of its elements, or the path of a file of numpy.save or numpy.savez.
+    """
     comm = mpi.communicator()
-    advice = advise(comm, n, candidates, hidden)
+    n, file = (None, gradient) if isinstance(gradient, str) else (gradient, None)
+    advice = advise(comm, n, candidates, hidden, gradient=file)
+    n = advice.elements
     alone = comm.size == 1  # no link: nothing can be told of other numbers of ranks
     counts = [] if alone else sorted({*ranks, comm.size} - {1})
     rows = []
@@ -25,14 +30,17 @@ def run(n, hidden, candidates, ranks) -> dict:
             print(f"{kind}: {1e6 * link.latency:.0f} us a call, {rate:.2f} Gbit/s received a rank")
         here = "1 rank" if alone else f"{comm.size} ranks"
         print(f"\n{n:,} elements, {here} here, {1e3 * hidden:.0f} ms hidden by backward")
+        print(f"tried on {advice.sample}")
         print(table(("", "encode ms", "wire ms", "decode ms", "ratio",
                      *(f"P={c} ms" for c in counts)), rows))
         print(f"\nuse {_short(advice.choice)}: {advice.reason}", flush=True)
+        for note in advice.notes:
+            print(f"note: {note}", flush=True)
         if alone:
             print("For more ranks links must be measured: start it with  "
                   "launch/run -n 2 -m mpicomp plan  or with more ranks", flush=True)
-    return {"elements": n, "ranks": comm.size, "hidden": hidden, "choice": advice.choice,
-            "reason": advice.reason,
+    return {"elements": n, "sample": advice.sample, "notes": list(advice.notes),
+            "ranks": comm.size, "hidden": hidden, "choice": advice.choice, "reason": advice.reason,
             "links": {k: vars(v) for k, v in advice.links.items()},
             "codecs": {k: vars(v) for k, v in advice.codecs.items()},
             "predictions": [{**vars(p), "total": p.total} for p in advice.predictions]}

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from mpicomp import kernels
 from mpicomp.compressor import Compressor, check_options, option
 from mpicomp.errors import PacketError, SpecError
@@ -15,7 +17,7 @@ class Dropping(Compressor):
 
     One cut for both signs, and one for the whole bucket: with one bucket (bucket_bytes larger than
     the model) that is the paper's global threshold. scope=layer gives each tensor its own. The
-    cut comes from `sample` elements at equal distances, or from all of them.
+    cut comes from `sample` elements spread over all, or from all of them.
 
     The test is strict, so of equal magnitudes at the cut none is sent; where all magnitudes are
     equal nothing is sent at all, and error feedback brings them up later. A value that was sent
@@ -33,21 +35,23 @@ class Dropping(Compressor):
 
     rate: float = option(0.99, "the fraction that is dropped", least=0)
     scope: str = option("bucket", "what has one threshold", choices=("bucket", "layer"))
-    sample: str = option("100000", "how many magnitudes the threshold is taken from, or exact")
+    sample: str = option("100000", "how many magnitudes the threshold is taken from, or exact, or "
+                                   "marian: 100,000 at the stride that Marian takes")
     cut: str = option("marian", "which of the sorted magnitudes is the cut: the last one dropped, "
-                                "or the next one (Marian's first version, of February 2017)",
+                                "or the next one (Marian from February to June 2017)",
                       choices=("marian", "marian-feb2017"))
     survivors: str = option("value", "how survivors are sent: float32, or a sign and two means",
                             choices=("value", "onebit"))
 
     def __post_init__(self):
         check_options(self)
-        if not self.rate < 1:
+        if not np.float32(self.rate) < 1:
             raise SpecError(f"dropping: rate={self.rate} found, rate must be less than 1 (at 1 "
                             "nothing is ever sent)")
-        if self.sample != "exact" and not (self.sample.isdecimal() and int(self.sample) > 0):
-            raise SpecError(f"dropping: sample={self.sample} found, sample must be exact or a "
-                            "whole number above 0")
+        if self.sample not in ("exact", "marian") and not (self.sample.isdecimal()
+                                                           and int(self.sample) > 0):
+            raise SpecError(f"dropping: sample={self.sample} found, sample must be exact, marian "
+                            "or a whole number above 0")
 
     def _scopes(self, layout):
         """(start, stop) of everything that has a threshold of its own."""
@@ -69,7 +73,8 @@ class Dropping(Compressor):
         return 8 * len(self._scopes(layout)) + 4 * layout.size
 
     def _sample(self):
-        return 0 if self.sample == "exact" else int(self.sample)
+        named = {"exact": 0, "marian": kernels.reference.MARIAN}
+        return named[self.sample] if self.sample in named else int(self.sample)
 
     def _cut(self, x):
         return kernels.of(x).drop_cut(x, self.rate, self._sample(), self.cut == "marian-feb2017")

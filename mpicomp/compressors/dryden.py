@@ -26,8 +26,8 @@ class Dryden(Compressor):
     saves.
 
     Made to be wrapped by Residual. Source: Dryden, Moon, Jacobs, Van Essen, MLHPC 2016, in the
-    form of the authors' code (LBANN) of August 2016 and January 2017; the means are those of all
-    elements sent, where that code averages the sample's.
+    form of the authors' code (LBANN) of August 2016 and of January and February 2017; the means are
+    those of all elements sent, where that code averages the sample's.
     """
 
     name = "dryden"

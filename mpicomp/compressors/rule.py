@@ -9,13 +9,14 @@ from glob import escape
 
 import numpy as np
 
-from mpicomp import kernels
+from mpicomp import kernels, philox
 from mpicomp.compressor import Compressor, State, check_options, from_spec, option
 from mpicomp.compressors.dense import Dense
 from mpicomp.compressors.onebit import OneBit
 from mpicomp.compressors.residual import Residual
 from mpicomp.errors import SpecError
 from mpicomp.layout import Layout
+from mpicomp.names import bare
 
 _TEST = re.compile(r"(size|ndim|last) *(<=|>=|=|<|>) *(\d+)")
 _SHAPE = re.compile(r"shape *= *([\dx*?]+)")
@@ -57,7 +58,7 @@ class Cases(tuple):
         for test, compressor in self:
             counts = _TEST.fullmatch(test)
             if not counts or counts[1] != "last":
-                pairs.append((test, compressor))
+                pairs.append((_for_plain(test, names), compressor))
                 continue
             pairs += [(escape(name), compressor) for place, name in enumerate(reversed(names), 1)
                       if _COMPARE[counts[2]](place, int(counts[3]))]
@@ -69,6 +70,13 @@ class Cases(tuple):
 
     def __repr__(self):
         return self.text()
+
+
+def _for_plain(test, names):
+    """The test; a pattern that fits no name because of `_orig_mod.` or `module.` without these."""
+    if any(fnmatchcase(name, test) for name in names):
+        return test
+    return bare(test)
 
 
 def _split(text):
@@ -109,8 +117,10 @@ class Run:
     layout: Layout
 
     def key(self, key):
-        """Random numbers of its own: the run stands in the upper half of the rank's word."""
-        return replace(key, rank=key.rank | self.number << 16)
+        """Random numbers of its own; the first run's are those it would draw without a rule."""
+        if not self.number:
+            return key
+        return replace(key, seed=philox.part(key.seed, self.number))
 
 
 @lru_cache(maxsize=1024)

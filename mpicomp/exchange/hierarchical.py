@@ -7,7 +7,7 @@ leaders have residuals. Replicas are identical because members take the sum from
 
 import numpy as np
 
-from mpicomp import kernels, packet
+from mpicomp import kernels, mpi, packet
 from mpicomp.errors import MismatchError
 from mpicomp.exchange import ring
 from mpicomp.exchange.allgather import Allgather
@@ -16,11 +16,7 @@ from mpicomp.exchange.wire import Wire
 from mpicomp.packet import Header
 
 
-def node_of(comm):
-    """The ranks of `comm` that share memory with this one, as a communicator."""
-    from mpi4py import MPI
-
-    return comm.Split_type(MPI.COMM_TYPE_SHARED)
+node_of = mpi.node  # the ranks that share memory with this one, as a communicator
 
 
 class Hierarchical(Exchange):
@@ -33,12 +29,16 @@ class Hierarchical(Exchange):
         node = node_of(wire.comm)
         self.node = Wire(node, wire.meter, within=True)
         self.node.open(4)
-        leaders = wire.comm.Split(0 if node.rank == 0 else 1)
+        leaders = mpi.split(wire.comm, "leaders", 0 if node.rank == 0 else 1)
         self.inner = Allgather(Wire(leaders, wire.meter)) if node.rank == 0 else None
-        self.nodes = node.bcast(leaders.size)
+        self.nodes = mpi.bcast(node, leaders.size, "counting nodes")
 
     def open(self, compressor, layout, index, grad, plan, seed):
         return _Bucket(self, compressor, layout, index, grad, plan, seed)
+
+    @property
+    def holders(self):
+        return self.nodes
 
     @property
     def communicators(self):
@@ -72,7 +72,8 @@ class Hierarchical(Exchange):
         if not bad and not kernels.of(mail.sum).finite(mail.sum):
             bad = True  # finite gradients whose sum is not
         flags = ((packet.NONFINITE if bad else 0) | (packet.EMPTY if empty else 0)
-                 | (packet.DISAGREE if odd else 0))
+                 | (packet.DISAGREE if odd else 0)
+                 | (packet.JOINED if any(h.flags & packet.JOINED for h in headers) else 0))
         mail.grad[...] = mail.sum
         try:
             yield from self.inner.run(mail.inner, step, flags)
@@ -113,6 +114,11 @@ class _Bucket:
             exchange.wire.fits(packet.SIZE + compressor.capacity(layout))
 
     flagged = Mail.flagged
+
+    def replan(self, plan):
+        self.plan = plan
+        if self.inner is not None:
+            self.inner.replan(plan)
 
     def commit(self):
         if self.inner is not None:

@@ -16,15 +16,14 @@ class Mail:
     grad     float32[layout.size], the gradient going in and the mean coming out
     index    the bucket
     plan     digest of everything that ranks must agree on
-    draw     what tells its random numbers from those of other mail; by default the bucket
+    seed     of its random numbers, with the bucket, step and rank
     shared   the array of what ranks agree on before they encode (it lives in `state`), or None
     headers  of all ranks, once they are here
     """
 
-    def __init__(self, compressor, layout, index, grad, plan, seed, wire, draw=None):
+    def __init__(self, compressor, layout, index, grad, plan, seed, wire):
         self.compressor, self.layout, self.index = compressor, layout, index
         self.grad, self.plan, self.seed = grad, plan, seed
-        self.draw = index if draw is None else draw
         self.state = compressor.init(layout, grad)
         zeros = staging.rooms(grad)
         self.outbox = zeros(packet.SIZE + compressor.capacity(layout), np.uint8)
@@ -40,7 +39,7 @@ class Mail:
         return self.outbox[packet.SIZE:]
 
     def key(self, step, rank):
-        return Key(self.seed, rank, step, self.draw)
+        return Key(self.seed, rank, step, self.index)
 
     def measure(self, flags):
         """Have the compressor fill `shared`, with zeros if the gradient is not finite."""
@@ -80,6 +79,10 @@ class Mail:
     def flagged(self, flag) -> list[int]:
         """The ranks whose header carries the flag."""
         return [rank for rank, header in enumerate(self.headers) if header.flags & flag]
+
+    def replan(self, plan):
+        """From now on headers carry this plan digest."""
+        self.plan = plan
 
     def commit(self):
         """The step was applied on all ranks."""
@@ -125,6 +128,11 @@ class Exchange(ABC):
 
     def prepare(self, mail) -> None:
         """Take the memory that the bucket needs in this exchange."""
+
+    @property
+    def holders(self) -> int:
+        """How many ranks have residuals."""
+        return self.wire.size
 
     @property
     def communicators(self) -> list:
@@ -188,7 +196,8 @@ class Exchange(ABC):
                     raise MismatchError(
                         f"rank {rank} is at {what} {there}, rank 0 at {here} (step {first.step}, "
                         f"bucket {first.bucket} there): every rank must make the same steps with "
-                        "the same model and method")
+                        "the same model and method, freeze the same parameters, and give up the "
+                        "same steps")
         return headers
 
     def lengths(self, headers, most) -> list[int]:

@@ -34,7 +34,7 @@ class Pipeline:
         self.comm, self.timeout, self.within = comm, timeout, within
         self._flights, self._over = [], 0  # the first so many are through
         self.under_way, self._since = 0.0, None  # seconds with a call open, as seen by looking
-        self._crowded = mpi.ranks_here(comm) > len(os.sched_getaffinity(0))
+        self._crowded = mpi.crowded(comm)
         self.progress, self.note = _way(progress)
         self._thread = Progress(self) if self.progress == "thread" else None
         self.on_quiet = lambda: None  # called in a long wait; may raise

@@ -2,6 +2,8 @@
 
 from collections import defaultdict, deque
 
+from mpicomp import mpi
+
 
 class Parcel:
     """A message of `size` bytes in a block of memory that goes back when nobody holds it."""
@@ -37,7 +39,7 @@ class Post:
 
     def __init__(self, wire, zeros):
         self.meter, self.rank, self._fits = wire.meter, wire.rank, wire.fits
-        self.comm = wire.comm.Dup()
+        self.comm = mpi.part(wire.comm, "post")
         self.others = [r for r in range(wire.size) if r != wire.rank]
         self.blocks = 0  # made so far
         self._zeros, self._free = zeros, defaultdict(list)

@@ -1,9 +1,10 @@
 """A thread that moves exchanges on while the main thread computes: it looks, and sleeps."""
 
-import atexit
 import threading
 import weakref
 from time import sleep
+
+from mpicomp import mpi
 
 PAUSE = 1e-3  # seconds between two looks: a thread in a blocking MPI call would spin instead
 
@@ -26,7 +27,7 @@ class Progress:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="mpicomp progress", daemon=True)
             self._thread.start()
-            atexit.register(self._end)
+            mpi.at_end(self._end)
         self._awake.set()
 
     def rest(self):
@@ -46,17 +47,17 @@ class Progress:
         """End the thread."""
         self._ended = True
         self._awake.set()
-        atexit.unregister(self._end)
+        mpi.not_at_end(self._end)
 
     def _end(self):
         """Before MPI is finalized nobody may be in it."""
         self.stop()
-        self._thread.join(1.0)
+        self._thread.join(60.0)  # it is done after one look, with one encoding at most
 
     def _run(self):
         while self._awake.wait() and not self._ended:
             with self._free:
-                if self._awake.is_set():
+                if self._awake.is_set() and not self._ended:
                     self._look()
             sleep(PAUSE)
 

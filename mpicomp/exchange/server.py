@@ -10,12 +10,11 @@ Shards are contiguous, ceil(n / P) elements of the one bucket that holds all par
 takes its own shard as it is: nothing travels, nothing is compressed.
 """
 
-import atexit
 import threading
 
 import numpy as np
 
-from mpicomp import kernels, packet
+from mpicomp import kernels, mpi, packet, philox
 from mpicomp.errors import PacketError, SpecError
 from mpicomp.exchange.asynchronous import Asynchronous, Promise
 from mpicomp.exchange.mail import Mail
@@ -24,7 +23,7 @@ from mpicomp.packet import Header
 from mpicomp.philox import Key
 
 PUSH, PULL = 0, 1  # tags
-BACK = 1 << 31  # marks the random numbers of pulls
+BACK = 1 << 32  # the first of the parts whose random numbers are the pulls'; pushes: the owner
 PAUSE = 1e-3  # seconds between two looks of the thread
 
 
@@ -80,7 +79,7 @@ class Server(Asynchronous):
             self._stop = threading.Event()
             self._thread = threading.Thread(target=self._serve, args=(self._stop,), daemon=True,
                                             name="mpicomp server")
-            atexit.register(self.rest)  # nobody may call MPI after it has ended
+            mpi.at_end(self.rest)  # nobody may call MPI after it has ended
             self._thread.start()
 
     def _serve(self, stop):
@@ -96,7 +95,7 @@ class Server(Asynchronous):
             self._stop.set()
             self._thread.join()
             self._stop = None
-            atexit.unregister(self.rest)
+            mpi.not_at_end(self.rest)
 
     def poll(self):
         if not self.settled:
@@ -106,15 +105,18 @@ class Server(Asynchronous):
         """Bring all shards together in `flat`, the same bits on all ranks. After `settle`."""
         lengths = np.diff(self.borders)
         self.wire.meter.count("Allgatherv", self.latest.nbytes, flat.nbytes - self.latest.nbytes)
-        self.post.comm.Allgatherv(self.latest, [flat, lengths])
+        self._wait_for(self.post.comm.Iallgatherv(self.latest, [flat, lengths]))
 
     def apply_sum(self, flat):
         """Apply the sum over ranks of `flat`, every owner its part, as one push. After `settle`."""
         self.wire.meter.count("Reduce_scatter", flat.nbytes - self.latest.nbytes,
                               self.latest.nbytes)
-        self.post.comm.Reduce_scatter(flat, self.grad, np.diff(self.borders))
+        self._wait_for(self.post.comm.Ireduce_scatter(flat, self.grad, np.diff(self.borders)))
         self.grad *= np.float32(self.weight)
         self.optimizer.step()
+
+    def _wait_for(self, request):
+        mpi.wait(self.post.comm, request, mpi.limit(self.post.comm), "bringing shards together")
 
     # ---- one step of a worker ----
 
@@ -185,7 +187,7 @@ class Server(Asynchronous):
         self._send(worker, PULL, step, self._box[:used])
 
     def _key(self, owner, worker, step):
-        return Key(self.seed, owner, step, BACK | (worker + 1) << 16)
+        return Key(philox.part(self.seed, BACK + worker), owner, step)
 
 
 class _Pushes:
@@ -198,11 +200,12 @@ class _Pushes:
     def __init__(self, exchange, compressor, layout, index, grad):
         self.borders, self.compressor, self.grad = exchange.borders, compressor, grad
         self.layout, self.index, self.rank = layout, index, exchange.wire.rank
-        self.whole, rest = compressor.can_split, (exchange.plan, exchange.seed, exchange.wire)
+        self.whole, plan, seed = compressor.can_split, exchange.plan, exchange.seed
         if self.whole:
-            self.mails = [Mail(compressor, layout, index, grad, *rest)]
+            self.mails = [Mail(compressor, layout, index, grad, plan, seed, exchange.wire)]
         else:
-            self.mails = [Mail(compressor, sub, index, grad[a:b], *rest, draw=(owner + 1) << 16)
+            self.mails = [Mail(compressor, sub, index, grad[a:b], plan, philox.part(seed, owner),
+                               exchange.wire)
                           for owner, (sub, a, b) in enumerate(self._parts(exchange.layouts))]
         self.flags, self.pulls, self.headers = 0, [], ["own"]
 

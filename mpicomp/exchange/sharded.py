@@ -8,13 +8,13 @@ the others. Owners sum in rank order and apply what they sent, so replicas stay 
 
 import numpy as np
 
-from mpicomp import kernels, packet, staging
+from mpicomp import kernels, packet, philox, staging
 from mpicomp.exchange import ring
 from mpicomp.exchange.mail import Exchange, Mail, to_agree
 from mpicomp.exchange.shards import cut
 from mpicomp.exchange.slots import Gather, Scatter
 
-SECOND = 1 << 31  # marks the random numbers of the second quantisation
+SECOND = 1 << 32  # the part whose random numbers are the second quantisation's; first: the owner
 
 
 class Sharded(Exchange):
@@ -36,7 +36,7 @@ class Sharded(Exchange):
 
     def run(self, mail, step, flags):
         yield from self._to_owners(mail, step, flags)
-        flags = mail.reduce(step)
+        flags = mail.reduce(step) | flags & packet.JOINED
         yield from self._to_all(mail, step, flags)
 
     def _to_owners(self, mail, step, flags):
@@ -127,12 +127,12 @@ class _Bucket:
         starts = [0]
         for shard in self.shards:
             starts.append(starts[-1] + shard.layout.size)
-        self.first = [Mail(compressor, shard.layout, index, self.flat[a:b], plan, seed, wire,
-                           draw=index | (owner + 1) << 16)
+        self.first = [Mail(compressor, shard.layout, index, self.flat[a:b], plan,
+                           philox.part(seed, owner), wire)
                       for owner, (shard, a, b) in enumerate(zip(self.shards, starts, starts[1:]))]
         own = self.shards[self.rank].layout
-        self.second = Mail(compressor, own, index, zeros(own.size), plan, seed, wire,
-                           draw=index | SECOND)
+        self.second = Mail(compressor, own, index, zeros(own.size), plan,
+                           philox.part(seed, SECOND), wire)
         self.history = zeros(own.size) if exchange.adagrad else None
         self.history_ahead = zeros(own.size) if exchange.adagrad else None
         self._take_buffers(wire.size)
@@ -196,6 +196,10 @@ class _Bucket:
         if self.history is not None:
             kernels.of(total).adagrad(total, self.history, self.history_ahead)
         return flags
+
+    def replan(self, plan):
+        for m in [*self.first, self.second]:
+            m.replan(plan)
 
     def flagged(self, flag) -> list[int]:
         return [rank for rank, header in enumerate(self.headers) if header.flags & flag]

@@ -16,19 +16,19 @@ class Wire:
     def __init__(self, comm, meter, within=False):
         self.comm, self.meter, self.within = comm, meter, within
         self.size, self.rank = comm.size, comm.rank
-        self.spread = mpi.ranks_here(comm) < comm.size  # over several nodes
+        self.spread = not within and mpi.ranks_here(comm) < comm.size  # over several nodes
         self.most = mpi.largest()
         self._stages = []
 
     def open(self, stages):
         """Have at least this many stages. Collective: call it when all ranks do."""
         while len(self._stages) < stages:
-            self._stages.append(self.comm.Dup())
+            self._stages.append(mpi.part(self.comm, f"stage {len(self._stages)}"))
 
     @property
     def communicators(self) -> list:
         """All that are used here, to revoke them where a rank has died."""
-        return [self.comm, *self._stages]
+        return mpi.family(self.comm)
 
     def fits(self, count, what="bytes"):
         """Raise SpecError where MPI cannot count so many elements in one call."""

@@ -48,9 +48,20 @@ def note() -> str | None:
     """Why training will be slower than it could be, in one sentence; None where it will not."""
     if of(None) is not reference or os.environ.get("MPICOMP_KERNELS") == "reference":
         return None
-    return (f"mpicomp runs on its NumPy kernels, 5 to 50 times slower than the compiled ones "
-            f"({_compiled()[1]}): install a C++17 compiler and type  pip install "
-            "--force-reinstall --no-deps mpicomp")
+    return ("mpicomp runs on its NumPy kernels, 5 to 50 times slower than the compiled ones "
+            f"{cure()}")
+
+
+def cure() -> str:
+    """Why there are no compiled kernels, and what to type."""
+    from mpicomp import installed
+
+    reason = f"({_compiled()[1]})"
+    if other := installed.shadowed():
+        return (f"{reason}: {installed.HERE}, which the working directory or PYTHONPATH brings, "
+                f"stands before the installed {other}: leave that folder, or type  "
+                f"{installed.to_compile()}")
+    return f"{reason}: install a C++17 compiler and type  {installed.to_compile()}"
 
 
 @cache

@@ -76,16 +76,18 @@ AVX2 Survivors drop_avx2(const float* grad, const float* owed, float* out, i64 b
 }  // namespace
 
 // Number `number` in ascending order of `size` magnitudes of owed + grad (of grad, if `owed` is
-// null) at stride n // size. Magnitudes are ordered like their bits: a histogram of the upper bits
-// leaves few to sort.
-API float mp_drop_cut(const float* grad, const float* owed, i64 n, i64 size, i64 number) {
+// null), of elements k * span / size rounded down. Magnitudes are ordered like their bits: a
+// histogram of the upper bits leaves few to sort.
+API float mp_drop_cut(const float* grad, const float* owed, i64 span, i64 size, i64 number) {
     constexpr int SHIFT = 19;
     thread_local std::vector<u32> magnitudes, rest;
     magnitudes.resize(size);
     i64 bins[1 << (31 - SHIFT)] = {};
-    const i64 stride = n / size;
-    for (i64 k = 0; k < size; k++) {  // no more than this: then many of them are on their way
-        const i64 i = k * stride;
+    // k * (span % size) / size without a division: exact while size * size < 2**62
+    using Wide = unsigned __int128;
+    const u64 stride = u64(span / size), part = u64((Wide(span % size) << 62) / Wide(size)) + 1;
+    for (i64 k = 0; k < size; k++) {  // no more than this: then many reads are on their way
+        const u64 i = u64(k) * stride + u64(Wide(k) * part >> 62);
         magnitudes[k] = bits_of(std::fabs(owed ? owed[i] + grad[i] : grad[i]));
     }
     for (u32 m : magnitudes) bins[m >> SHIFT]++;

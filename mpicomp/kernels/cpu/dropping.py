@@ -9,20 +9,17 @@ from mpicomp.kernels.cpu.library import (Unfit, at, decode_sum, floats, lib, or_
                                          some_payloads)
 
 
-def _drop_cut(grad, owed, rate, sample):
+def _drop_cut(grad, owed, rate, draws, first_version=False):
     n = grad.size
     if n < 2:
         return np.float32(0)
-    size = min(sample, n) if sample else n
-    number = max(0, int(size * rate) - 1)
-    return np.float32(lib.mp_drop_cut(floats(grad, n), owed, n, size, number))
+    size, span, number = reference.drop_sample(n, rate, draws, first_version)
+    return np.float32(lib.mp_drop_cut(floats(grad, n), owed, span, size, number))
 
 
 @or_reference
-def drop_cut(x, rate, sample, first_version=False):
-    if first_version:
-        raise Unfit()
-    return _drop_cut(x, None, rate, sample)
+def drop_cut(x, rate, draws, first_version=False):
+    return _drop_cut(x, None, rate, draws, first_version)
 
 
 @or_reference
@@ -38,7 +35,7 @@ def drop_values(x, count, data):
         raise Unfit()
 
 
-def drop_encode_owed(grad, owed, out, scopes, rate, sample, data):
+def drop_encode_owed(grad, owed, out, scopes, rate, draws, data):
     """Cut, indices and values of owed + grad in one pass; what is then still owed goes to `out`.
 
     `scopes` are the (start, stop) that have a cut of their own; `data` has 8 * n bytes. Returns
@@ -52,7 +49,7 @@ def drop_encode_owed(grad, owed, out, scopes, rate, sample, data):
         part = grad[start:stop]
         more, have, rest = (address + 4 * start for address in addresses)
         count += lib.mp_drop_encode(more, have, rest, part.size,
-                                    _drop_cut(part, have, rate, sample), start, index + 4 * count,
+                                    _drop_cut(part, have, rate, draws), start, index + 4 * count,
                                     value + 4 * count)
     ctypes.memmove(index + 4 * count, value, 4 * count)
     if not lib.mp_finite_bytes(value, count):

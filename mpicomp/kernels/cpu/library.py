@@ -13,7 +13,7 @@ from mpicomp.errors import SpecError
 from mpicomp.kernels import reference
 from mpicomp.philox import MASK32
 
-VERSION = 2  # of the compiled functions: mp_version in cpp/common.h
+VERSION = 3  # of the compiled functions: mp_version in cpp/common.h
 _P, _N, _I, _F, _U = c_void_p, c_int64, c_int, c_float, c_uint32
 _KEY = (c_uint64, _U, _U, _U)
 _FUNCTIONS = {  # name: (result, arguments)

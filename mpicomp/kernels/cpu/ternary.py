@@ -20,7 +20,7 @@ def _ternary_level(x, clip):
 
 @or_reference
 def ternary_scale(x, clip):
-    level, largest = _ternary_level(x, clip if x.size >= 8 else 0.0)
+    level, largest = _ternary_level(x, clip)
     return level, min(largest, level)
 
 

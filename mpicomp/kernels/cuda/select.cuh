@@ -1,16 +1,18 @@
 // Number k of n magnitudes in ascending order, by radix selection: a digit of 8 bits at a time.
 #pragma once
 
-// How often each digit occurs at `shift` among the magnitudes x[0], x[stride] ... whose higher bits
-// are those already found (state[0]). histogram[256] starts at 0.
-KERNEL select_count(const float* x, const float* more, i64 count, i64 stride, const i64* state,
+// How often each digit occurs at `shift` among the magnitudes of elements k * span / count, rounded
+// down, whose higher bits are those already found (state[0]). histogram[256] starts at 0.
+KERNEL select_count(const float* x, const float* more, i64 count, i64 span, const i64* state,
                     u32 shift, u32* histogram) {
     __shared__ u32 own[256];
     own[threadIdx.x] = 0;
     __syncthreads();
     const u64 found = u64(state[0]) >> shift >> 8;
+    const i64 stride = span / count, rest = span % count;
     for (i64 k = thread_number(); k < count; k += i64(gridDim.x) * THREADS) {
-        const u64 bits = bits_of(value(x, more, k * stride)) & 0x7FFFFFFFu;
+        const i64 i = k * stride + (rest ? k * rest / count : 0);
+        const u64 bits = bits_of(value(x, more, i)) & 0x7FFFFFFFu;
         if (bits >> shift >> 8 == found) atomicAdd(&own[bits >> shift & 255], 1u);
     }
     __syncthreads();

@@ -245,5 +245,5 @@ def _install():
     """What to type for a CuPy that fits the CUDA of the torch that is loaded."""
     version = getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None)
     major = str(version or "13").split(".")[0]
-    return f"pip install 'mpicomp[cuda{major if major in ('12', '13') else 13}]'" + (
-        "" if version else "  (or cuda12: nvidia-smi names the driver's CUDA version)")
+    return f"pip install 'cupy-cuda{major if major in ('12', '13') else 13}x>=13'" + (
+        "" if version else "  (or cupy-cuda12x: nvidia-smi names the driver's CUDA version)")

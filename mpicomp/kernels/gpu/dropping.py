@@ -10,26 +10,24 @@ from mpicomp.kernels.gpu.sums import SWEEP, finite_fault, fold, host, lanes_of
 from mpicomp.kernels.gpu.tiles import TILE, compact, gather, scanned, tiles_of
 
 
-def _drop_cut(x, more, rate, sample, first_version=False):
+def _drop_cut(x, more, rate, draws, first_version=False):
     """The cut as float32[1] on the device."""
     d, n = device.current(), x.size
     cut = d.zeros(1, np.float32)
     if n < 2:
         return cut
-    size = min(sample, n) if sample else n
-    number = int(size * rate) if first_version else max(0, int(size * rate) - 1)
+    size, span, number = reference.drop_sample(n, rate, draws, first_version)
     state = d.array(np.array([0, number], np.int64))
     histogram = d.zeros(256, np.uint32)
     for shift in (24, 16, 8, 0):
-        d.launch("select_count", min(size, SWEEP), x, more, size, n // size, state, shift,
-                 histogram)
+        d.launch("select_count", min(size, SWEEP), x, more, size, span, state, shift, histogram)
         d.launch("select_digit", device.THREADS, state, shift, histogram, cut)
     return cut
 
 
 @or_host
-def drop_cut(x, rate, sample, first_version=False):
-    return _drop_cut(floats(x), None, rate, sample, first_version)[0]
+def drop_cut(x, rate, draws, first_version=False):
+    return _drop_cut(floats(x), None, rate, draws, first_version)[0]
 
 
 @or_host
@@ -51,7 +49,7 @@ def drop_values(x, count, data):
         device.current().launch("drop_values", count, floats(x), count, packet)
 
 
-def drop_encode_owed(grad, owed, out, scopes, rate, sample, data):
+def drop_encode_owed(grad, owed, out, scopes, rate, draws, data):
     """Cut, indices and values of owed + grad in one pass; what is then still owed goes to `out`.
 
     `scopes` are the (start, stop) that have a cut of their own; `data` has 8 * n bytes. Returns
@@ -67,7 +65,7 @@ def drop_encode_owed(grad, owed, out, scopes, rate, sample, data):
             x, more, rest = owed[start:stop], grad[start:stop], out[start:stop]
             own = tiles_of(stop - start)
             d.launch("drop_select", own * device.THREADS, x, more, rest, stop - start,
-                     _drop_cut(x, more, rate, sample), start, first, words, values, counts, fault)
+                     _drop_cut(x, more, rate, draws), start, first, words, values, counts, fault)
             first += own
         total = scanned(counts)
         d.launch("gather_pairs", tiles * device.THREADS, words, values, counts, tiles, total,
@@ -131,7 +129,7 @@ def drop_signs(x, cut, start, means, data):
     return int(host(total)[0])
 
 
-def drop_signs_encode(x, scopes, rate, sample, first_version, data):
+def drop_signs_encode(x, scopes, rate, draws, first_version, data):
     """means[scopes][2] and the words of all scopes; returns the bytes used, read back once."""
     d, head = device.current(), 8 * len(scopes)
     tiles = sum(tiles_of(stop - start) for start, stop in scopes)
@@ -139,7 +137,7 @@ def drop_signs_encode(x, scopes, rate, sample, first_version, data):
     with room(data, 4, head + 4 * floats(x).size) as packet:
         for number, (start, stop) in enumerate(scopes):
             part = x[start:stop]
-            _drop_signs(part, _drop_cut(part, None, rate, sample, first_version), start, first,
+            _drop_signs(part, _drop_cut(part, None, rate, draws, first_version), start, first,
                         words, counts, packet[8 * number:8 * number + 8])
             first += tiles_of(stop - start)
         total = scanned(counts)

@@ -26,7 +26,7 @@ def _level(x, clip, code):
 
 @or_host
 def ternary_scale(x, clip):
-    return _level(floats(x), clip if x.size >= 8 else 0.0, False)
+    return _level(floats(x), clip, False)
 
 
 @or_host

@@ -26,7 +26,8 @@ def column_mean_bits(v):
 def column_codes(v, bits):
     """(codes, lower, upper): v in 2**bits - 1 equal steps between -+ 4 standard deviations.
 
-    The deviation is about 0, in float64 from the sum of v * v. The number of steps is odd, so that
+    The deviation is about 0, in float64 from the sum of v * v (CNTK's float32 squares underflow
+    below 1e-22, and it then says 0). The number of steps is odd, so that
     the middle one stands for 0; what is at `upper` or beyond gets a code of its own above them.
     In float32: code = (v - lower) * (steps / (upper - lower)), truncated; 0 up to `lower`. What is
     no number in an infinite range, which decoding refuses, has the code 0.

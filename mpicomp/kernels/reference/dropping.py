@@ -3,24 +3,35 @@
 import numpy as np
 
 from mpicomp.errors import PacketError
-from mpicomp.kernels.reference.sums import finite, total
+from mpicomp.kernels.reference.sums import finite, sample, total
 
 
-def drop_cut(x, rate, sample, first_version=False):
-    """The magnitude that a fraction `rate` of a sample of |x| does not exceed.
+MARIAN = -1  # as `draws` of drop_cut: Marian's sample
 
-    The sample is S = min(sample, n) elements at stride n // S from the first on, or all n where
-    sample = 0; the cut is number max(0, int(S * rate) - 1) of the S magnitudes in ascending
-    order, in float64 arithmetic (Marian's rule); number int(S * rate) in Marian's first version,
-    of February 2017. A single element has the cut 0: it would never exceed itself.
+
+def drop_sample(n, rate, draws, first_version=False):
+    """(S, span, number): the cut of n elements is number `number` of S magnitudes (`sample`).
+
+    S = min(draws, n), spread over all elements; draws = 0: all of them; MARIAN: min(100000, n) at
+    the stride n // S, as Marian takes them. number = max(0, int(S * rate) - 1) in ascending order,
+    in Marian's first versions, until June 2017, min(int(S * rate), S - 1). S * rate is a product
+    of float32, as there.
     """
-    n = x.size
-    if n < 2:
+    size = min(100_000 if draws == MARIAN else draws, n) if draws else n
+    place = int(np.float32(size) * np.float32(rate))
+    number = min(place, size - 1) if first_version else max(0, min(place, size) - 1)
+    return size, size * (n // size) if draws == MARIAN else n, number
+
+
+def drop_cut(x, rate, draws, first_version=False):
+    """The magnitude that a fraction `rate` of a sample of |x| does not exceed: see `drop_sample`.
+
+    A single element has the cut 0: it would never exceed itself.
+    """
+    if x.size < 2:
         return np.float32(0)
-    size = min(sample, n) if sample else n
-    stride = n // size
-    magnitudes = np.abs(x[:size * stride:stride])
-    number = int(size * rate) if first_version else max(0, int(size * rate) - 1)
+    size, span, number = drop_sample(x.size, rate, draws, first_version)
+    magnitudes = np.abs(x if size == x.size else x[sample(x.size, size, span)])
     return np.partition(magnitudes, number)[number]
 
 

@@ -46,7 +46,8 @@ def dryden_matrix(x, columns, proportion, sample, key, start):
 
     The keep-th largest magnitude, keep = max(1, n // proportion), decides what is kept; upper is
     the smallest positive and lower the largest negative of these, or the mirror image of the
-    other where a sign is absent. With 0 < sample < n this is done on `sample` draws.
+    other where a sign is absent. Where fewer than that are not zero, all these are kept (LBANN
+    keeps none). With 0 < sample < n this is done on `sample` draws.
     """
     v = x[dryden_draws(key, start, sample, x.size)] if 0 < sample < x.size else x
     magnitude = np.abs(v)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from mpicomp.errors import PacketError
-from mpicomp.kernels.reference.sums import total
+from mpicomp.kernels.reference.sums import sample, total
 
 SAMPLE = 100_000  # magnitudes from which tau is taken
 
@@ -36,17 +36,18 @@ def strom_decode_add(data, tau, weight, out):
 def strom_tau(x, density):
     """The tau beyond which about a fraction `density` of x lies, at least one element.
 
-    A sample of S = min(100000, n) magnitudes at stride n // S in ascending order: tau lies just
-    below number min(S - 1, int(S * (1 - density))), so that this one is beyond it, strictly.
+    A sample of S = min(100000, n) magnitudes, spread over all of them (`sums.sample`), in
+    ascending order: tau lies just below number min(S - 1, int(S * (1 - density))), so that this
+    one is beyond it, strictly.
     Where that is 0 (a sparse gradient), just below the mean of the magnitudes that are not. 0 for
     a gradient of zeros, which says nothing.
     """
     if not x.size:
         return np.float32(0)
     size = min(SAMPLE, x.size)
-    stride = x.size // size
     number = min(size - 1, int(size * (1 - density)))
-    reached = np.partition(np.abs(x[:size * stride:stride]), number)[number]
+    magnitudes = np.abs(x if size == x.size else x[sample(x.size, size)])
+    reached = np.partition(magnitudes, number)[number]
     if reached == 0:
         magnitudes = np.abs(x[x != 0])
         if not magnitudes.size:

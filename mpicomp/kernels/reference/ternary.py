@@ -11,15 +11,14 @@ def ternary_scale(x, clip):
     """(level, scale): where this rank clips one layer, and the largest magnitude after clipping.
 
     level = clip * sigma, sigma the standard deviation about the mean, in float64 from the sums of
-    x and x * x (TernGrad, section 3.4). No clipping, level = inf, where clip is 0, where sigma is
-    0 (a constant tensor would be crushed to nothing) and below 8 elements, where |x - mean| <=
-    sqrt(n - 1) * sigma lets the paper's 2.5 sigma cut nothing.
+    x and x * x (TernGrad, section 3.4). No clipping, level = inf, where clip is 0 and where the
+    level is less than 1e-6 of the largest magnitude: a single element or a constant tensor would
+    be crushed to nothing.
     """
-    n = x.size
-    if n == 0:
+    if x.size == 0:
         return np.float32(np.inf), np.float32(0)
     largest = np.float32(np.abs(x).max())
-    if clip == 0 or n < 8:
+    if clip == 0:
         return np.float32(np.inf), largest
     level = _level(x, clip, largest)
     return level, min(largest, level)

@@ -1,0 +1,213 @@
+"""What users do to gradients between backward() and step(): change them, take them away, freeze.
+
+A gradient may be changed by hooks of the user's that run after the Reducer's, and counts as they
+leave it. After backward() it is Pending (pending.py): who uses it waits for the mean. But p.grad
+itself may be set to None, by zero_grad(), or to another tensor, and nobody hears of it before the
+next hook or the end of the step. What was said becomes the past only when an optimizer steps on
+it, so a step that is given up, before or after the exchange, leaves no trace in any residual.
+"""
+
+import torch
+
+from mpicomp import mpi
+from mpicomp.agree import digest
+from mpicomp.errors import NonFiniteError, SpecError
+from mpicomp.pending import Pending
+
+
+class Changes:
+    """Of one Reducer, in one step.
+
+    bad      what is wrong with this rank's gradients: {bucket: name of a parameter with NaN or Inf,
+             "problem": a sentence, "given up": True}
+    applied  (bucket, mail) of an exchange that is finished and that no optimizer has stepped on
+    frozen   names of the parameters that need no gradient any more
+    """
+
+    def __init__(self, reducer):
+        self.reducer, self._task = reducer, None
+        self.reset()
+
+    def reset(self):
+        """Nothing has ever happened."""
+        self.bad, self.applied, self.frozen, self.took_back = {}, [], (), False
+        self.new_mail()
+        self.begin()
+
+    def begin(self):
+        """A new step."""
+        self.took_back |= bool(self.applied)
+        self._came, self._last, self.applied = [], None, []
+
+    # ---- before the exchange is finished ----
+
+    def came(self, slot):
+        """The hook of this slot's parameter brings its gradient."""
+        self._came.append(slot)
+        self._last, now = slot, slot.parameter.grad
+        if type(now) is Pending and now.finish != self.touch:
+            self.problem(
+                f"another open Reducer has taken the gradient of {slot.name!r}: close() that one "
+                "first, or give each of them its own parameters")
+        self._refuse_changed(slot)
+
+    def problem(self, text):
+        """What all ranks raise when the exchange is finished; the first counts."""
+        self.bad.setdefault("problem", text)
+
+    def _refuse_changed(self, slot):
+        if slot.changed:
+            self.problem(
+                f"{slot.name!r} {slot.changed}: convert the model first (model.half(), model.to("
+                "device)), then make its optimizer and Reducer; close() the Reducer that it had")
+
+    def settle(self):
+        """All hooks of the parameter that came last are through."""
+        slot, self._last = self._last, None
+        if slot is not None and not slot.settle(self.touch):
+            self.problem(
+                f"p.grad of {slot.name!r} was set to None in backward(), by another hook of the "
+                "parameter: nothing is left to exchange. Take that hook off, or do what it does "
+                "after optimizer.step()")
+
+    def arrive(self, parameter):
+        """The hook of this parameter is called: is it of this step, or of one after zero_grad()?"""
+        self.settle()
+        task = torch._C._current_graph_task_id()
+        if task == self._task and task >= 0:
+            return  # the same backward()
+        self._task = task
+        if self._came and not any(slot.untouched or slot.shows for slot in self._came):
+            fresh, parameter.grad = parameter.grad, None
+            self.discard()
+            parameter.grad = fresh
+        if task >= 0:
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    @torch.compiler.disable
+    def _end(self):
+        """backward() is over."""
+        r = self.reducer
+        with r._lock:
+            if not r._closed and not r._finished:
+                self.settle()
+                with r._place.here():
+                    r._launch_ready()
+
+    @torch.compiler.disable
+    def touch(self):
+        """Somebody reads or changes a gradient whose exchange is under way."""
+        if not self.reducer._finished and not self.reducer._closed:
+            self.reducer.finish_for("using p.grad after backward()")
+
+    def judge(self):
+        """After backward(): is what came still there, and are parameters what they were?"""
+        r, changed = self.reducer, [slot for slot in self._came if not slot.untouched]
+        for slot in r._order.slots:
+            if not slot.ready:
+                self._refuse_changed(slot)
+        if self.frozen and (r.method.adagrad or r._exchange.owns):
+            self.problem(
+                f"{self.frozen[0]!r} needs no gradient any more, but with {r.method!r} it would "
+                "move on: after freezing a layer close() the Reducer and make a new one")
+        elif changed and all(slot.parameter.grad is None for slot in self._came):
+            self._give_up()
+        elif changed:
+            odd = changed[0]
+            what = "set to None" if odd.parameter.grad is None else "changed"
+            self.problem(
+                f"p.grad of {odd.name!r} was {what} between backward() and optimizer.step(), while "
+                "its exchange was under way: call  reducer.finish()  after the last backward(), "
+                "and p.grad is the mean, which you may change. (zero_grad() of all parameters "
+                "gives the step up)")
+
+    def _give_up(self):
+        self._came.clear()
+        self.bad["given up"] = True
+        r = self.reducer
+        if r._delay or r._exchange.asynchronous and r._next:
+            self.problem(
+                f"{r.method!r} cannot give up a step that backward() has begun, since a part of it "
+                "is applied already: call optimizer.step()")
+
+    def spoil(self):
+        """A gradient has come twice: what stands in the bucket is neither of them."""
+        self._give_up()
+
+    def discard(self):
+        """Reducer.discard: take part in the step that is not over, which no rank then applies."""
+        r = self.reducer
+        r._rows.clear()
+        r._forget_gradients()
+        if not r._finished and not r._closed:
+            self._give_up()
+            r.finish()
+        r._reopen()
+
+    # ---- what all ranks must do alike ----
+
+    def new_mail(self):
+        """The mail of all buckets was made anew."""
+        self._digest = 0
+
+    def replan(self):
+        """Before the first bucket of a step: have headers say what is frozen and taken back.
+
+        In an asynchronous exchange ranks are in other steps, and do not compare it.
+        """
+        r = self.reducer
+        self.frozen = tuple(name for name, p in r._named if not p.requires_grad)
+        now = 0
+        if self.frozen or self.took_back:
+            now = digest(f"frozen {self.frozen}, last step taken back: {self.took_back}")
+        self.took_back = False
+        if now != self._digest and not r._exchange.asynchronous:
+            self._digest = now
+            for mail in [*r._mail, *(r._warm[1] if r._warm else ())]:
+                mail.replan(self.plan)
+
+    @property
+    def plan(self) -> int:
+        """The plan digest of this step."""
+        return self.reducer._plan ^ self._digest
+
+    def tell(self):
+        """Raise on all ranks what any of them found, or return: such a step is skipped.
+
+        With an asynchronous exchange only this rank is concerned: it says nothing in this step.
+        """
+        r, bad = self.reducer, self.bad
+        self.bad, alone, found = {}, r._lane[0].asynchronous, [{}] * r.comm.rank + [bad]
+        if not alone:
+            with r._guard.tail():
+                found = mpi.allgather(r.comm, bad, "telling what is wrong with gradients")
+        for rank, theirs in enumerate(found):
+            if "problem" in theirs:
+                raise SpecError(f"rank {rank}: {theirs['problem']}")
+        names = [[text for key, text in theirs.items() if key != "given up"] for theirs in found]
+        where = "; ".join(f"rank {k}: {', '.join(n)}" for k, n in enumerate(names) if n)
+        if where and r.nonfinite == "raise":
+            step, r.step = r.step, r.step + alone  # the others have heard of this step
+            raise NonFiniteError(f"step {step}: the gradient holds NaN or Inf ({where}). The "
+                                 "residuals are as before this step; nonfinite='skip' goes on")
+        return "skipped" if where else "given up"
+
+    # ---- after the exchange ----
+
+    def commit(self):
+        """The step is applied: what was said is the past."""
+        applied, self.applied = self.applied, []
+        for bucket, mail in applied:
+            mail.commit()
+            self.put_back(bucket, mail)
+
+    def put_back(self, bucket, mail):
+        """What was said about parameters that are frozen now is owed again: nothing moves them."""
+        frozen = [s for s in bucket.layout.segments if s.name in self.frozen]
+        owed = mail.persistent() if frozen else {}
+        if "error" in owed:
+            r = self.reducer
+            share = 1.0 / (r._weight * r._lane[0].holders)
+            for s in frozen:
+                owed["error"][s.slice] += bucket.flight[s.slice] * type(share)(share)
+            mail.restore(owed)

@@ -1,0 +1,82 @@
+"""The Python stack of a rank that holds Python's lock for too long, where no thread can print it.
+
+mpi4py, for one, keeps the lock while the first collective of Python objects on a communicator
+duplicates that. So the watchdog's thread sets a timer of the kernel, again and again; where it does
+not get the lock for nearly as long as others wait (stall_timeout), the timer goes off as a signal,
+whose handler is C (Python's faulthandler) and needs no lock. faulthandler.dump_traceback_later is
+not used, because a process has one of these, and it may be the user's. Needs Linux.
+"""
+
+import ctypes
+import faulthandler
+import signal
+import sys
+from time import perf_counter
+
+LEAST = 10.0  # seconds without the lock that are nothing to speak of: a large garbage collection
+SHARE = 0.9  # of the others' patience: before they end the job
+
+_timer = None  # (the C library, its timer), or False where there is none
+_seconds, _since = None, 0.0
+
+
+class _Time(ctypes.Structure):
+    _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
+
+
+class _Setting(ctypes.Structure):  # struct itimerspec
+    _fields_ = [("interval", _Time), ("value", _Time)]
+
+
+class _Event(ctypes.Structure):  # struct sigevent; notify 0 is SIGEV_SIGNAL
+    _fields_ = [("value", ctypes.c_void_p), ("signal", ctypes.c_int), ("notify", ctypes.c_int),
+                ("rest", ctypes.c_char * 48)]
+
+
+def allow(seconds):
+    """Others wait for so long: the least that was said counts."""
+    global _seconds
+    wanted = max(LEAST, SHARE * seconds)
+    _seconds = wanted if _seconds is None else min(_seconds, wanted)
+
+
+def put_off():
+    """Python's lock is to be had: count anew. Costs a system call a few times in that time."""
+    global _since
+    if _seconds is not None and perf_counter() - _since > _seconds / 20:
+        _since = perf_counter()
+        _set(_seconds)
+
+
+def cancel():
+    """The program ends."""
+    global _seconds
+    _seconds = None
+    _set(0)
+
+
+def _set(seconds):
+    global _timer
+    if _timer is None:
+        _timer = _make() if seconds else None
+    if _timer:
+        library, timer = _timer
+        whole = int(seconds)
+        value = _Setting(value=_Time(whole, int((seconds - whole) * 1e9)))
+        library.timer_settime(timer, 0, ctypes.byref(value), None)
+
+
+def _make():
+    """A timer of this process and a handler for its signal; False where that cannot be had."""
+    if not sys.platform.startswith("linux"):
+        return False
+    number = next((n for n in range(signal.SIGRTMAX, signal.SIGRTMIN, -1)
+                   if signal.getsignal(n) == signal.SIG_DFL), None)
+    library, timer = ctypes.CDLL(None), ctypes.c_void_p()
+    if number is None or not hasattr(library, "timer_create"):
+        return False
+    faulthandler.register(number, file=2, all_threads=True)
+    if library.timer_create(1, ctypes.byref(_Event(signal=number)), ctypes.byref(timer)):
+        faulthandler.unregister(number)
+        return False
+    return library, timer
