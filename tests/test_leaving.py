@@ -37,7 +37,7 @@ def test_finalize_while_threads_are_at_work(tmp_path):
     """A server's thread, a worker that waits for answers, and the progress thread with buckets."""
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
-    code, output = finish(*RUN, "-n", 2, "--timeout", 50, path)
+    code, output = finish(*RUN, "-n", 2, "--timeout", 500, path)
     assert (code, output) == (0, "lived on\nlived on\n")
 
 

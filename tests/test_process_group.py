@@ -31,7 +31,7 @@ SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_te
 def groups():
     """(ours, gloo's), of all ranks."""
     ddp.init_process_group(MPI.COMM_WORLD, timeout=600.0)
-    yield dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(seconds=30))
+    yield dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(seconds=600))
     dist.destroy_process_group()
 
 
