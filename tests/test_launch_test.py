@@ -96,7 +96,7 @@ def test_what_a_run_has_found_when_its_time_is_over_is_reported(launch_test, tmp
 
 def test_one_rank_runs_on_all_cores_unless_somebody_looks_on(launch_test, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
-    assert launch_test.command(1, ["-x"], 10)[-3:] == ["-x", "-n", "2"]
+    assert launch_test.command(1, ["-x"], 10)[-3:] == ["-x", "-n", "4"]
     for words in ["--pdb"], ["-n", "4"]:
         assert launch_test.command(1, words, 10)[-len(words):] == words
     assert launch_test.command(2, [], 10).count("-n") == 1  # launch/run's own
