@@ -99,7 +99,7 @@ def look(comm, options, model, reducer, requests, start, step, loss):
     total = blake2b(digest_size=8)
     for p in model.parameters():
         total.update(p.detach().numpy().tobytes())
-    left = sum(request != MPI.REQUEST_NULL for request in requests) + len(mpi._abandoned)
+    left = sum(request != MPI.REQUEST_NULL for request in requests) + len(mpi.abandoned())
     mine = dict(memory=memory(), files=len(os.listdir("/proc/self/fd")), requests=left,
                 threads=len(os.listdir("/proc/self/task")), digest=total.hexdigest())
     posted = len(requests)

@@ -63,13 +63,14 @@ class Attachment(copies.Uncopied):
                 raise SpecError(f"a GradScaler needs a synchronous exchange, found {self.method!r}")
             amp.follow_scale(self._order.slots, scaler)
             amp.finish_before_unscale(self, scaler)
-        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        try:
+            handles = [optimizer.register_step_pre_hook(self._before_step),
+                       optimizer.register_step_post_hook(self._after_step)]
+        except AttributeError as error:
             raise SpecError(f"attach: {type(optimizer).__name__} found, expected a torch.optim."
                             "Optimizer that has called super().__init__(): where it wraps another "
-                            "optimizer, attach that one")
+                            f"optimizer, attach that one ({error})") from error
         copies.mark(optimizer)
-        handles = [optimizer.register_step_pre_hook(self._before_step),
-                   optimizer.register_step_post_hook(self._after_step)]
         self._hooks += filter(None, handles)  # somebody's own optimizer may give none
         if not _watched:
             _watched.append(register_optimizer_step_pre_hook(_refuse_unattached))

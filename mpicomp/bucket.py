@@ -28,8 +28,9 @@ class Slot:
 
     scale = 1.0
 
-    def __init__(self, name, parameter, view, flat):
+    def __init__(self, name, parameter, view, flat, owner=None):
         self.name, self.parameter, self.view, self.flat = name, parameter, view, flat
+        self.owner = owner  # whose gradients those are that come from here: see `owner_of`
         self._address, self._kind, self._at = view.data_ptr(), kind(parameter), ()
         self.ready, self.fine = False, True
         self._on_host = not staging.is_device_array(flat)
@@ -70,6 +71,7 @@ class Slot:
             # one with a storage and a version of its own
             mine = torch.from_numpy(self.flat) if self._on_host else self.view.data
             self._shown, self._pending = mine.view(self.view.shape), None
+            self._shown.owner = self.owner
         return self._shown
 
     def _is_here(self, tensor) -> bool:
@@ -82,11 +84,15 @@ class Slot:
 
     # ---- in ----
 
-    def fill(self, finish=None):
+    def fill(self, finish=None, absent=False):
         """Bring the parameter's gradient into the bucket; zeros where there is none.
 
-        With `finish`, p.grad is Pending from now on, and waits for the exchange by finish().
+        With `finish`, p.grad is Pending from now on, and waits for the exchange by finish(). With
+        `absent` it is no gradient of this step.
         """
+        if absent:
+            self.bring(None)
+            return
         direct = self.direct
         gradient = None if self.changed else plain(self.parameter.grad)
         if direct or not finish:  # else `settle` brings it, after all hooks
@@ -120,6 +126,7 @@ class Slot:
         self._own, self._version = gradient, None if gradient is None else gradient._version
         if gradient is not None and not gradient.is_sparse:  # those cannot be Pending
             if gradient is not self._shown:
+                gradient.owner = self.owner
                 gradient = Pending.of(gradient, finish)
             else:
                 if self._pending is None:
@@ -203,6 +210,11 @@ class Slot:
         self.clear()
 
 
+def owner_of(gradient):
+    """The place (place.py) of the Reducer that has made this p.grad what it is, or None."""
+    return getattr(plain(gradient), "owner", None)
+
+
 def kind(parameter):
     """What of a parameter must stay as it was when its place in a bucket was made."""
     return parameter.dtype, parameter.device, parameter.shape
@@ -233,7 +245,7 @@ class Bucket:
         self.layout = Layout.of((name, p.shape) for name, p in named_parameters)
         self.grad, flat = where.bucket(self.layout.size)
         self.flight = self.grad
-        self.slots = [Slot(name, p, flat[s.slice].view(p.shape), self.grad[s.slice])
+        self.slots = [Slot(name, p, flat[s.slice].view(p.shape), self.grad[s.slice], where)
                       for (name, p), s in zip(named_parameters, self.layout.segments)]
         self.reset()
 

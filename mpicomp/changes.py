@@ -11,8 +11,8 @@ import torch
 
 from mpicomp import mpi
 from mpicomp.agree import digest
+from mpicomp.bucket import owner_of
 from mpicomp.errors import NonFiniteError, SpecError
-from mpicomp.pending import Pending
 
 
 class Changes:
@@ -44,11 +44,7 @@ class Changes:
     def came(self, slot):
         """The hook of this slot's parameter brings its gradient."""
         self._came.append(slot)
-        self._last, now = slot, slot.parameter.grad
-        if type(now) is Pending and now.finish != self.touch:
-            self.problem(
-                f"another open Reducer has taken the gradient of {slot.name!r}: close() that one "
-                "first, or give each of them its own parameters")
+        self._last = slot
         self._refuse_changed(slot)
 
     def problem(self, text):
@@ -112,6 +108,10 @@ class Changes:
                 "move on: after freezing a layer close() the Reducer and make a new one")
         elif changed and all(slot.parameter.grad is None for slot in self._came):
             self._give_up()
+        elif changed and owner_of(changed[0].parameter.grad) not in (None, r._place):
+            self.problem(
+                f"another open Reducer has taken the gradient of {changed[0].name!r}: close() one "
+                "of them, or give each its own parameters")
         elif changed:
             odd = changed[0]
             what = "set to None" if odd.parameter.grad is None else "changed"
@@ -120,6 +120,16 @@ class Changes:
                 "its exchange was under way: call  reducer.finish()  after the last backward(), "
                 "and p.grad is the mean, which you may change. (zero_grad() of all parameters "
                 "gives the step up)")
+
+    def absent(self, parameter) -> bool:
+        """Has this rank no gradient of a parameter whose hook has not come?
+
+        One that needs none any more has none, and what another open Reducer has put there is no
+        gradient of this rank's.
+        """
+        gradient = parameter.grad
+        return (gradient is None or not parameter.requires_grad
+                or owner_of(gradient) not in (None, self.reducer._place))
 
     def _give_up(self):
         self._came.clear()

@@ -46,7 +46,8 @@ def save(folder, comm, step, shared, mine, about=None, keep=2, stall_timeout=Non
     `stall_timeout` seconds, by default those of MPICOMP_STALL_TIMEOUT, or 600; while files are
     written, a second more for each megabyte of the largest part.
     """
-    folder, about, timeout = Path(folder), about or {}, stall_limit(stall_timeout)
+    folder, comm = Path(folder), mpi.intracommunicator(comm)
+    about, timeout = about or {}, stall_limit(stall_timeout)
     first = _together(comm, lambda: (*_checked(step, about, keep, comm.size),
                                      folder_lock.held(folder)), timeout)
     step, manifest, _ = first[0]

@@ -11,9 +11,10 @@ import numpy as np
 from mpicomp import last_word, shelf, watchdog
 from mpicomp.errors import DeadRankError, MismatchError, SpecError, StallError
 from mpicomp.start import at_end, intracommunicator, load, not_at_end
-from mpicomp.waiting import allgather, bcast, give_up, keep, limit, seconds, wait
+from mpicomp.waiting import (abandoned, allgather, bcast, give_up, keep, limit, seconds,
+                             wait)
 
-__all__ = ["allgather", "at_end", "bcast", "communicator", "crowded", "dead_rank",
+__all__ = ["abandoned", "allgather", "at_end", "bcast", "communicator", "crowded", "dead_rank",
            "end_all_on_exception", "family", "give_up", "intracommunicator", "keep", "largest",
            "limit", "load", "node", "not_at_end", "part", "ranks_here", "release", "seconds",
            "split", "status", "subgroup", "wait"]

@@ -194,8 +194,8 @@ class Reducer(Attachment, Connection, Delivery, Persistence, Replicas):
             for bucket in self._buckets:
                 bucket.reset()
 
-    def _fill(self, bucket, slot, finish=None):
-        slot.fill(*[finish] * bool(finish))
+    def _fill(self, bucket, slot, finish=None, absent=False):
+        slot.fill(**({"finish": finish} if finish else {"absent": True} if absent else {}))
         slot.ready = True
         bucket.missing -= 1
 
@@ -281,8 +281,9 @@ class Reducer(Attachment, Connection, Delivery, Persistence, Replicas):
             for slot in bucket.slots:
                 if not slot.ready:
                     # an accumulated gradient from no_sync() counts, an absent one is zero
-                    touched |= slot.parameter.grad is not None
-                    self._fill(bucket, slot)
+                    absent = self._changes.absent(slot.parameter)
+                    touched |= not absent
+                    self._fill(bucket, slot, absent=absent)
             self._launch(bucket, touched)
         if self._delay:
             self._delay.finish()

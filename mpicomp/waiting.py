@@ -75,6 +75,11 @@ def keep(*what):
     _abandoned.append(what)
 
 
+def abandoned() -> list:
+    """What `keep` was told of."""
+    return _abandoned
+
+
 # ---- Python objects
 
 

@@ -36,7 +36,7 @@ KNOWS = {
     "sparse": {"", "bucket", "errors", "mpi", "names", "packet"},
     "agree": {"errors", "mpi"},
     "bucket": {"errors", "kernels", "layout", "pending", "place", "staging"},
-    "pending": set(), "changes": {"", "agree", "errors", "mpi", "pending"},
+    "pending": set(), "changes": {"", "agree", "bucket", "errors", "mpi"},
     "clip": {"attachment", "errors"},
     "delay": {"", "amp", "errors", "kernels", "packet"},
     "amp": {"copies", "errors"}, "copies": {"errors"},

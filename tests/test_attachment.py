@@ -271,10 +271,12 @@ def test_two_open_reducers_over_the_same_parameters(comm):
     """Seen to fail before: where a parameter was unused on a rank, p.grad was a mean of means."""
     named, first = make(comm)
     second = mpicomp.Reducer(named, "dense", comm)
-    give(named, [np.ones((2, 3)), np.ones(4)])
+    if comm.rank == 0:
+        give(named, [np.full((2, 3), comm.size), np.full(4, comm.size)])
+    second.finish()
+    assert all((p.grad == 1).all() for _, p in named)
     assert "another open Reducer has taken the gradient of 'b'" in same_error(
-        comm, SpecError, second.finish)
-    first.finish()
+        comm, SpecError, first.finish)
 
 
 def test_an_optimizer_that_is_made_anew_must_be_attached(comm):
