@@ -75,11 +75,14 @@ class HookState:
         self._futures = []      # (future, DDP's buffer, its parameters) of this step
         self._standing_in = None  # the DDP that is out of examples, within its join()
         self._copied = None     # what a copy must find again
+        self._frozen = []       # (name, parameter): in no bucket, neither DDP's nor ours
         self._since = None      # when this step's last bucket came, while torch may wait for us
 
     def _make(self, named_parameters):
         """The Reducer, with its hooks taken off and slots that DDP fills."""
-        reducer = _Reducer(named_parameters, self.method, self.comm, **self._keywords)
+        named = list(named_parameters)
+        reducer = _Reducer(named, self.method, self.comm, **self._keywords)
+        self._frozen = [(name, p) for name, p in named if not p.requires_grad]
         reducer._unhook()
         self._home = {}
         for bucket in reducer._buckets:
@@ -157,6 +160,11 @@ class HookState:
             self._leave_out(given)
         for slot in given:
             slot.gradient = None
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise SpecError(f"comm_hook: {name!r} was frozen when DDP and HookState were made, "
+                                "so its gradient stays this rank's own: after unfreezing a layer "
+                                "make DistributedDataParallel and HookState anew")
         for future, buffer, parameters in futures:
             if buffer.is_sparse:  # a bucket of one parameter; DDP takes what the future holds
                 view = self._home[id(parameters[0])][1].view
