@@ -13,6 +13,7 @@ from mpicomp import mpi
 from mpicomp.agree import digest
 from mpicomp.bucket import owner_of
 from mpicomp.errors import NonFiniteError, SpecError
+from mpicomp.pending import Pending
 
 
 class Changes:
@@ -124,12 +125,13 @@ class Changes:
     def absent(self, parameter) -> bool:
         """Has this rank no gradient of a parameter whose hook has not come?
 
-        One that needs none any more has none, and what another open Reducer has put there is no
-        gradient of this rank's.
+        One that needs none any more has none, and the mean that another open Reducer has put there
+        is no gradient of this rank's.
         """
         gradient = parameter.grad
         return (gradient is None or not parameter.requires_grad
-                or owner_of(gradient) not in (None, self.reducer._place))
+                or type(gradient) is not Pending
+                and owner_of(gradient) not in (None, self.reducer._place))
 
     def _give_up(self):
         self._came.clear()

@@ -317,7 +317,7 @@ class _DdpSlot(Slot):
 
     gradient = None
 
-    def fill(self):
+    def fill(self, absent=False):
         self.bring(self.gradient)  # None where DDP leaves this parameter out
 
     def give_back(self):

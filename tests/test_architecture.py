@@ -36,7 +36,7 @@ KNOWS = {
     "sparse": {"", "bucket", "errors", "mpi", "names", "packet"},
     "agree": {"errors", "mpi"},
     "bucket": {"errors", "kernels", "layout", "pending", "place", "staging"},
-    "pending": set(), "changes": {"", "agree", "bucket", "errors", "mpi"},
+    "pending": set(), "changes": {"", "agree", "bucket", "errors", "mpi", "pending"},
     "clip": {"attachment", "errors"},
     "delay": {"", "amp", "errors", "kernels", "packet"},
     "amp": {"copies", "errors"}, "copies": {"errors"},

@@ -214,13 +214,16 @@ def test_layers_that_some_ranks_leave_out_and_in_another_order(method, comm):
 
 
 def test_a_layer_frozen_on_one_rank_only(comm):
-    """Lightning-AI/pytorch-lightning#20340: its gradient counts as zero there."""
+    """Lightning-AI/pytorch-lightning#20340: it must not move there, and moves elsewhere."""
     model = net()
     optimizer = spread(model, sgd(model.parameters()), comm)
-    for step in range(4):
-        model[0].requires_grad_(comm.rank > 0 or step < 2)
-        plain(model, optimizer, *batch(comm.rank, step))
-    replicas_are_identical(comm, model)
+
+    def train():
+        for step in range(4):
+            model[0].requires_grad_(comm.rank > 0 or step < 2)
+            plain(model, optimizer, *batch(comm.rank, step))
+
+    assert comm.size == 1 or all("freeze the same parameters" in e for e in outcome(comm, train))
 
 
 @pytest.mark.parametrize("sparse", [[], ["0.weight"]])
