@@ -22,6 +22,7 @@ from mpicomp import amp, mpi, packet, systems
 from mpicomp.bucket import Slot
 from mpicomp.errors import SpecError
 from mpicomp.exchange import exchange
+from mpicomp.lost_hooks import Nodes
 from mpicomp.meter import Meter
 from mpicomp.process_group import MpiGroup, init_process_group
 from mpicomp.process_group.watch import Vigil
@@ -90,6 +91,7 @@ class HookState:
             self._home |= {id(slot.parameter): (bucket, slot) for slot in bucket.slots}
         self._reducer, self.method = reducer, reducer.method
         self._vigil = Vigil(self, reducer.comm, reducer._pipeline.timeout)
+        self._nodes = Nodes(reducer)
         if self._loaded is not None:
             reducer.load_state_dict(self._loaded)
         if self._scaler is not None:
