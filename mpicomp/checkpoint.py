@@ -47,6 +47,7 @@ def save(folder, comm, step, shared, mine, about=None, keep=2, stall_timeout=Non
     written, a second more for each megabyte of the largest part.
     """
     folder, comm = Path(folder), mpi.intracommunicator(comm)
+    mpi.end_all_on_exception(comm)
     about, timeout = about or {}, stall_limit(stall_timeout)
     first = _together(comm, lambda: (*_checked(step, about, keep, comm.size),
                                      folder_lock.held(folder)), timeout)

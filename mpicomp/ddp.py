@@ -22,6 +22,7 @@ from mpicomp import amp, mpi, packet, systems
 from mpicomp.bucket import Slot
 from mpicomp.errors import SpecError
 from mpicomp.exchange import exchange
+from mpicomp.lost_hooks import Nodes
 from mpicomp.meter import Meter
 from mpicomp.process_group import MpiGroup, init_process_group
 from mpicomp.process_group.watch import Vigil
@@ -75,11 +76,14 @@ class HookState:
         self._futures = []      # (future, DDP's buffer, its parameters) of this step
         self._standing_in = None  # the DDP that is out of examples, within its join()
         self._copied = None     # what a copy must find again
+        self._frozen = []       # (name, parameter): in no bucket, neither DDP's nor ours
         self._since = None      # when this step's last bucket came, while torch may wait for us
 
     def _make(self, named_parameters):
         """The Reducer, with its hooks taken off and slots that DDP fills."""
-        reducer = _Reducer(named_parameters, self.method, self.comm, **self._keywords)
+        named = list(named_parameters)
+        reducer = _Reducer(named, self.method, self.comm, **self._keywords)
+        self._frozen = [(name, p) for name, p in named if not p.requires_grad]
         reducer._unhook()
         self._home = {}
         for bucket in reducer._buckets:
@@ -87,6 +91,7 @@ class HookState:
             self._home |= {id(slot.parameter): (bucket, slot) for slot in bucket.slots}
         self._reducer, self.method = reducer, reducer.method
         self._vigil = Vigil(self, reducer.comm, reducer._pipeline.timeout)
+        self._nodes = Nodes(reducer)
         if self._loaded is not None:
             reducer.load_state_dict(self._loaded)
         if self._scaler is not None:
@@ -157,6 +162,11 @@ class HookState:
             self._leave_out(given)
         for slot in given:
             slot.gradient = None
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise SpecError(f"comm_hook: {name!r} was frozen when DDP and HookState were made, "
+                                "so its gradient stays this rank's own: after unfreezing a layer "
+                                "make DistributedDataParallel and HookState anew")
         for future, buffer, parameters in futures:
             if buffer.is_sparse:  # a bucket of one parameter; DDP takes what the future holds
                 view = self._home[id(parameters[0])][1].view

@@ -43,9 +43,10 @@ def allow(seconds):
 def put_off():
     """Python's lock is to be had: count anew. Costs a system call a few times in that time."""
     global _since
-    if _seconds is not None and perf_counter() - _since > _seconds / 20:
+    seconds = _seconds  # once: another thread may call `cancel`
+    if seconds is not None and perf_counter() - _since > seconds / 20:
         _since = perf_counter()
-        _set(_seconds)
+        _set(seconds)
 
 
 def cancel():

@@ -107,7 +107,7 @@ def stall_limit(given=None) -> float:
 def settings() -> dict:
     """The environment variables that change which calls are made, and what they mean on this rank.
 
-    With MPICOMP_KERNELS, MPICOMP_AVX2 and OMP_NUM_THREADS the bytes are the same, and with
+    With MPICOMP_KERNELS, MPICOMP_VECTORS and OMP_NUM_THREADS the bytes are the same, and with
     MPICOMP_PROGRESS the order of calls is: those may differ.
     """
     on_host = os.environ.get("MPICOMP_STAGING") == "host"  # packets go around rings there

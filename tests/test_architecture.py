@@ -59,6 +59,7 @@ KNOWS = {
     "order": {"agree", "bucket", "mpi", "staging"},
     "connection": {"advice", "agree", "errors", "exchange", "mpi", "place", "systems", "watchdog"},
     "recovery": {"errors", "mpi"},
+    "lost_hooks": {"errors"},
     "attachment": {"amp", "copies", "errors", "mpi"},
     "variants": {"compressor", "exchange", "systems"},
     "reducer": {"", "attachment", "bucket", "changes", "connection", "delay", "delivery",
@@ -68,7 +69,8 @@ KNOWS = {
 TORCH = {"reducer", "changes", "clip", "pending", "place", "order", "persistence", "delivery",
          "shard_optimizer", "bucket",
          "broadcast", "plan", "nn", "ddp", "bench", "amp", "process_group", "checkpoint",
-         "repartition", "recovery", "sparse", "attachment", "replicas"}
+         "repartition", "recovery", "sparse", "attachment", "replicas",
+         "lost_hooks"}
 MPI = {"exchange", "mpi", "reducer", "order", "delivery", "broadcast", "cli", "bench", "ddp",
        "process_group", "signals", "probe", "recovery", "watchdog", "shelf", "start"}
 CUPY = {"device.py", "staging.py"}
