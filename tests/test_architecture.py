@@ -60,12 +60,13 @@ KNOWS = {
     "connection": {"advice", "agree", "errors", "exchange", "mpi", "place", "systems", "watchdog"},
     "recovery": {"errors", "mpi"},
     "attachment": {"amp", "copies", "errors", "mpi"},
+    "backward": {"errors", "place"},
     "variants": {"compressor", "exchange", "systems"},
-    "reducer": {"", "attachment", "bucket", "changes", "connection", "delay", "delivery",
+    "reducer": {"", "attachment", "backward", "bucket", "changes", "connection", "delay", "delivery",
                 "exchange", "kernels", "mpi", "order", "persistence", "place", "plan", "receipt",
                 "replicas", "sparse", "systems", "watchdog"} | BASE,
 }
-TORCH = {"reducer", "changes", "clip", "pending", "place", "order", "persistence", "delivery",
+TORCH = {"reducer", "backward", "changes", "clip", "pending", "place", "order", "persistence", "delivery",
          "shard_optimizer", "bucket",
          "broadcast", "plan", "nn", "ddp", "bench", "amp", "process_group", "checkpoint",
          "repartition", "recovery", "sparse", "attachment", "replicas"}
