@@ -43,7 +43,7 @@ class Backward:
             self._reopen()
             if self._synchronising:
                 self._changes.came(table)
-                table.fill()
+                table.fill(self._changes.touch)
 
     @on_place
     def _arrived(self, bucket, slot, parameter, finish=None):

@@ -23,10 +23,11 @@ class Slot:
     shown  another one in the same memory: p.grad, which users may change or move elsewhere
     scale  what p.grad is multiplied by outside of the bucket: a loss scale, see amp.py
     ready  is this step's gradient in place?
+    frozen no gradient is handed out, since the parameter needed none when this step began
     fine   is all of it finite? None on a GPU, where one look at a bucket costs less than many
     """
 
-    scale = 1.0
+    scale, frozen = 1.0, False
 
     def __init__(self, name, parameter, view, flat):
         self.name, self.parameter, self.view, self.flat = name, parameter, view, flat
@@ -142,7 +143,7 @@ class Slot:
         if self._is_here(now):
             self._look()
         elif direct:
-            self.view.copy_(now)  # made from p.grad, so in true units
+            self.view.copy_(now.detach())  # made from p.grad, so in true units
             self._look()
         else:
             self.bring(now)
@@ -175,7 +176,7 @@ class Slot:
 
     def give_back(self):
         """Make p.grad what now stands in the bucket; None for a parameter that is frozen now."""
-        if not self.parameter.requires_grad:
+        if self.frozen:
             self.clear()
             return
         if self.scale != 1.0:

@@ -145,8 +145,7 @@ class Reducer(Attachment, Backward, Connection, Delivery, Persistence, Replicas)
     def _launch(self, bucket, touched):
         """Send a complete bucket on its way."""
         self._resume()
-        if not self._next and not self._finishing:
-            self._changes.replan()
+        self._changes.replan()
         if self._delay:
             self._delay.launch(bucket)
         bad = bucket.first_bad()
@@ -188,12 +187,11 @@ class Reducer(Attachment, Backward, Connection, Delivery, Persistence, Replicas)
             self._checked = True
 
     def _finish(self):
-        self._changes.settle()
+        self._changes.settle(late=True)
+        self._changes.replan()
         if self._delay:
             self._delay.land()
         self.compare()
-        if not self._next:
-            self._changes.replan()
         self._changes.judge()
         for bucket in self._buckets[self._next:]:
             touched = bucket.touched
