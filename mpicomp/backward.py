@@ -25,7 +25,7 @@ class Backward:
         finally:
             self._synchronising = before
 
-    @torch.compiler.disable  # torch.compile leaves such calls as they are
+    @on_place
     def _on_gradient(self, name, parameter):
         """The gradient of one parameter is complete (called by autograd, from any thread)."""
         with self._lock:
@@ -33,7 +33,7 @@ class Backward:
             self._reopen()
             if self._synchronising:
                 self._order.note(name)
-            self._arrived(*self._order.place[name], parameter, self._changes.touch)
+            self._take(*self._order.place[name], self._changes.touch)
 
     @torch.compiler.disable
     def _on_rows(self, table, parameter):
@@ -46,12 +46,16 @@ class Backward:
                 table.fill(self._changes.touch)
 
     @on_place
-    def _arrived(self, bucket, slot, parameter, finish=None):
-        """The gradient of one parameter is complete and can go into its bucket.
+    def _arrived(self, bucket, slot):
+        """A gradient that somebody else watches for is complete: see ddp.py."""
+        self._reopen()
+        self._take(bucket, slot)
+
+    def _take(self, bucket, slot, finish=None):
+        """The gradient of one parameter goes into its bucket.
 
         With `finish` hooks of the user's may yet change it: its bucket is sent after those.
         """
-        self._reopen()
         if slot.ready:
             self._changes.spoil()
             raise MismatchError(
@@ -68,9 +72,10 @@ class Backward:
         self._fill(bucket, slot, finish)
         if not finish:
             self._launch_ready()
-        with self.stats.stage("post"):
-            self._pipeline.poll()
-            self._exchange.poll()
+        if self._next or self._delay or self._exchange.asynchronous:  # is anything under way?
+            with self.stats.stage("post"):
+                self._pipeline.poll()
+                self._exchange.poll()
 
     def _reopen(self):
         """A new step begins."""
@@ -83,7 +88,7 @@ class Backward:
                 bucket.reset()
 
     def _fill(self, bucket, slot, finish=None):
-        slot.fill(*[finish] * bool(finish))
+        slot.fill(finish)
         slot.ready = True
         bucket.missing -= 1
 

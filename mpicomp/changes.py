@@ -43,23 +43,23 @@ class Changes:
 
     def came(self, slot):
         """The hook of this slot's parameter brings its gradient."""
-        self.replan()
+        if not self._planned:
+            self.replan()
         self._came.append(slot)
         self._last, now = slot, slot.parameter.grad
         if type(now) is Pending and now.finish != self.touch:
             self.problem(
                 f"another open Reducer has taken the gradient of {slot.name!r}: close() that one "
                 "first, or give each of them its own parameters")
-        self._refuse_changed(slot)
 
     def problem(self, text):
         """What all ranks raise when the exchange is finished; the first counts."""
         self.bad.setdefault("problem", text)
 
-    def _refuse_changed(self, slot):
-        if slot.changed:
+    def _refuse_changed(self, slot, became):
+        if became:
             self.problem(
-                f"{slot.name!r} {slot.changed}: convert the model first (model.half(), model.to("
+                f"{slot.name!r} {became}: convert the model first (model.half(), model.to("
                 "device)), then make its optimizer and Reducer; close() the Reducer that it had")
 
     def settle(self, late=False):
@@ -122,8 +122,9 @@ class Changes:
         """After backward(): is what came still there, and are parameters what they were?"""
         r, changed = self.reducer, [slot for slot in self._came if not slot.untouched]
         for slot in r._order.slots:
-            if not slot.ready:
-                self._refuse_changed(slot)
+            self._refuse_changed(slot, slot.became if slot.ready else slot.changed)
+        for table in r._rows.tables:
+            self._refuse_changed(table, table.changed)
         if self.frozen and (r.method.adagrad or r._exchange.owns):
             self.problem(
                 f"{self.frozen[0]!r} needs no gradient any more, but with {r.method!r} it would "
