@@ -63,7 +63,9 @@ class Attachment(copies.Uncopied):
                 raise SpecError(f"a GradScaler needs a synchronous exchange, found {self.method!r}")
             amp.follow_scale(self._order.slots, scaler)
             amp.finish_before_unscale(self, scaler)
-        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        torchs = isinstance(optimizer, torch.optim.Optimizer)  # others may keep hooks elsewhere
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks" if torchs
+                       else "register_step_pre_hook"):
             raise SpecError(f"attach: {type(optimizer).__name__} found, expected a torch.optim."
                             "Optimizer that has called super().__init__(): where it wraps another "
                             "optimizer, attach that one")

@@ -1,5 +1,5 @@
-"""Gradients that are frozen, given up, read or added to at odd moments: nothing is lost, no replica
-drifts. Each was seen to fail before."""
+"""Gradients that are frozen, given up, read or added to at odd moments: nothing is lost, and no
+replica drifts."""
 
 import gc
 
@@ -282,3 +282,35 @@ def test_a_backward_that_fails_on_one_rank(spec, how, comm):
         backward(comm, named, step)
         optimizer.step()
     conserved(comm, named, reducer, total(comm, [[1, 2, 4, 5]] * 3))
+
+
+def test_an_optimizer_of_ones_own_with_hooks_of_its_own(comm):
+    """No torch.optim.Optimizer, as in tests/chaos: two methods for hooks are all that is asked."""
+    class Plain:
+        def __init__(self, parameters):
+            self.parameters, self.before, self.after = parameters, [], []
+
+        def register_step_pre_hook(self, hook):
+            self.before.append(hook)
+
+        def register_step_post_hook(self, hook):
+            self.after.append(hook)
+
+        def step(self):
+            for hook in self.before:
+                hook(self, (), {})
+            with torch.no_grad():
+                for p in self.parameters:
+                    p -= p.grad
+            for hook in self.after:
+                hook(self, (), {})
+
+    named = parameters(**SHAPES)
+    optimizer = Plain([p for _, p in named])
+    mpicomp.Reducer(named, "dense", comm).attach(optimizer)
+    for step in range(3):
+        for _, p in named:
+            p.grad = None
+        backward(comm, named, step)
+        optimizer.step()
+    replicas_are_identical(comm, torch.nn.ParameterList(optimizer.parameters))
