@@ -23,10 +23,12 @@ class Slot:
     shown  another one in the same memory: p.grad, which users may change or move elsewhere
     scale  what p.grad is multiplied by outside of the bucket: a loss scale, see amp.py
     ready  is this step's gradient in place?
+    frozen no gradient is handed out, since the parameter needed none when this step began
+    became what `changed` has said last
     fine   is all of it finite? None on a GPU, where one look at a bucket costs less than many
     """
 
-    scale = 1.0
+    scale, frozen, became = 1.0, False, None
 
     def __init__(self, name, parameter, view, flat, owner=None):
         self.name, self.parameter, self.view, self.flat = name, parameter, view, flat
@@ -50,7 +52,7 @@ class Slot:
     def changed(self) -> str | None:
         """What the parameter has become since the bucket was made, in words, or None."""
         self._meet()
-        return self._changed
+        return self.became
 
     def _meet(self):
         """Look at the parameter where it is not the one of before: it costs microseconds."""
@@ -59,7 +61,7 @@ class Slot:
             return
         self._at = p.data_ptr(), p.dtype, p.numel()
         self._like = p.dtype == grad_dtype(p) == torch.float32 and p.device == self.view.device
-        self._changed = became(p, self._kind)
+        self.became = became(p, self._kind)
 
     @property
     def shown(self):
@@ -94,7 +96,7 @@ class Slot:
             self.bring(None)
             return
         direct = self.direct
-        gradient = None if self.changed else plain(self.parameter.grad)
+        gradient = None if self.became else plain(self.parameter.grad)
         if direct or not finish:  # else `settle` brings it, after all hooks
             self.bring(gradient)
         if gradient is not None and direct:
@@ -140,16 +142,17 @@ class Slot:
 
         False where there is no gradient any more.
         """
-        direct = self.direct
-        if self._changed or direct and self._own is not None and self.untouched:
+        if self.became or (self._own is not None and self._own is self._shown
+                           and self.untouched):
             return True
+        direct = self.direct
         now = plain(self.parameter.grad)
         if now is None:
             return False
         if self._is_here(now):
             self._look()
         elif direct:
-            self.view.copy_(now)  # made from p.grad, so in true units
+            self.view.copy_(now.detach())  # made from p.grad, so in true units
             self._look()
         else:
             self.bring(now)
@@ -182,7 +185,7 @@ class Slot:
 
     def give_back(self):
         """Make p.grad what now stands in the bucket; None for a parameter that is frozen now."""
-        if not self.parameter.requires_grad:
+        if self.frozen:
             self.clear()
             return
         if self.scale != 1.0:

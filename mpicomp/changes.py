@@ -31,37 +31,38 @@ class Changes:
 
     def reset(self):
         """Nothing has ever happened."""
-        self.bad, self.applied, self.frozen, self.took_back = {}, [], (), False
+        self.bad, self.applied, self.took_back = {}, [], False
         self.new_mail()
         self.begin()
 
     def begin(self):
         """A new step."""
         self.took_back |= bool(self.applied)
-        self._came, self._last, self.applied = [], None, []
+        self._came, self._last, self.applied, self._planned = [], None, [], False
 
     # ---- before the exchange is finished ----
 
     def came(self, slot):
         """The hook of this slot's parameter brings its gradient."""
+        if not self._planned:
+            self.replan()
         self._came.append(slot)
         self._last = slot
-        self._refuse_changed(slot)
 
     def problem(self, text):
         """What all ranks raise when the exchange is finished; the first counts."""
         self.bad.setdefault("problem", text)
 
-    def _refuse_changed(self, slot):
-        if slot.changed:
+    def _refuse_changed(self, slot, became):
+        if became:
             self.problem(
-                f"{slot.name!r} {slot.changed}: convert the model first (model.half(), model.to("
+                f"{slot.name!r} {became}: convert the model first (model.half(), model.to("
                 "device)), then make its optimizer and Reducer; close() the Reducer that it had")
 
-    def settle(self):
-        """All hooks of the parameter that came last are through."""
+    def settle(self, late=False):
+        """All hooks of the parameter that came last are through; `late` after backward()."""
         slot, self._last = self._last, None
-        if slot is not None and not slot.settle(self.touch):
+        if slot is not None and not slot.settle(self.touch) and not late:
             self.problem(
                 f"p.grad of {slot.name!r} was set to None in backward(), by another hook of the "
                 "parameter: nothing is left to exchange. Take that hook off, or do what it does "
@@ -69,17 +70,34 @@ class Changes:
 
     def arrive(self, parameter):
         """The hook of this parameter is called: is it of this step, or of one after zero_grad()?"""
-        self.settle()
         task = torch._C._current_graph_task_id()
         if task == self._task and task >= 0:
+            self.settle()
             return  # the same backward()
         self._task = task
-        if self._came and not any(slot.untouched or slot.shows for slot in self._came):
+        if self._came and not any(self._stands(slot, parameter) for slot in self._came):
             fresh, parameter.grad = parameter.grad, None
             self.discard()
             parameter.grad = fresh
+        elif self.applied and self._on_top(parameter):
+            self.commit()
+        self.settle()
         if task >= 0:
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def _stands(self, slot, parameter) -> bool:
+        """Is the gradient that came still there, now that the hook of this parameter is called?"""
+        if slot.untouched or slot.shows:
+            return True
+        # a hook may have replaced it, in a backward() that this one is in the middle of
+        return (slot is self._last and slot.parameter is not parameter
+                and slot.parameter.grad is not None)
+
+    def _on_top(self, parameter) -> bool:
+        """Is the mean still in p.grad, so that the new gradient is added to it?"""
+        others = [p.grad for _, p in self.reducer._all_parameters if p is not parameter]
+        return any(g is not None and bool((g._values() if g.is_sparse else g).any())
+                   for g in others)
 
     @torch.compiler.disable
     def _end(self):
@@ -101,8 +119,9 @@ class Changes:
         """After backward(): is what came still there, and are parameters what they were?"""
         r, changed = self.reducer, [slot for slot in self._came if not slot.untouched]
         for slot in r._order.slots:
-            if not slot.ready:
-                self._refuse_changed(slot)
+            self._refuse_changed(slot, slot.became if slot.ready else slot.changed)
+        for table in r._rows.tables:
+            self._refuse_changed(table, table.changed)
         if self.frozen and (r.method.adagrad or r._exchange.owns):
             self.problem(
                 f"{self.frozen[0]!r} needs no gradient any more, but with {r.method!r} it would "
@@ -122,19 +141,20 @@ class Changes:
                 "and p.grad is the mean, which you may change. (zero_grad() of all parameters "
                 "gives the step up)")
 
-    def absent(self, parameter) -> bool:
+    def absent(self, slot) -> bool:
         """Has this rank no gradient of a parameter whose hook has not come?
 
-        One that needs none any more has none, and the mean that another open Reducer has put there
-        is no gradient of this rank's.
+        One that is frozen has none, and the mean that another open Reducer has put there is no
+        gradient of this rank's.
         """
-        gradient = parameter.grad
-        return (gradient is None or not parameter.requires_grad
+        gradient = slot.parameter.grad
+        return (gradient is None or slot.frozen
                 or type(gradient) is not Pending
                 and owner_of(gradient) not in (None, self.reducer._place))
 
     def _give_up(self):
         self._came.clear()
+        self._last = None
         self.bad["given up"] = True
         r = self.reducer
         if r._delay or r._exchange.asynchronous and r._next:
@@ -159,17 +179,23 @@ class Changes:
     # ---- what all ranks must do alike ----
 
     def new_mail(self):
-        """The mail of all buckets was made anew."""
-        self._digest = 0
+        """The mail of all buckets was made anew, and their slots."""
+        self._digest, self.frozen = 0, ()
 
     def replan(self):
-        """Before the first bucket of a step: have headers say what is frozen and taken back.
+        """As a step begins: have headers say what is frozen and taken back.
 
+        A parameter that is frozen later in the step is moved by it once more, as in one process.
         In an asynchronous exchange ranks are in other steps, and do not compare it.
         """
-        r = self.reducer
-        self.frozen = tuple(name for name, p in r._named if not p.requires_grad)
-        now = 0
+        if self._planned:
+            return
+        self._planned, r, now = True, self.reducer, 0
+        frozen = tuple(name for name, p in r._named if not p.requires_grad)
+        if frozen != self.frozen:
+            self.frozen = frozen
+            for slot in r._order.slots:
+                slot.frozen = slot.name in frozen
         if self.frozen or self.took_back:
             now = digest(f"frozen {self.frozen}, last step taken back: {self.took_back}")
         self.took_back = False
@@ -196,7 +222,7 @@ class Changes:
         for rank, theirs in enumerate(found):
             if "problem" in theirs:
                 raise SpecError(f"rank {rank}: {theirs['problem']}")
-        names = [[text for key, text in theirs.items() if key != "given up"] for theirs in found]
+        names = [[] if "given up" in theirs else list(theirs.values()) for theirs in found]
         where = "; ".join(f"rank {k}: {', '.join(n)}" for k, n in enumerate(names) if n)
         if where and r.nonfinite == "raise":
             step, r.step = r.step, r.step + alone  # the others have heard of this step

@@ -147,7 +147,7 @@ class HookState:
         bucket, slot = self._home[id(parameter)]
         slot.gradient = gradient
         self._given.append(slot)
-        self._reducer._arrived(bucket, slot, parameter)
+        self._reducer._arrived(bucket, slot)
 
     def _finish(self):
         """Every bucket of DDP is in: wait for the mean, and let DDP have it."""
@@ -319,7 +319,7 @@ class _DdpSlot(Slot):
 
     gradient = None
 
-    def fill(self, absent=False):
+    def fill(self, finish=None, absent=False):
         self.bring(self.gradient)  # None where DDP leaves this parameter out
 
     def give_back(self):

@@ -106,6 +106,7 @@ class Delay:
         """
         if self.step is None:
             return
+        self.reducer._changes.replan()
         self.land()
         with amp.true_units(self.reducer._order.slots):
             self._hand_out()

@@ -65,6 +65,7 @@ class Delivery:
         if self.method.adagrad:
             raise SpecError("flush: with adagrad=yes the second residual is no gradient, and "
                             "cannot be added to the first")
+        self._changes.replan()
         if self._delay:
             self._delay.require_settled("flush()")
         if self._exchange.asynchronous:
@@ -99,10 +100,17 @@ class Delivery:
     def _owed(self, bucket, mail):
         """The sum of this rank's residuals of a bucket, which become zero."""
         owed = mail.persistent()
-        total = kernels.of(bucket.grad).zeros(bucket.layout.size)
+        zeros = kernels.of(bucket.grad).zeros
+        total = zeros(bucket.layout.size)
         for array in owed.values():
             total += array
-        mail.restore(dict.fromkeys(owed, kernels.of(bucket.grad).zeros(bucket.layout.size)))
+        left = dict.fromkeys(owed, zeros(bucket.layout.size))
+        for slot, s in zip(bucket.slots, bucket.layout.segments):
+            if slot.frozen and owed:  # what it is owed waits
+                left["error"] = left["error"].copy()
+                left["error"][s.slice] = total[s.slice]
+                total[s.slice] = 0
+        mail.restore(left)
         return total
 
     def _require_no_step(self, what):

@@ -2,19 +2,19 @@
 
 import sys
 import threading
-from contextlib import contextmanager
 from functools import partial
 
 import torch
 
 from mpicomp import kernels, mpi, packet, place, systems
 from mpicomp.attachment import Attachment, now_open
+from mpicomp.backward import Backward
 from mpicomp.bucket import make_buckets
 from mpicomp.changes import Changes
 from mpicomp.connection import Connection
 from mpicomp.delay import Delay
 from mpicomp.delivery import Delivery
-from mpicomp.errors import DeviceError, MismatchError, NonFiniteError, SpecError
+from mpicomp.errors import DeviceError, NonFiniteError, SpecError
 from mpicomp.exchange.pipeline import Pipeline
 from mpicomp.exchange.wire import Wire
 from mpicomp.meter import Meter
@@ -30,7 +30,7 @@ from mpicomp.watchdog import Watchdog
 _said = set()  # notes that this process has printed
 
 
-class Reducer(Attachment, Connection, Delivery, Persistence, Replicas):
+class Reducer(Attachment, Backward, Connection, Delivery, Persistence, Replicas):
     """Replaces every gradient by its mean over ranks, exchanged as `method` says.
 
     named_parameters  (name, parameter) pairs, as model.named_parameters() gives them; those that
@@ -126,88 +126,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence, Replicas):
                 _said.add(note)
                 print(f"mpicomp: {note}", file=sys.stderr)
 
-    @contextmanager
-    def no_sync(self):
-        """In this context backward only accumulates; the next backward outside exchanges all."""
-        before, self._synchronising = self._synchronising, False
-        try:
-            yield
-        finally:
-            self._synchronising = before
-
     # ---- one step ----
-
-    @torch.compiler.disable  # torch.compile leaves such calls as they are
-    def _on_gradient(self, name, parameter):
-        """The gradient of one parameter is complete (called by autograd, from any thread)."""
-        with self._lock:
-            self._changes.arrive(parameter)
-            self._reopen()
-            if self._synchronising:
-                self._order.note(name)
-            self._arrived(*self._order.place[name], parameter, self._changes.touch)
-
-    @torch.compiler.disable
-    def _on_rows(self, table, parameter):
-        """A gradient that travels as rows is complete."""
-        with self._lock:
-            self._changes.arrive(parameter)
-            self._reopen()
-            if self._synchronising:
-                self._changes.came(table)
-                table.fill()
-
-    @on_place
-    def _arrived(self, bucket, slot, parameter, finish=None):
-        """The gradient of one parameter is complete and can go into its bucket.
-
-        With `finish` hooks of the user's may yet change it: its bucket is sent after those.
-        """
-        self._reopen()
-        if slot.ready:
-            self._changes.spoil()
-            raise MismatchError(
-                f"rank {self.comm.rank}: a second gradient of {slot.name!r} arrived before the "
-                "step: wrap every backward() but the last one, and only those, in  with "
-                "reducer.no_sync():  (checkpoint() of a module that is used twice does this in one "
-                "backward(); there use_reentrant=False helps). A step that is not to be made is "
-                "given up by optimizer.zero_grad(), or by reducer.discard()")
-        if not self._synchronising:
-            return
-        if finish:
-            self._launch_ready()
-            self._changes.came(slot)
-        self._fill(bucket, slot, finish)
-        if not finish:
-            self._launch_ready()
-        with self.stats.stage("post"):
-            self._pipeline.poll()
-            self._exchange.poll()
-
-    def _reopen(self):
-        """A new step begins."""
-        self._stepped.clear()
-        if self._finished:
-            self._finished, self._next = False, 0
-            self._changes.begin()
-            self._order.apply()
-            for bucket in self._buckets:
-                bucket.reset()
-
-    def _fill(self, bucket, slot, finish=None, absent=False):
-        slot.fill(**({"finish": finish} if finish else {"absent": True} if absent else {}))
-        slot.ready = True
-        bucket.missing -= 1
-
-    def _launch_ready(self):
-        """Send what is complete; not before ranks are known to agree, which waits for `finish`.
-
-        A comparison in here would wait for ranks that are in another Reducer's finish. The last
-        bucket waits for `finish`, too: its header tells whether the step is given up.
-        """
-        while (self._checked and self._next < len(self._buckets) - 1
-               and not self._buckets[self._next].missing):
-            self._launch(self._buckets[self._next], touched=True)
 
     @property
     def _weight(self):
@@ -226,8 +145,7 @@ class Reducer(Attachment, Connection, Delivery, Persistence, Replicas):
     def _launch(self, bucket, touched):
         """Send a complete bucket on its way."""
         self._resume()
-        if not self._next and not self._finishing:
-            self._changes.replan()
+        self._changes.replan()
         if self._delay:
             self._delay.launch(bucket)
         bad = bucket.first_bad()
@@ -269,19 +187,18 @@ class Reducer(Attachment, Connection, Delivery, Persistence, Replicas):
             self._checked = True
 
     def _finish(self):
-        self._changes.settle()
+        self._changes.settle(late=True)
+        self._changes.replan()
         if self._delay:
             self._delay.land()
         self.compare()
-        if not self._next:
-            self._changes.replan()
         self._changes.judge()
         for bucket in self._buckets[self._next:]:
             touched = bucket.touched
             for slot in bucket.slots:
                 if not slot.ready:
                     # an accumulated gradient from no_sync() counts, an absent one is zero
-                    absent = self._changes.absent(slot.parameter)
+                    absent = self._changes.absent(slot)
                     touched |= not absent
                     self._fill(bucket, slot, absent=absent)
             self._launch(bucket, touched)

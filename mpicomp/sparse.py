@@ -17,6 +17,7 @@ from mpicomp.bucket import became, kind
 from mpicomp.errors import SpecError
 from mpicomp.names import known_as
 from mpicomp.packet import Header
+from mpicomp.pending import Pending, plain
 
 BUCKET = 0xFFFFFFFF  # in headers
 DENSE = 1 << 62  # added to a number of rows: this rank's gradient was not sparse
@@ -53,28 +54,43 @@ class Table:
 
     def __init__(self, name, parameter):
         self.name, self.parameter, self._kind = name, parameter, kind(parameter)
-        self._handed = self._version = None
+        self._handed = self._own = None
+        self._version = 0
 
     @property
     def changed(self) -> str | None:
         """What the parameter has become since the Reducer was made, in words, or None."""
         return became(self.parameter, self._kind)
 
-    def fill(self):
-        """A gradient has come."""
-        self._handed = self.parameter.grad
-        self._version = None if self._handed is None else self._handed._version
+    def fill(self, finish):
+        """A gradient has come. Where it is dense it waits for the mean; torch has no sparse ones
+        that could."""
+        self._own = self._handed = own = plain(self.parameter.grad)
+        self._version = None if own is None else own._version
+        if _is_dense(own):
+            self._handed = self.parameter.grad = Pending.of(own, finish)
 
     def settle(self, finish) -> bool:
         """Is there a gradient, after all hooks?"""
-        self.fill()
+        if not self.untouched:
+            self.fill(finish)
         return self._handed is not None
+
+    def give_back(self, mean):
+        """Make p.grad the mean, also for who holds the tensor that waited for it."""
+        if type(self._handed) is Pending and mean is not None:
+            mean = self._own.copy_(mean)
+        self.parameter.grad, self._handed, self._own = mean, None, None
+
+    def clear(self):
+        """There is no gradient."""
+        self.parameter.grad = self._handed = self._own = None
 
     @property
     def untouched(self) -> bool:
         """Is p.grad as backward() has left it?"""
         now = self.parameter.grad
-        return now is self._handed and (now is None or now._version == self._version)
+        return now is self._handed and (now is None or self._own._version == self._version)
 
     shows = untouched
 
@@ -95,12 +111,13 @@ class Sparse:
         """
         if not self.named:
             return False
-        grads = [_rows(p) for _, p in self.named]
+        own = [plain(p.grad) for _, p in self.named]
+        grads = [_rows(p, grad) for (_, p), grad in zip(self.named, own)]
         bad = [name for (name, _), g in zip(self.named, grads) if not g.values().isfinite().all()]
         if bad:
             self.reducer._changes.bad[BUCKET] = bad[0]
-        rows = [g.indices().shape[1] + (DENSE if _is_dense(p.grad) else 0)
-                for (_, p), g in zip(self.named, grads)]
+        rows = [g.indices().shape[1] + (DENSE if _is_dense(grad) else 0)
+                for grad, g in zip(own, grads)]
         heads, counts = self._heads(exchange, plan, rows)
         if any(head.flags & packet.NONFINITE for head in heads):
             return True
@@ -115,15 +132,15 @@ class Sparse:
 
     def give_back(self):
         """Make p.grad the mean; None where no rank had a row."""
-        for (_, p), mean in zip(self.named, self._means):
-            p.grad = mean
+        for table, mean in zip(self.tables, self._means):
+            table.give_back(mean)
         self._means = []
 
     def clear(self):
         """The step is skipped."""
         self._means = []
-        for _, p in self.named:
-            p.grad = None
+        for table in self.tables:
+            table.clear()
 
     def _heads(self, exchange, plan, rows):
         """Every rank's header, and int64[ranks, parameters] with how many rows it has."""
@@ -188,9 +205,8 @@ def _is_dense(gradient) -> bool:
     return gradient is not None and not gradient.is_sparse
 
 
-def _rows(parameter):
+def _rows(parameter, grad):
     """The coalesced sparse gradient of a parameter, without rows where there is none."""
-    grad = parameter.grad
     if grad is None:
         where = parameter.device  # whatever torch.set_default_device says
         return torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.int64, device=where),
