@@ -12,13 +12,14 @@ import mpicomp
 from mpicomp import kernels
 
 pytestmark = pytest.mark.mpi(sizes=(2,))  # what is allocated has no other kinds on other ranks
-SPECS = ["dense", "dense:exchange=allgather", "fp16", "bf16:exchange=allreduce", "terngrad",
-         "terngrad:exchange=allreduce", "onebit", "dorefa", "strom:tau=1",
-         "dryden", "dropping", "adacomp",
-         "onebit:exchange=sharded", "onebit:exchange=sharded,adagrad=yes",
-         "dryden:exchange=sharded,own=raw", "strom:tau=1,exchange=sharded",
-         "onebit:exchange=hierarchical", "strom:tau=1,exchange=hierarchical",
-         "onebit:exchange=silent", "rule(*b:dense; k:strom:tau=1; onebit)", "onebit:warmup=2"]
+SPECS = ["dense", "dense:exchange=allgather", "terngrad", "onebit", "dorefa", "strom:tau=1",
+         "dryden", "adacomp", "onebit:exchange=sharded,adagrad=yes",
+         "strom:tau=1,exchange=hierarchical"]
+MORE = ["fp16", "bf16:exchange=allreduce", "terngrad:exchange=allreduce", "dropping",
+        "onebit:exchange=sharded", "dryden:exchange=sharded,own=raw",
+        "strom:tau=1,exchange=sharded", "onebit:exchange=hierarchical", "onebit:exchange=silent",
+        "rule(*b:dense; k:strom:tau=1; onebit)", "onebit:warmup=2"]
+SPECS += [pytest.param(spec, marks=pytest.mark.slow) for spec in MORE]
 N = 256 * 1024 + 256 + 32 * 64 * 9
 GRADIENT = 4 * N
 PIECE = GRADIENT // 3  # all that is allocated at a time in a step must be less

@@ -273,21 +273,3 @@ def test_a_limit_that_is_none_is_named(told, comm, monkeypatch):
                  lambda: mpicomp.checkpoint.save("nowhere", comm, 1, {}, {})):
         text = same_error(comm, SpecError, call)
         assert "MPICOMP_STALL_TIMEOUT" in text and "expected seconds" in text
-
-
-@two
-@pytest.mark.parametrize("call", ["parameters", "state"])
-def test_a_rank_that_never_comes_is_no_hang(call, comm, monkeypatch):
-    """Once both have the communicator: that a rank never comes to make it is mpi.py's affair."""
-    monkeypatch.setenv("MPICOMP_STALL_TIMEOUT", "0.3")
-    model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    if comm.rank == 0:
-        comm.Dup()
-    else:
-        with pytest.raises(mpicomp.StallError, match="waited 0.3 s while"):
-            if call == "parameters":
-                mpicomp.broadcast_parameters(model, comm)
-            else:
-                mpicomp.broadcast_optimizer_state(optimizer, comm)
-    comm.Barrier()
