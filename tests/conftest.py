@@ -21,8 +21,11 @@ that prints, shows every rank's traceback. No rank ever waits for ever: see rank
 import contextlib
 import json
 import os
+import shutil
 import socket
+import tempfile
 import zlib
+from functools import partial
 from importlib.metadata import version
 
 import hypothesis
@@ -115,7 +118,11 @@ def pytest_addoption(parser):
     parser.addoption("--results", metavar="FILE", help="write each outcome there as it is known")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
+    if SIZE > 1 and not config.option.basetemp:  # ranks would clean up what others look at
+        config.option.basetemp = tempfile.mkdtemp(prefix=f"pytest-rank-{RANK}-")
+        config.add_cleanup(partial(shutil.rmtree, config.option.basetemp, ignore_errors=True))
     ranks.stderr = os.dup(2)  # pytest captures 2 itself while tests run
     ranks.watch_for_sigterm()
     for marker in ("limit(seconds): when this test is taken for hanging", "slow: with --slow only"):
