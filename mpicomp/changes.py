@@ -128,7 +128,7 @@ class Changes:
                 "move on: after freezing a layer close() the Reducer and make a new one")
         elif changed and all(slot.parameter.grad is None for slot in self._came):
             self._give_up()
-        elif changed and owner_of(changed[0].parameter.grad) not in (None, r._place):
+        elif changed and self._of_another(changed[0].parameter.grad):
             self.problem(
                 f"another open Reducer has taken the gradient of {changed[0].name!r}: close() one "
                 "of them, or give each its own parameters")
@@ -149,8 +149,11 @@ class Changes:
         """
         gradient = slot.parameter.grad
         return (gradient is None or slot.frozen
-                or type(gradient) is not Pending
-                and owner_of(gradient) not in (None, self.reducer._place))
+                or type(gradient) is not Pending and self._of_another(gradient))
+
+    def _of_another(self, gradient) -> bool:
+        """Has another Reducer made this p.grad what it is?"""
+        return owner_of(gradient) not in (None, self.reducer._place)
 
     def _give_up(self):
         self._came.clear()
@@ -247,5 +250,5 @@ class Changes:
             r = self.reducer
             share = 1.0 / (r._weight * r._lane[0].holders)
             for s in frozen:
-                owed["error"][s.slice] += bucket.flight[s.slice] * type(share)(share)
+                owed["error"][s.slice] += bucket.flight[s.slice] * share
             mail.restore(owed)
