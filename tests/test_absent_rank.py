@@ -12,11 +12,12 @@ from training import give, parameters, same_error
 
 import mpicomp
 import mpicomp.ddp
-from mpicomp import checkpoint, mpi, shelf
+from mpicomp import checkpoint, mpi
 from mpicomp.advice import advise
+from mpicomp.ddp.process_group import MpiGroup
 from mpicomp.errors import MismatchError, StallError
-from mpicomp.process_group import MpiGroup
-from mpicomp.watchdog import STALLED
+from mpicomp.mpi import shelf
+from mpicomp.mpi.watchdog import STALLED
 
 STALL = 0.4
 two = pytest.mark.mpi(min_size=2)
@@ -259,7 +260,7 @@ def test_a_rank_that_ends_before_the_reducer_is_named(program):
 mpicomp.broadcast_parameters(model)
 if rank == last:
     sys.exit()
-mpicomp.watchdog.GRACE = 1.0
+mpicomp.mpi.watchdog.GRACE = 1.0
 steps(1)
 """)
     assert status == 1, output
@@ -289,7 +290,7 @@ for how in ("exit", "raise"):
         try:
             if how == "raise":
                 raise ValueError("of a child")
-            mpicomp.watchdog._end()  # as atexit does
+            mpicomp.mpi.watchdog._end()  # as atexit does
         except ValueError:
             sys.excepthook(*sys.exc_info())
         os._exit(0)  # and not by way of mpi4py's own end, which is MPI_Finalize

@@ -13,7 +13,8 @@ import pytest
 from mpi4py import MPI
 from training import same_error
 
-from mpicomp import CheckpointError, StallError, checkpoint, folder_lock
+from mpicomp import CheckpointError, StallError, checkpoint
+from mpicomp.checkpoint import folder_lock
 
 
 def save(folder, step=1, comm=MPI.COMM_SELF):
