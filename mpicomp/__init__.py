@@ -28,11 +28,11 @@ _HOME = {
     "broadcast_optimizer_state": "broadcast",
     "broadcast_parameters": "broadcast",
     "clip_grad_norm_": "reducer.clip",
-    "from_spec": "compressors.base",
+    "from_spec": "compressors.registry",
     "local_rank": "mpi.start",
     "method": "catalogue",
     "methods": "catalogue",
-    "register": "compressors.base",
+    "register": "compressors.registry",
     "sparse_parameters": "reducer.sparse",
 }
 # Public as mpicomp.checkpoint.save, mpicomp.ddp.comm_hook ...

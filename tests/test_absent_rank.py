@@ -279,7 +279,7 @@ def test_a_child_that_ends_is_no_rank_and_who_holds_pythons_lock_says_where_it_i
     """A child that is forked leaves by way of Python's end, or with an exception; then a rank is
     in code that never gives Python's lock away, so that no thread of its can print anything."""
     status, output = program(2, """
-from mpicomp import last_word
+from mpicomp.mpi import last_word
 last_word.LEAST = 1.0
 optimizer = steps(1)._optimizers[0]
 optimizer.reducer._pipeline.timeout = float(stall)

@@ -193,7 +193,7 @@ def test_a_real_process_that_lives_one_that_ends_and_its_child(tmp_path):
     """A forked child deletes nothing when it ends, and holds nothing where it lives on."""
     code = """
 import os, signal, sys
-from mpicomp import folder_lock
+from mpicomp.checkpoint import folder_lock
 folder_lock.take(sys.argv[1])
 if not (first := os.fork()):
     sys.exit()
