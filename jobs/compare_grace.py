@@ -18,7 +18,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from mpicomp import systems
+from mpicomp import catalogue
 from mpicomp.bench.settled import settle
 from mpicomp.bench.timing import ratios, summary, surroundings, table, write_json
 from mpicomp.layout import Layout
@@ -43,7 +43,7 @@ class Ours:
     def __init__(self, case):
         spec, shape = CASES[case][:2]
         rng = np.random.default_rng(0)
-        self.compressor = c = systems.method(spec).compressor
+        self.compressor = c = catalogue.method(spec).compressor
         self.layout = Layout.of((str(i), shape) for i in range(TENSORS))
         self.grad = rng.standard_normal(self.layout.size, np.float32)
         self.state = c.init(self.layout, self.grad)

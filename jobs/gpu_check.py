@@ -11,7 +11,7 @@ from time import perf_counter
 import numpy as np
 
 from mpicomp import kernels
-from mpicomp.compressor import from_spec
+from mpicomp.compressors.registry import from_spec
 from mpicomp.kernels.gpu import device as gpu
 from mpicomp.layout import Layout
 from mpicomp.philox import Key

@@ -21,9 +21,9 @@ import mpicomp
 from mpicomp import mpi
 from mpicomp.bench.step import join_gloo
 from mpicomp.bench.timing import in_turn, ratios, table
-from mpicomp.exchange import ring
-from mpicomp.exchange.wire import Wire
-from mpicomp.meter import Meter
+from mpicomp.transport import ring
+from mpicomp.transport.calls import Wire
+from mpicomp.transport.meter import Meter
 
 LANES = (1, 2, 4, 8)
 

@@ -88,8 +88,8 @@ class Graph:
 
     def __init__(self, files, text):
         self.files, self.text = set(files), text
-        home = re.findall(r'"(\w+)": "(\w+)",', text("mpicomp/__init__.py"))
-        self.public = {name: f"mpicomp/{module}.py" for name, module in home}
+        home = re.findall(r'"(\w+)": "([\w.]+)",', text("mpicomp/__init__.py"))
+        self.public = {name: f"mpicomp.{module}" for name, module in home}
         self.needs = cache(self.needs)
 
     def module(self, name):
@@ -99,7 +99,7 @@ class Graph:
                  if file in self.files}
         package, _, last = name.rpartition(".")
         if package == "mpicomp" and last in self.public:
-            found.add(self.public[last])
+            found |= self.module(self.public[last])
         return found | (self.module(package) if package else set())
 
     def needs(self, path):

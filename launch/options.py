@@ -5,11 +5,11 @@ import argparse
 import re
 from pathlib import Path
 
-import torch
-
 import models
-from mpicomp import local_rank
+import torch
 from recipes import RECIPES
+
+from mpicomp import local_rank
 
 
 def three_bits(text):

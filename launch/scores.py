@@ -1,10 +1,9 @@
 """How good a model is: each rank scores its share, and all get the whole."""
 from __future__ import annotations
 
+import data as datasets
 import torch
 from torch.nn import functional
-
-import data as datasets
 
 
 def rows_of(split, rows, device="cpu"):

@@ -19,14 +19,14 @@ import os
 import sys
 from time import perf_counter
 
+import data as datasets  # beside this file, as models and scores are
+import models
 import numpy as np
+import scores
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import data as datasets  # beside this file, as models and scores are
-import models
-import scores
 import mpicomp
 from mpicomp import mpi
 from mpicomp.bench.step import PEERS, distribute, join_gloo

@@ -31,19 +31,19 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch.nn import functional
-
-import data as datasets         # this and other modules are beside this file, in launch/
+import data as datasets  # this and other modules are beside this file, in launch/
 import models
+import numpy as np
 import options
-import mpicomp.mpi
-import mpicomp.nn
+import torch
 from journal import Journal
-from mpicomp import checkpoint
 from recipes import DOREFA, RECIPES
 from scores import count, evaluate, phoneme_error_rate, rows_of
+from torch.nn import functional
+
+import mpicomp.mpi
+import mpicomp.nn
+from mpicomp import checkpoint
 
 device, no_device = options.take_device(sys.argv)  # before MPI starts
 

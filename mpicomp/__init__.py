@@ -8,14 +8,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "CheckpointError": "errors",
-    "Compressor": "compressor",
+    "Compressor": "compressors.base",
     "DeadRankError": "errors",
     "DeviceError": "errors",
     "DistributedOptimizer": "reducer",
     "Key": "philox",
     "LaunchError": "errors",
     "Layout": "layout",
-    "Method": "systems",
+    "Method": "catalogue",
     "MismatchError": "errors",
     "MpicompError": "errors",
     "NonFiniteError": "errors",
@@ -27,17 +27,18 @@ _HOME = {
     "StallError": "errors",
     "broadcast_optimizer_state": "broadcast",
     "broadcast_parameters": "broadcast",
-    "clip_grad_norm_": "clip",
-    "from_spec": "compressor",
-    "local_rank": "start",
-    "method": "systems",
-    "methods": "systems",
-    "register": "compressor",
-    "sparse_parameters": "sparse",
+    "clip_grad_norm_": "reducer.clip",
+    "from_spec": "compressors.registry",
+    "local_rank": "mpi.start",
+    "method": "catalogue",
+    "methods": "catalogue",
+    "register": "compressors.registry",
+    "sparse_parameters": "reducer.sparse",
 }
 # Public as mpicomp.checkpoint.save, mpicomp.ddp.comm_hook ...
-_MODULES = ("advice", "checkpoint", "compressor", "ddp", "errors", "kernels", "nn", "philox",
-            "slurm", "watchdog")
+_MODULES = {name: name for name in ("advice", "checkpoint", "compressor", "ddp", "errors",
+                                    "kernels", "nn", "philox", "slurm")}
+_MODULES["watchdog"] = "mpi.watchdog"
 __all__ = sorted(_HOME)
 
 
@@ -47,7 +48,7 @@ def __getattr__(name):
     from importlib import import_module
 
     if name in _MODULES:
-        return import_module(f"mpicomp.{name}")
+        return import_module(f"mpicomp.{_MODULES[name]}")
     module = import_module(f"mpicomp.{_HOME[name]}")
     value = globals()[name] = getattr(module, name)
     return value

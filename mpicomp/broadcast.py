@@ -8,11 +8,18 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from mpicomp import mpi
-from mpicomp.agree import agree
 from mpicomp.errors import SpecError
-from mpicomp.plan import stall_limit
-from mpicomp.replicas import (
-    as_bytes, compare, extra_entries, fingerprint, in_words, leaves, without_expanded)
+from mpicomp.reducer.replicas import (
+    as_bytes,
+    compare,
+    extra_entries,
+    fingerprint,
+    in_words,
+    leaves,
+    without_expanded,
+)
+from mpicomp.reducer.startup import stall_limit
+from mpicomp.transport.agree import agree
 
 PIECE = 1 << 30  # bytes of one call: MPI 3 counts to 2**31 - 1
 EXTRA = "_extra_state"  # what torch calls the entry of get_extra_state() in a state_dict

@@ -254,8 +254,8 @@ def kernels_verdict() -> str:
 
 def gpu_verdict() -> str:
     """Which GPU there is, and whether MPI may be given its memory; one line."""
-    from mpicomp import probe
     from mpicomp.kernels.gpu.device import Cupy
+    from mpicomp.transport import probe
 
     try:
         runtime = Cupy().cupy.cuda.runtime

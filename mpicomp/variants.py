@@ -45,9 +45,9 @@ def listing() -> str:
     """What `mpicomp methods` prints: the seven first, with sources, variants and options."""
     from dataclasses import fields
 
-    from mpicomp.compressor import find
+    from mpicomp.catalogue import common_options, method, methods
+    from mpicomp.compressors.registry import find
     from mpicomp.exchange import EXCHANGES
-    from mpicomp.systems import common_options, method, methods
 
     summaries, lines = methods(), ["The seven systems", ""]
     for name, (publication, variants) in SEVEN.items():

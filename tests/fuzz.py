@@ -28,18 +28,19 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 import laws
 import levels
 import material
-from mpicomp import PacketError, kernels, packet
-from mpicomp.compressor import from_spec
-from mpicomp.kernels.gpu import device
-from mpicomp.philox import Key
+import numpy as np
 from shim import arrays
 from shim.arrays import DeviceArray
 from shim.device import Shim
+
+from mpicomp import PacketError, kernels
+from mpicomp.compressors.registry import from_spec
+from mpicomp.kernels.gpu import device
+from mpicomp.philox import Key
+from mpicomp.transport import packet
 
 KERNELS = Path(kernels.__file__).parent
 SHAPES = ["vector of 7", "small convolution", "tall", "network", "scalar", "vector of 257"]

@@ -9,9 +9,11 @@ from itertools import islice
 
 import numpy as np
 from material import LAYOUTS, cases, gradient, vectors
+
 from mpicomp import PacketError, SpecError
-from mpicomp.compressor import Compressor, from_spec
 from mpicomp.compressors import Residual
+from mpicomp.compressors.base import Compressor
+from mpicomp.compressors.registry import from_spec
 from mpicomp.philox import Key
 
 KEY = Key(seed=2**40 + 5, rank=1, step=3, bucket=2)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpicomp.compressor import from_spec, registry
+from mpicomp.compressors.registry import from_spec, registry
 from mpicomp.layout import Layout
 
 

@@ -12,11 +12,12 @@ from training import give, parameters, same_error
 
 import mpicomp
 import mpicomp.ddp
-from mpicomp import checkpoint, mpi, shelf
+from mpicomp import checkpoint, mpi
 from mpicomp.advice import advise
+from mpicomp.ddp.process_group import MpiGroup
 from mpicomp.errors import MismatchError, StallError
-from mpicomp.process_group import MpiGroup
-from mpicomp.watchdog import STALLED
+from mpicomp.mpi import shelf
+from mpicomp.mpi.watchdog import STALLED
 
 STALL = 0.4
 two = pytest.mark.mpi(min_size=2)
@@ -259,7 +260,7 @@ def test_a_rank_that_ends_before_the_reducer_is_named(program):
 mpicomp.broadcast_parameters(model)
 if rank == last:
     sys.exit()
-mpicomp.watchdog.GRACE = 1.0
+mpicomp.mpi.watchdog.GRACE = 1.0
 steps(1)
 """)
     assert status == 1, output
@@ -278,7 +279,7 @@ def test_a_child_that_ends_is_no_rank_and_who_holds_pythons_lock_says_where_it_i
     """A child that is forked leaves by way of Python's end, or with an exception; then a rank is
     in code that never gives Python's lock away, so that no thread of its can print anything."""
     status, output = program(2, """
-from mpicomp import last_word
+from mpicomp.mpi import last_word
 last_word.LEAST = 1.0
 optimizer = steps(1)._optimizers[0]
 optimizer.reducer._pipeline.timeout = float(stall)
@@ -289,7 +290,7 @@ for how in ("exit", "raise"):
         try:
             if how == "raise":
                 raise ValueError("of a child")
-            mpicomp.watchdog._end()  # as atexit does
+            mpicomp.mpi.watchdog._end()  # as atexit does
         except ValueError:
             sys.excepthook(*sys.exc_info())
         os._exit(0)  # and not by way of mpi4py's own end, which is MPI_Finalize

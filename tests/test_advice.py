@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from mpicomp import SpecError, advice, cli, systems, trial
-from mpicomp.advice import advise, predict
-from mpicomp.exchange import allreduce, ring
-from mpicomp.trial import Codec, Link, given, made_up
+from mpicomp import SpecError, advice, cli
+from mpicomp import catalogue
+from mpicomp.advice import advise, predict, trial
+from mpicomp.advice.trial import Codec, Link, given, made_up
+from mpicomp.exchange import allreduce
+from mpicomp.transport import ring
 
 N, P = 1_000_000, 4
 LINKS = {"gather": Link(1e-3, 2e-9), "reduce": Link(2e-3, 3e-9)}
@@ -20,9 +22,9 @@ CODEC = Codec(encode=1e-9, decode=2e-9, bytes=0.125)
     ("onebit:exchange=sharded", 1e-3 * 1.25 + 5e-3, 2e-3 + 2e-9 * 1.5 * N / 8, 2 * 2e-3 + 10e-3),
     ("dense", 0.0, 2e-3 + 3e-9 * 1.5 * N / 8, 2e-3)])
 def test_predictions_are_the_arithmetic_of_the_manual(spec, encode, wire, decode):
-    found = predict(systems.method(spec), CODEC, LINKS, N, P, copy=5e-9)
+    found = predict(catalogue.method(spec), CODEC, LINKS, N, P, copy=5e-9)
     assert (found.encode, found.wire, found.decode) == pytest.approx((encode, wire, decode))
-    hidden = predict(systems.method(spec), CODEC, LINKS, N, P, hidden=1.0, copy=5e-9)
+    hidden = predict(catalogue.method(spec), CODEC, LINKS, N, P, hidden=1.0, copy=5e-9)
     assert hidden.total == pytest.approx(encode + decode)
 
 
@@ -38,7 +40,7 @@ def test_dense_wins_unless_another_is_much_faster(faster, choice, comm, monkeypa
         0.0, costs[method.name] / N / (1 if method.name == "dense" else comm.size), 1.0))
     found = advise(comm, N, ("dense", "onebit"))
     expected = "dense" if comm.size == 1 else choice
-    assert systems.method(found.choice).name == expected
+    assert catalogue.method(found.choice).name == expected
     assert ("nothing to exchange" if comm.size == 1 else "ms") in found.reason
 
 
@@ -95,7 +97,7 @@ def test_a_sum_is_timed_at_the_size_of_the_gradient_up_to_a_limit(comm, monkeypa
 @pytest.mark.mpi
 def test_sums_of_other_numbers_have_a_link_of_their_own(comm, monkeypatch):
     """bf16 by exchange=allreduce is added by a function of ours: much slower than MPI's floats."""
-    methods = [systems.method(spec) for spec in ("dense", "bf16:exchange=allreduce", "onebit")]
+    methods = [catalogue.method(spec) for spec in ("dense", "bf16:exchange=allreduce", "onebit")]
     names = {trial.reduction(m) for m in methods[:2]}
     assert names == {"reduce", "reduce bfloat16"}
     codecs = {repr(m): Codec(1e-9, 1e-9, 2.0) for m in methods}
@@ -112,8 +114,8 @@ def test_decoding_of_dense_is_what_the_exchange_does(comm, monkeypatch):
     k = trial.kernels.of(np.zeros(1, np.float32))
     monkeypatch.setattr(k, "dense_scale", lambda *_, own=k.dense_scale: scaled.append(1) or own(*_),
                         raising=False)
-    trial.measure_codec(systems.method("dense"), comm, given(np.ones((4, 4), np.float32)))
-    trial.measure_codec(systems.method("dense:exchange=allgather"), comm,
+    trial.measure_codec(catalogue.method("dense"), comm, given(np.ones((4, 4), np.float32)))
+    trial.measure_codec(catalogue.method("dense:exchange=allgather"), comm,
                         given(np.ones((4, 4), np.float32)))
     assert len(scaled) == 4
 
@@ -178,7 +180,7 @@ def test_a_gradient_that_one_rank_has_not_is_the_same_error_on_all(comm):
 
 
 def test_a_rule_that_has_a_threshold_is_told_of():
-    methods = [systems.method(spec) for spec in (
+    methods = [catalogue.method(spec) for spec in (
         "rule(*.bias:dense; strom:tau=0.5)", "strom:density=0.1", "dense", "dropping",
         "strom:feedback=no")]
     notes = advice.unit_free(methods)

@@ -1,4 +1,4 @@
-"""Which module knows which: every import is read from the source, and held to this table."""
+"""Which folder knows which: every import is read from the source, and held to the layers."""
 
 import ast
 import re
@@ -15,67 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mpicomp"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# part -> the parts of mpicomp that it may import. A part is a module or a folder of the package.
-BASE = {"errors", "layout", "packet", "philox", "meter"}
-KNOWS = {
-    "": set(),  # mpicomp/__init__.py
-    "errors": set(), "meter": set(),
-    "layout": {"errors"}, "packet": {"errors"}, "philox": {"errors"},
-    "installed": set(), "kernels": {"errors", "installed", "philox"},
-    "compressor": {"errors", "kernels", "compressors"},  # compressors: registry() imports them
-    "compressors": {"errors", "kernels", "compressor", "layout", "names", "philox"},
-    "staging": {"kernels"},
-    "probe": {"kernels", "start"},
-    "place": {"errors", "kernels", "probe", "staging"},
-    "exchange": BASE | {"kernels", "mpi", "staging"},
-    "systems": {"errors", "compressor", "compressors", "exchange"},
-    "start": {"errors"},
-    "mpi": {"", "errors", "last_word", "shelf", "start", "waiting", "watchdog"},
-    "last_word": set(), "shelf": {"waiting", "watchdog"}, "waiting": {"", "errors", "shelf"},
-    "watchdog": {"errors", "last_word"},
-    "sparse": {"", "bucket", "errors", "mpi", "names", "packet", "pending"},
-    "agree": {"errors", "mpi"},
-    "bucket": {"errors", "kernels", "layout", "pending", "place", "staging"},
-    "pending": set(), "changes": {"", "agree", "bucket", "errors", "mpi", "pending"},
-    "clip": {"attachment", "errors"},
-    "delay": {"", "amp", "errors", "kernels", "packet"},
-    "amp": {"copies", "errors"}, "copies": {"errors"},
-    "signals": {"mpi"}, "names": set(),
-    "repartition": {"errors", "exchange", "layout"},
-    "folder_lock": {"errors"},
-    "checkpoint": {"folder_lock", "errors", "mpi", "plan", "repartition", "signals"},
-    "process_group": {"errors", "mpi", "watchdog"},
-    "plan": {"", "agree", "bucket", "errors", "exchange", "kernels", "mpi", "names", "place"},
-    "replicas": {"errors", "exchange", "mpi"},
-    "broadcast": {"agree", "errors", "mpi", "plan", "replicas"},
-    "nn": {"errors", "philox"},
-    "slurm": {"errors"},
-    "receipt": {"errors", "mpi"},
-    "trial": {"errors", "exchange", "kernels", "layout", "meter", "mpi", "philox", "systems"},
-    "advice": {"compressors", "errors", "systems", "trial"},
-    "shard_optimizer": {"errors"},
-    "delivery": {"", "amp", "errors", "kernels", "mpi", "place", "shard_optimizer", "staging"},
-    "persistence": {"advice", "errors", "names", "place", "staging"},
-    "order": {"agree", "bucket", "mpi", "staging"},
-    "connection": {"advice", "agree", "errors", "exchange", "mpi", "place", "systems", "watchdog"},
-    "recovery": {"errors", "mpi"},
-    "lost_hooks": {"errors"},
-    "attachment": {"amp", "copies", "errors", "mpi"},
-    "backward": {"errors", "place"},
-    "variants": {"compressor", "exchange", "systems"},
-    "reducer": {"", "attachment", "backward", "bucket", "changes", "connection", "delay",
-                "delivery", "exchange", "kernels", "mpi", "order", "persistence", "place", "plan",
-                "receipt", "replicas", "sparse", "systems", "watchdog"} | BASE,
-}
-TORCH = {"reducer", "backward", "changes", "clip", "pending", "place", "order", "persistence",
-         "delivery", "shard_optimizer", "bucket",
-         "broadcast", "plan", "nn", "ddp", "bench", "amp", "process_group", "checkpoint",
-         "repartition", "recovery", "sparse", "attachment", "replicas",
-         "lost_hooks"}
-MPI = {"exchange", "mpi", "reducer", "order", "delivery", "broadcast", "cli", "bench", "ddp",
-       "process_group", "signals", "probe", "recovery", "watchdog", "shelf", "start"}
+# From the ground up: a folder or file of mpicomp imports only those that stand before it.
+LAYERS = ("errors", "installed", "names", "philox", "layout", "kernels", "mpi", "transport",
+          "compressors", "compressor", "exchange", "catalogue", "variants", "advice", "reducer",
+          "broadcast", "checkpoint", "recovery", "ddp", "nn", "slurm", "bench", "cli", "__main__")
+TORCH = {"reducer", "broadcast", "nn", "ddp", "bench", "checkpoint", "recovery"}
+MPI = {"mpi", "transport", "exchange", "reducer", "broadcast", "checkpoint", "recovery", "ddp",
+       "bench", "cli"}
 CUPY = {"device.py", "staging.py"}
-TOP = {"cli", "bench", "__main__", "ddp"}  # these may know everything
+MOST_AT_THE_TOP = 26  # folders and files of mpicomp/
 
 
 def part(path):
@@ -112,12 +60,15 @@ files = pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to
 @files
 def test_each_layer_knows_only_those_below(path):
     here = part(path)
-    if here in TOP:
-        return
-    assert here in KNOWS, f"say in this test which layers mpicomp/{here} may know"
+    below = LAYERS[:LAYERS.index(here)] if here else ()
     for name, _ in imports(path):
-        if name.split(".")[0] == "mpicomp" and own_part(name) != here:
-            assert own_part(name) in KNOWS[here], f"{path.name} imports {name}"
+        if name.split(".")[0] == "mpicomp" and own_part(name) not in ("", here):
+            assert own_part(name) in below, f"{path.name} imports {name}"
+
+
+def test_every_folder_is_a_layer():
+    found = {part(path) for path in MODULES} - {""}
+    assert found == set(LAYERS) and len(found) <= MOST_AT_THE_TOP
 
 
 @files
@@ -137,9 +88,10 @@ def test_torch_mpi4py_and_cupy_stay_in_their_layers(path):
 def test_the_table_tells_a_wrong_import(tmp_path):
     """The test of the test: an import of a higher layer is found."""
     source = tmp_path / "strom.py"
-    source.write_text("def f():\n    from mpicomp.exchange.mail import Mail\n")
+    source.write_text("def f():\n    from mpicomp.exchange.base import Mail\n")
     (name, inside), = imports(source)
-    assert inside and own_part(name) == "exchange" not in KNOWS["compressors"]
+    assert inside and own_part(name) == "exchange"
+    assert LAYERS.index("exchange") > LAYERS.index("compressors")
     assert own_part("mpicomp.Reducer") == "" and own_part("mpicomp.kernels.reference") == "kernels"
 
 

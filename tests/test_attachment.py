@@ -6,8 +6,15 @@ import threading
 import numpy as np
 import pytest
 import torch
-from training import (examples, give, network, outcome, parameters, replicas_are_identical,
-                      same_error)
+from training import (
+    examples,
+    give,
+    network,
+    outcome,
+    parameters,
+    replicas_are_identical,
+    same_error,
+)
 
 import mpicomp
 from mpicomp import MismatchError, NonFiniteError, SpecError

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from mpicomp import cli, kernels, systems
+from mpicomp import catalogue
+from mpicomp import cli, kernels
 from mpicomp.bench import kernels as bench
 from mpicomp.bench import settled
 from mpicomp.layout import Layout
@@ -23,7 +24,7 @@ def figures(tmp_path, capsys):
 def test_every_backend_and_method_is_measured(figures):
     result, printed = figures
     assert set(result["backends"]) == set(kernels.backends())
-    methods = {name for name in systems.METHODS if name not in ("auto", "rule")}
+    methods = {name for name in catalogue.METHODS if name not in ("auto", "rule")}
     for name, found in result["backends"].items():
         assert {label.split(",")[0].split(":")[0] for label in found["cases"]} == methods
         for label, case in found["cases"].items():
@@ -48,7 +49,7 @@ def test_codecs_are_timed_with_the_residual_that_many_steps_leave(monkeypatch, s
     monkeypatch.setattr(settled, "STEPS", 200)
     monkeypatch.setattr(settled, "SLOW", 200)
     layout = Layout.of([("gradient", shape)])
-    compressor = systems.method("strom:tau=4").compressor
+    compressor = catalogue.method("strom:tau=4").compressor
     grad = np.zeros(layout.size, np.float32)
     state = compressor.init(layout, grad)
     settled.settle(compressor, layout, state, np.random.default_rng(0))

@@ -7,8 +7,16 @@ no trace; and what cannot be right is the same error on every rank.
 import numpy as np
 import pytest
 import torch
-from training import (digest, examples, give, network, outcome, parameters,
-                      replicas_are_identical, same_error)
+from training import (
+    digest,
+    examples,
+    give,
+    network,
+    outcome,
+    parameters,
+    replicas_are_identical,
+    same_error,
+)
 
 import mpicomp
 from mpicomp import MismatchError, SpecError

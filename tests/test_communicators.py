@@ -9,10 +9,11 @@ from mpi4py import MPI
 from training import give, parameters, same_error, train
 
 import mpicomp
-from mpicomp import mpi, shelf
+from mpicomp import mpi
 from mpicomp.errors import MismatchError, SpecError
 from mpicomp.exchange import allreduce
-from mpicomp.exchange.pipeline import Pipeline
+from mpicomp.mpi import shelf
+from mpicomp.transport.pipeline import Pipeline
 
 METHODS = ["dense", "bf16", "onebit:exchange=sharded", "strom:tau=0.1",
            "terngrad:exchange=allreduce", "onebit:exchange=hierarchical",

@@ -5,7 +5,7 @@ import pytest
 from material import ROWS, compressors, rows
 
 from mpicomp import kernels
-from mpicomp.compressor import from_spec, registry
+from mpicomp.compressors.registry import from_spec, registry
 
 ALL = compressors()
 each = pytest.mark.parametrize("compressor", ALL, ids=repr)

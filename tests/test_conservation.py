@@ -5,7 +5,7 @@ import pytest
 from training import give, parameters
 
 import mpicomp
-from mpicomp import systems
+from mpicomp import catalogue
 from mpicomp.exchange import hierarchical
 
 pytestmark = pytest.mark.mpi(sizes=(1, 3, 4))  # 2 would be 4 without the other node
@@ -66,7 +66,7 @@ def test_all_seven_are_here():
     """TernGrad is the one that owes nothing; see below."""
     assert {*OWING, "terngrad"} >= {"terngrad", "onebit", "dorefa", "strom", "dryden", "dropping",
                                     "adacomp"}
-    assert all(systems.method(spec).feedback for spec in specs() if not spec.startswith("rule"))
+    assert all(catalogue.method(spec).feedback for spec in specs() if not spec.startswith("rule"))
 
 
 @pytest.mark.parametrize("spec", list(specs()))

@@ -6,8 +6,15 @@ import gc
 import numpy as np
 import pytest
 import torch
-from training import (digest, examples, give, network, parameters, replicas_are_identical,
-                      whole_numbers)
+from training import (
+    digest,
+    examples,
+    give,
+    network,
+    parameters,
+    replicas_are_identical,
+    whole_numbers,
+)
 
 import mpicomp
 

@@ -9,8 +9,16 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from training import (digest, examples, network, outcome, parameters, replicas_are_identical,
-                      same_error, whole_numbers)
+from training import (
+    digest,
+    examples,
+    network,
+    outcome,
+    parameters,
+    replicas_are_identical,
+    same_error,
+    whole_numbers,
+)
 
 import mpicomp
 from mpicomp import MismatchError, NonFiniteError, SpecError, StallError, ddp

@@ -5,8 +5,16 @@ import io
 import numpy as np
 import pytest
 import torch
-from training import (digest, examples, give, network, parameters, replicas_are_identical,
-                      same_error, whole_numbers)
+from training import (
+    digest,
+    examples,
+    give,
+    network,
+    parameters,
+    replicas_are_identical,
+    same_error,
+    whole_numbers,
+)
 
 import mpicomp
 from mpicomp import MismatchError, NonFiniteError, SpecError, method

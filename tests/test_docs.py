@@ -20,7 +20,8 @@ from mpi4py import MPI
 from test_architecture import ROOT, fresh
 
 import mpicomp
-from mpicomp import checkpoint, compressor
+from mpicomp import checkpoint
+from mpicomp.compressors import registry
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<why>[^>]+) -->\n)?"
@@ -90,7 +91,7 @@ def given(page, comm, **model):
 def page(comm, tmp_path, monkeypatch):
     """Runs the blocks of a page in a folder that all ranks share; what they registered is gone."""
     monkeypatch.chdir(comm.bcast(str(tmp_path)))
-    monkeypatch.setattr(compressor, "_REGISTRY", compressor.registry())
+    monkeypatch.setattr(registry, "_REGISTRY", registry.registry())
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, "cpu"))
     monkeypatch.setattr(torch.amp.GradScaler.func, "__init__", _on_the_cpu)
 
@@ -169,7 +170,8 @@ def test_blocks_that_are_not_run_say_why():
 # ---- names and links ---------------------------------------------------------------------------
 
 NO_ATTRIBUTES = {
-    "mpicomp.compressors": "a group of entry points", "mpicomp.probe": "python -m mpicomp.probe",
+    "mpicomp.compressors": "a group of entry points",
+    "mpicomp.transport.probe": "python -m mpicomp.transport.probe",
     "mpicomp.kernels.gpu": "what kernels.of gives for an array on a device"}
 
 

@@ -5,8 +5,16 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from training import (examples, give, network, parameters, replicas_are_identical, train,
-                      same_error, whole_numbers)
+from training import (
+    examples,
+    give,
+    network,
+    parameters,
+    replicas_are_identical,
+    same_error,
+    train,
+    whole_numbers,
+)
 
 import mpicomp
 from mpicomp import Compressor, NonFiniteError, SpecError, method, mpi

@@ -13,7 +13,8 @@ import pytest
 from mpi4py import MPI
 from training import same_error
 
-from mpicomp import CheckpointError, StallError, checkpoint, folder_lock
+from mpicomp import CheckpointError, StallError, checkpoint
+from mpicomp.checkpoint import folder_lock
 
 
 def save(folder, step=1, comm=MPI.COMM_SELF):
@@ -192,7 +193,7 @@ def test_a_real_process_that_lives_one_that_ends_and_its_child(tmp_path):
     """A forked child deletes nothing when it ends, and holds nothing where it lives on."""
     code = """
 import os, signal, sys
-from mpicomp import folder_lock
+from mpicomp.checkpoint import folder_lock
 folder_lock.take(sys.argv[1])
 if not (first := os.fork()):
     sys.exit()

@@ -8,7 +8,7 @@ import pytest
 from laws import decode, pack
 from material import LAYOUTS, cases, compressors, gradient, vectors
 
-from mpicomp.compressor import from_spec
+from mpicomp.compressors.registry import from_spec
 from mpicomp.layout import Layout
 from mpicomp.philox import uniform
 

@@ -12,7 +12,7 @@ import pytest
 from shim.device import COMPILER
 
 from mpicomp import kernels
-from mpicomp.compressor import from_spec
+from mpicomp.compressors.registry import from_spec
 
 MUTATIONS = 2_000
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from laws import decode, pack, same
 
-from mpicomp import kernels, packet
-from mpicomp.compressor import from_spec
+from mpicomp import kernels
+from mpicomp.compressors.registry import from_spec
 from mpicomp.layout import Layout
-from mpicomp.packet import Header
 from mpicomp.philox import Key
+from mpicomp.transport import packet
+from mpicomp.transport.packet import Header
 
 HERE = Path(__file__).parent / "fixture"
 FOLDERS = sorted(path.parent for path in HERE.glob("*/packet.bin"))

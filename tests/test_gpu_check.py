@@ -13,7 +13,7 @@ import torch
 from shim import arrays
 from shim.device import COMPILER, Shim
 
-from mpicomp.compressor import from_spec
+from mpicomp.compressors.registry import from_spec
 from mpicomp.errors import DeviceError
 from mpicomp.kernels.gpu import device
 from mpicomp.layout import Layout

@@ -142,11 +142,11 @@ def model(monkeypatch):
     """Parameters that are declared to be a GPU's."""
     import torch
 
-    from mpicomp import place
+    from mpicomp.reducer import memory
 
     monkeypatch.setattr(device, "_current", None)
-    monkeypatch.setattr(place, "is_on_gpu", lambda parameter: True)
-    monkeypatch.setattr(place.Gpu, "_current_stream", lambda self: 0)
+    monkeypatch.setattr(memory, "is_on_gpu", lambda parameter: True)
+    monkeypatch.setattr(memory.Gpu, "_current_stream", lambda self: 0)
     monkeypatch.delenv("MPICOMP_STAGING", raising=False)
     return torch.nn.Linear(3, 2)
 
@@ -182,7 +182,7 @@ def test_a_word_that_staging_does_not_know(model, monkeypatch):
 def test_a_gpu_without_room_for_buckets(model, found, monkeypatch):
     import torch
 
-    from mpicomp import place
+    from mpicomp.reducer import memory
 
     monkeypatch.setitem(sys.modules, "cupy", cupy())
     monkeypatch.setitem(sys.modules, "torch", torch)
@@ -192,7 +192,7 @@ def test_a_gpu_without_room_for_buckets(model, found, monkeypatch):
 
     monkeypatch.setattr(torch, "zeros", full)
     with pytest.raises(DeviceError, match=r"bucket of 4,000 bytes \(CUDA out.*fewer ranks"):
-        place.Gpu(torch.device("cpu")).bucket(1000)
+        memory.Gpu(torch.device("cpu")).bucket(1000)
 
 
 def test_a_host_without_page_locked_memory(found):

@@ -16,9 +16,11 @@ from shim.fake_cupy import TORCH_STREAM, FakeCupy
 from training import digest, examples, give, network, parameters, replicas_are_identical, train
 
 import mpicomp
-from mpicomp import NonFiniteError, packet, place, staging
-from mpicomp.exchange.wire import Wire
+from mpicomp import NonFiniteError
 from mpicomp.kernels.gpu import device
+from mpicomp.reducer import memory
+from mpicomp.transport import packet, staging
+from mpicomp.transport.calls import Wire
 
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(
     COMPILER is None, reason="no C++ compiler (c++, g++ or clang++): the CUDA source cannot be "
@@ -41,8 +43,8 @@ def gpu(monkeypatch):
     def begin(way="mirror"):
         monkeypatch.setitem(sys.modules, "cupy", cupy)
         monkeypatch.setattr(device, "_current", None)
-        monkeypatch.setattr(place, "is_on_gpu", lambda parameter: True)
-        monkeypatch.setattr(place.Gpu, "_current_stream", lambda self: TORCH_STREAM)
+        monkeypatch.setattr(memory, "is_on_gpu", lambda parameter: True)
+        monkeypatch.setattr(memory.Gpu, "_current_stream", lambda self: TORCH_STREAM)
         monkeypatch.setenv("MPICOMP_STAGING", way)
         return cupy
 

@@ -152,9 +152,9 @@ def affected(monkeypatch):
 
 
 FILES = {
-    "mpicomp/__init__.py": '_HOME = {\n    "Reducer": "reducer",\n    "method": "systems",\n}',
-    "mpicomp/reducer.py": "def f():\n    from mpicomp.exchange import exchange",
-    "mpicomp/systems.py": "",
+    "mpicomp/__init__.py": '_HOME = {\n    "Reducer": "reducer",\n    "method": "catalogue",\n}',
+    "mpicomp/reducer/__init__.py": "def f():\n    from mpicomp.exchange import exchange",
+    "mpicomp/catalogue.py": "",
     "mpicomp/nn.py": "",
     "mpicomp/exchange/__init__.py": "import_module(f'mpicomp.exchange.{name}')",
     "mpicomp/exchange/peers.py": "from mpicomp import kernels",
@@ -162,7 +162,7 @@ FILES = {
     "mpicomp/kernels/cpu/__init__.py": "",
     "mpicomp/kernels/cpu/library.py": "",
     "mpicomp/kernels/cpp/sums.h": "",
-    "mpicomp/__main__.py": "from mpicomp import systems",
+    "mpicomp/__main__.py": "from mpicomp import catalogue",
     "launch/run": "import rank",
     "launch/rank.py": "",
     "docs/ddp.md": "mpicomp.Reducer",
@@ -176,8 +176,8 @@ FILES = {
 
 
 @pytest.mark.parametrize("changed, needed_by", [
-    ("mpicomp/reducer.py", ["helped"]), ("mpicomp/exchange/peers.py", ["helped"]),
-    ("mpicomp/kernels/cpp/sums.h", ["helped"]), ("mpicomp/systems.py", ["module"]),
+    ("mpicomp/reducer/__init__.py", ["helped"]), ("mpicomp/exchange/peers.py", ["helped"]),
+    ("mpicomp/kernels/cpp/sums.h", ["helped"]), ("mpicomp/catalogue.py", ["module"]),
     ("mpicomp/nn.py", ["direct"]), ("launch/rank.py", ["started"]), ("launch/run", ["started"]),
     ("docs/ddp.md", ["page"]), ("tests/helper.py", ["helped"]),
     ("tests/test_direct.py", ["direct"]),
@@ -194,7 +194,7 @@ def test_a_change_selects_test_files(affected):
     launch = affected.tests(["launch/test"])
     assert {"tests/test_architecture.py", "tests/test_launch_test.py"} <= set(launch)
     assert len(launch) < 6
-    ddp = affected.tests(["mpicomp/process_group.py"])
+    ddp = affected.tests(["mpicomp/ddp/process_group/group.py"])
     assert "tests/test_ddp.py" in ddp and "tests/test_philox.py" not in ddp
     assert affected.tests(["mpicomp/of_old.py"]) == ["tests/test_architecture.py"]
     everything = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*.py"))

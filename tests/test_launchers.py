@@ -11,8 +11,8 @@ import torch
 from test_start import LAUNCHERS, python
 
 import mpicomp
-from mpicomp import start
 from mpicomp.errors import LaunchError
+from mpicomp.mpi import start
 
 OPEN_MPI, MPICH = "Open MPI v5.0.11", "MPICH Version: 5.0.2"
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}

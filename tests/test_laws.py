@@ -6,7 +6,7 @@ import laws
 import numpy as np
 import pytest
 
-from mpicomp.compressor import Compressor
+from mpicomp.compressors.base import Compressor
 from mpicomp.philox import uniform
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 from test_launch import RUN, finish
 
-from mpicomp import start
+from mpicomp.mpi import start
 
 SCRIPT = """
 import time, torch, mpicomp

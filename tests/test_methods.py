@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from mpicomp import cli, method, nn, variants
-from mpicomp.compressor import find
+from mpicomp.catalogue import METHODS, common_options
+from mpicomp.compressors.registry import find
 from mpicomp.kernels import reference
-from mpicomp.systems import METHODS, common_options
 from mpicomp.variants import SEVEN
 
 DOCS = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()

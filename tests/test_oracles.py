@@ -20,7 +20,7 @@ import pytest
 from laws import decode, pack
 
 from mpicomp import kernels
-from mpicomp.compressor import from_spec
+from mpicomp.compressors.registry import from_spec
 from mpicomp.layout import Layout
 from mpicomp.philox import Key
 

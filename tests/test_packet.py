@@ -8,7 +8,7 @@ import pytest
 from mpicomp import MismatchError, PacketError
 from mpicomp.exchange.allgather import Allgather
 from mpicomp.layout import Layout, Segment
-from mpicomp.packet import EMPTY, MAGIC, NONFINITE, SIZE, VERSION, Header
+from mpicomp.transport.packet import EMPTY, MAGIC, NONFINITE, SIZE, VERSION, Header
 
 HEADER = Header(step=7, bucket=3, plan=0x0123456789ABCDEF, length=0x1122334455, flags=NONFINITE)
 # magic, version 1, flags 1, step, bucket, plan, length; all of them little endian

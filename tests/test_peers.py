@@ -9,8 +9,9 @@ import torch
 from training import give, impatient, outcome, parameters, train, whole_numbers
 
 import mpicomp
-from mpicomp import MismatchError, PacketError, SpecError, StallError, packet
+from mpicomp import MismatchError, PacketError, SpecError, StallError
 from mpicomp.exchange import SYNCHRONOUS
+from mpicomp.transport import packet
 
 pytestmark = pytest.mark.mpi
 two = pytest.mark.mpi(min_size=2)

@@ -8,9 +8,11 @@ import pytest
 from shim.fake_cupy import FakeCupy
 
 import mpicomp
-from mpicomp import cli, probe, start
+from mpicomp import cli
 from mpicomp.errors import DeviceError
 from mpicomp.kernels.gpu import device
+from mpicomp.mpi import start
+from mpicomp.transport import probe
 
 
 @pytest.mark.mpi

@@ -10,7 +10,7 @@ from test_process_group import CALLS, LAST, RANK, SIZE, groups  # noqa: F401 (a 
 from training import outcome
 
 from mpicomp import MismatchError, StallError, ddp
-from mpicomp.process_group import transfer
+from mpicomp.ddp.process_group import transfer
 
 pytestmark = [pytest.mark.mpi, pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")]
 

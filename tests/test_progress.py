@@ -11,7 +11,7 @@ from training import digest, give, parameters, replicas_are_identical, same_erro
 
 import mpicomp
 from mpicomp import MismatchError, SpecError
-from mpicomp.exchange.pipeline import Pipeline, _Flight
+from mpicomp.transport.pipeline import Pipeline, _Flight
 
 pytestmark = pytest.mark.mpi
 SPECS = ["dense", "terngrad", "strom:tau=0.02", "onebit:exchange=sharded", "onebit:warmup=3",

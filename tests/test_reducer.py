@@ -5,8 +5,16 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from training import (digest, examples, give, network, parameters, replicas_are_identical, train,
-                      whole_numbers)
+from training import (
+    digest,
+    examples,
+    give,
+    network,
+    parameters,
+    replicas_are_identical,
+    train,
+    whole_numbers,
+)
 
 import mpicomp
 from mpicomp import MismatchError

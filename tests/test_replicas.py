@@ -10,7 +10,7 @@ from training import digest, examples, give, network, parameters, same_error, wh
 
 import mpicomp
 from mpicomp import MismatchError, SpecError, StallError
-from mpicomp.replicas import leaves, fingerprint
+from mpicomp.reducer.replicas import fingerprint, leaves
 
 two = pytest.mark.mpi(min_size=2)
 METHODS = ["dense", "onebit", "strom:tau=0.01", "terngrad", "onebit:delay=1",

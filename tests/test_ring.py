@@ -6,7 +6,8 @@ from training import give, parameters, whole_numbers
 
 import mpicomp
 from mpicomp import mpi
-from mpicomp.exchange import hierarchical, ring, slots
+from mpicomp.exchange import hierarchical
+from mpicomp.transport import ring, slots
 
 pytestmark = pytest.mark.mpi
 

@@ -5,13 +5,13 @@ import pytest
 from training import give, parameters
 
 import mpicomp
-from mpicomp.compressor import from_spec
+from mpicomp.catalogue import METHODS
 from mpicomp.compressors import Dense, OneBit, Residual, Rule
+from mpicomp.compressors.registry import from_spec
 from mpicomp.compressors.rule import Cases, runs
 from mpicomp.errors import PacketError, SpecError
 from mpicomp.layout import Layout
 from mpicomp.philox import Key
-from mpicomp.systems import METHODS
 
 NETWORK = Layout.of([("conv.weight", (40, 3, 2, 2)), ("conv.bias", (40,)), ("norm.weight", (40,)),
                      ("embed.weight", (50, 7)), ("nothing", (0, 3)), ("head.weight", (33, 5)),

@@ -8,15 +8,15 @@ import pytest
 from shim.device import COMPILER, Shim
 
 from mpicomp import SpecError, kernels, philox
-from mpicomp.compressor import from_spec
+from mpicomp.compressors.registry import from_spec
 from mpicomp.compressors.rule import runs
 from mpicomp.exchange import server, sharded
-from mpicomp.exchange.wire import Wire
 from mpicomp.kernels import gpu, reference
 from mpicomp.kernels.gpu import device
 from mpicomp.layout import Layout
-from mpicomp.meter import Meter
 from mpicomp.philox import Key
+from mpicomp.transport.calls import Wire
+from mpicomp.transport.meter import Meter
 
 SIZES = (100_000, 100_001, 150_000, 199_999, 250_001, 1_000_003)
 BACKENDS = [*kernels.backends(), pytest.param("shim", marks=pytest.mark.skipif(

@@ -6,14 +6,24 @@ import time
 import numpy as np
 import pytest
 import torch
-from training import (examples, give, impatient, network, outcome, parameters,
-                      replicas_are_identical, same_error, whole_numbers)
+from training import (
+    examples,
+    give,
+    impatient,
+    network,
+    outcome,
+    parameters,
+    replicas_are_identical,
+    same_error,
+    whole_numbers,
+)
 
 import mpicomp
-from mpicomp import Key, PacketError, SpecError, StallError, packet
+from mpicomp import Key, PacketError, SpecError, StallError
 from mpicomp.compressors import Dropping, Residual, Strom
 from mpicomp.exchange.shards import equal_borders, part
 from mpicomp.layout import Layout
+from mpicomp.transport import packet
 
 pytestmark = pytest.mark.mpi
 two = pytest.mark.mpi(min_size=2)

@@ -6,7 +6,7 @@ from training import give, parameters, same_error
 
 import mpicomp
 from mpicomp import MismatchError, SpecError, kernels
-from mpicomp.agree import agree, first_difference
+from mpicomp.transport.agree import agree, first_difference
 
 two = pytest.mark.mpi(min_size=2)
 

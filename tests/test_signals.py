@@ -72,7 +72,7 @@ def test_a_repeated_signal_says_nothing_new_at_first_and_later_ends_the_process(
     clock, ended = [100.0], []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: ended.append(clock[0]))
     try:
-        monkeypatch.setattr("mpicomp.signals.time.monotonic", lambda: clock[0])
+        monkeypatch.setattr("mpicomp.checkpoint.signals.time.monotonic", lambda: clock[0])
         checkpoint.Signals(MPI.COMM_SELF, [signal.SIGUSR1])
         for seconds in (0, 1, 4.9, 5.1):
             clock[0] = 100.0 + seconds

@@ -5,8 +5,7 @@ import pytest
 from training import give, parameters, replicas_are_identical, train
 
 import mpicomp
-from mpicomp import packet
-from mpicomp.exchange import slots
+from mpicomp.transport import packet, slots
 
 pytestmark = pytest.mark.mpi
 HEADER, N = 32, 4096

@@ -5,8 +5,8 @@ import pytest
 
 import mpicomp
 from mpicomp import SpecError, method
-from mpicomp.compressor import from_spec, register, registry
 from mpicomp.compressors import Dense, OneBit, Residual, Strom, TernGrad
+from mpicomp.compressors.registry import from_spec, register, registry
 from mpicomp.exchange import EXCHANGES
 
 GOOD = ["dense", "fp16", "bf16", "terngrad", "onebit", "strom", "strom:tau=0.5", "onebit:wire=cntk",

@@ -9,7 +9,7 @@ import torch
 from training import replicas_are_identical, train
 
 import mpicomp
-from mpicomp.compressor import Compressor, check_options, option, registry
+from mpicomp.compressor import Compressor, State, check_options, option, registry
 
 
 @mpicomp.register
@@ -34,7 +34,7 @@ class Toy(Compressor):
         return 4
 
     def init(self, layout, like):
-        return mpicomp.compressor.State(step=np.zeros(1, np.float32))
+        return State(step=np.zeros(1, np.float32))
 
     def measure(self, x, layout, state):
         state.step[0] = np.abs(x).max(initial=0) / np.float32(self.levels)

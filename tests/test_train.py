@@ -209,10 +209,10 @@ import os, runpy, sys
 tests, train, *sys.argv[1:] = sys.argv[1:]
 sys.path[:0] = [os.path.dirname(train), tests]
 from shim.fake_cupy import TORCH_STREAM, FakeCupy
-from mpicomp import place
+from mpicomp.reducer import memory
 sys.modules["cupy"] = FakeCupy()
-place.is_on_gpu = lambda parameter: True
-place.Gpu._current_stream = lambda self: TORCH_STREAM
+memory.is_on_gpu = lambda parameter: True
+memory.Gpu._current_stream = lambda self: TORCH_STREAM
 runpy.run_path(train, run_name="__main__")
 assert sys.modules["cupy"].launches
 """

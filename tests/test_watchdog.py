@@ -5,7 +5,7 @@ import re
 import pytest
 from test_launch import RUN, finish
 
-from mpicomp.watchdog import STALLED
+from mpicomp.mpi.watchdog import STALLED
 
 slow = pytest.mark.slow
 PROGRAM = """
@@ -92,8 +92,9 @@ def test_a_rank_that_has_ended_is_named_by_all_in_seconds(method, run):
 
 
 def test_the_environment_variable_is_read_and_checked(monkeypatch):
-    import mpicomp
     from training import parameters
+
+    import mpicomp
 
     monkeypatch.setenv("MPICOMP_STALL_TIMEOUT", "7.5")
     assert mpicomp.Reducer(parameters(w=3), "dense")._pipeline.timeout == 7.5

@@ -9,7 +9,7 @@ from training import same_error
 
 import mpicomp
 from mpicomp import MismatchError, MpicompError, SpecError
-from mpicomp.replicas import facts_of_module
+from mpicomp.reducer.replicas import facts_of_module
 
 pytestmark = pytest.mark.mpi
 two = pytest.mark.mpi(min_size=2)

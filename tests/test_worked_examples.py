@@ -6,8 +6,8 @@ from laws import KEY, decode, encode, pack
 from material import vectors
 
 from mpicomp import kernels, philox
-from mpicomp.compressor import from_spec
 from mpicomp.compressors import Residual
+from mpicomp.compressors.registry import from_spec
 from mpicomp.kernels import reference
 from mpicomp.layout import Layout
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from mpicomp import kernels, philox
-from mpicomp.compressor import from_spec
 from mpicomp.compressors import Residual
+from mpicomp.compressors.registry import from_spec
 from mpicomp.layout import Layout
 from mpicomp.philox import Key
 

@@ -8,7 +8,6 @@ import torch
 
 import mpicomp
 
-
 torch.set_num_threads(1)  # ranks share cores, and these models are small
 
 

@@ -2,19 +2,20 @@
 
 import numpy as np
 
-from mpicomp import mpi, systems
+from mpicomp import catalogue
+from mpicomp import mpi
 from mpicomp.bench.timing import in_turn, noise_warning, ratios, summary, table
-from mpicomp.exchange.pipeline import Pipeline
-from mpicomp.exchange.wire import Wire
 from mpicomp.layout import Layout
-from mpicomp.meter import Meter
+from mpicomp.transport.calls import Wire
+from mpicomp.transport.meter import Meter
+from mpicomp.transport.pipeline import Pipeline
 
 
 class Mean:
     """One gradient of [rows, n / rows] elements, exchanged again and again by one method."""
 
     def __init__(self, spec, n, comm, rows=1024):
-        self.method = systems.method(spec)
+        self.method = catalogue.method(spec)
         self.meter = Meter()
         wire = Wire(comm, self.meter)
         self.pipeline = Pipeline(comm, 600.0)

@@ -10,7 +10,8 @@ from time import perf_counter
 
 import numpy as np
 
-from mpicomp import kernels, systems
+from mpicomp import catalogue
+from mpicomp import kernels
 from mpicomp.bench.settled import settle
 from mpicomp.bench.timing import in_turn, noise_warning, ratios, summary, table
 from mpicomp.errors import SpecError
@@ -33,7 +34,7 @@ class Case:
         rows = n if shape == "vector" else int(shape.split()[0])
         self.label = f"{spec}, {shape}"
         self.layout = Layout.of([("gradient", (n,) if shape == "vector" else (rows, n // rows))])
-        self.compressor = systems.method(spec).compressor
+        self.compressor = catalogue.method(spec).compressor
         self.grad = rng.standard_normal(self.layout.size, np.float32)
         self.state = self.compressor.init(self.layout, self.grad)
         self.packet = np.zeros(self.compressor.capacity(self.layout), np.uint8)

@@ -1,6 +1,7 @@
 """`mpicomp plan`: what each method would take here, for how many ranks, and what to use."""
 
-from mpicomp import mpi, systems
+from mpicomp import catalogue
+from mpicomp import mpi
 from mpicomp.advice import advise, predict
 from mpicomp.bench.timing import table
 
@@ -18,7 +19,7 @@ def run(gradient, hidden, candidates, ranks) -> dict:
     counts = [] if alone else sorted({*ranks, comm.size} - {1})
     rows = []
     for p in advice.predictions:
-        method, codec = systems.method(p.method), advice.codecs[p.method]
+        method, codec = catalogue.method(p.method), advice.codecs[p.method]
         others = [predict(method, codec, advice.links, n, c, hidden, advice.copy).total
                   for c in counts]
         rows.append((_short(p.method), f"{1e3 * p.encode:.1f}", f"{1e3 * p.wire:.1f}",
@@ -48,9 +49,9 @@ def run(gradient, hidden, candidates, ranks) -> dict:
 
 def _short(spec):
     """A specification without the options that have their defaults."""
-    method = systems.method(spec)
-    if repr(systems.method(method.name)) == spec:
+    method = catalogue.method(spec)
+    if repr(catalogue.method(method.name)) == spec:
         return method.name
-    if repr(systems.method(f"{method.name}:exchange={method.exchange}")) == spec:
+    if repr(catalogue.method(f"{method.name}:exchange={method.exchange}")) == spec:
         return f"{method.name}:exchange={method.exchange}"
     return spec

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 import mpicomp
 from mpicomp import mpi
 from mpicomp.bench.models import MODELS
-from mpicomp.bench.timing import (in_turn, noise_warning, quiet_barrier, ratios, summary, table)
+from mpicomp.bench.timing import in_turn, noise_warning, quiet_barrier, ratios, summary, table
 
 FLOOR, DENSE = "no communication", "ddp gloo"
 PEERS = (DENSE, "ddp gloo fp16", "ddp gloo powersgd")

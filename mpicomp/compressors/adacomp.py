@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from mpicomp import kernels
-from mpicomp.compressor import Compressor, check_options, option
+from mpicomp.compressors.base import Compressor
+from mpicomp.compressors.options import check_options, option
 from mpicomp.errors import PacketError, SpecError
 
 MOST = 2**14  # elements in a bin: the index in a 16-bit entry has 14 bits

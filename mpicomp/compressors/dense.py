@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mpicomp import kernels
-from mpicomp.compressor import Compressor
+from mpicomp.compressors.base import Compressor
 
 
 @dataclass(frozen=True, repr=False)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from mpicomp import kernels
-from mpicomp.compressor import Compressor, check_options, option
+from mpicomp.compressors.base import Compressor
+from mpicomp.compressors.options import check_options, option
 from mpicomp.errors import SpecError
 
 

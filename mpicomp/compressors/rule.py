@@ -10,9 +10,10 @@ from glob import escape
 import numpy as np
 
 from mpicomp import kernels, philox
-from mpicomp.compressor import Compressor, State, check_options, from_spec, option
+from mpicomp.compressors.base import Compressor, State
 from mpicomp.compressors.dense import Dense
 from mpicomp.compressors.onebit import OneBit
+from mpicomp.compressors.options import check_options, option
 from mpicomp.compressors.residual import Residual
 from mpicomp.errors import SpecError
 from mpicomp.layout import Layout
@@ -34,7 +35,7 @@ class Cases(tuple):
     """
 
     @classmethod
-    def read(cls, text, make=from_spec):
+    def read(cls, text, make):
         """The cases in `test:compressor; test:compressor; compressor`; `make` reads the latter."""
         *entries, rest = _split(text)
         pairs = []
@@ -162,8 +163,8 @@ class Rule(Compressor):
                                 "outer one")
 
     @classmethod
-    def from_inner(cls, text):
-        return Cases.read(text)
+    def from_inner(cls, text, read):
+        return Cases.read(text, read)
 
     fixed = property(lambda self: all(c.fixed for _, c in self.inner))
     unbiased = property(lambda self: all(c.unbiased for _, c in self.inner))

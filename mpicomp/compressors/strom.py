@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpicomp import kernels
-from mpicomp.compressor import Compressor, State, check_options, option
+from mpicomp.compressors.base import Compressor, State
+from mpicomp.compressors.options import check_options, option
 from mpicomp.errors import PacketError, SpecError
 
 MOST_ELEMENTS = 2**31

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from mpicomp import kernels
-from mpicomp.compressor import Compressor, State, check_options, option
+from mpicomp.compressors.base import Compressor, State
+from mpicomp.compressors.options import check_options, option
 from mpicomp.errors import PacketError
 
 LARGEST = 3.4e38

@@ -8,10 +8,9 @@ P - 1 packets, so this moves fewer bytes than a dense ring while P < 2 * ratio.
 
 import numpy as np
 
-from mpicomp import packet, staging
-from mpicomp.exchange import ring
-from mpicomp.exchange.mail import Exchange
-from mpicomp.exchange.slots import Gather
+from mpicomp.exchange.base import Exchange
+from mpicomp.transport import packet, ring, staging
+from mpicomp.transport.slots import Gather
 
 
 class Allgather(Exchange):

@@ -6,11 +6,10 @@ to all ranks. What the ranks agreed on before (shared scales) does not travel ag
 
 import numpy as np
 
-from mpicomp import kernels, packet, staging
+from mpicomp import kernels
 from mpicomp.errors import NonFiniteError, PacketError
-from mpicomp.exchange import ring
-from mpicomp.exchange.mail import Exchange
-
+from mpicomp.exchange.base import Exchange
+from mpicomp.transport import packet, ring, staging
 
 _ops = {}  # kind of float: MPI operation, which nobody frees
 PIECE = 1 << 14  # bytes of 16-bit floats that are widened and added at a time

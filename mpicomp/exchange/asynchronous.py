@@ -5,11 +5,11 @@ from time import perf_counter, sleep
 
 import numpy as np
 
-from mpicomp import packet
 from mpicomp.errors import MismatchError, PacketError, StallError
-from mpicomp.exchange.mail import Exchange
-from mpicomp.exchange.post import Post
-from mpicomp.packet import Header
+from mpicomp.exchange.base import Exchange
+from mpicomp.transport import packet
+from mpicomp.transport.messages import Post
+from mpicomp.transport.packet import Header
 
 
 class Promise:

@@ -7,14 +7,13 @@ leaders have residuals. Replicas are identical because members take the sum from
 
 import numpy as np
 
-from mpicomp import kernels, mpi, packet
+from mpicomp import kernels, mpi
 from mpicomp.errors import MismatchError
-from mpicomp.exchange import ring
 from mpicomp.exchange.allgather import Allgather
-from mpicomp.exchange.mail import Exchange, Mail
-from mpicomp.exchange.wire import Wire
-from mpicomp.packet import Header
-
+from mpicomp.exchange.base import Exchange, Mail
+from mpicomp.transport import packet, ring
+from mpicomp.transport.calls import Wire
+from mpicomp.transport.packet import Header
 
 node_of = mpi.node  # the ranks that share memory with this one, as a communicator
 

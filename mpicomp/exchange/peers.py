@@ -9,9 +9,9 @@ after `Reducer.deliver`, and only where the optimizer is linear (plain SGD).
 packets of step s - staleness are here. With 0 that is lock step, the same bits as allgather.
 """
 
-from mpicomp import packet
 from mpicomp.exchange.asynchronous import Asynchronous, Promise
-from mpicomp.exchange.mail import Mail
+from mpicomp.exchange.base import Mail
+from mpicomp.transport import packet
 
 
 class Peers(Asynchronous):

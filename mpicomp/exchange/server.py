@@ -14,13 +14,14 @@ import threading
 
 import numpy as np
 
-from mpicomp import kernels, mpi, packet, philox
+from mpicomp import kernels, mpi, philox
 from mpicomp.errors import PacketError, SpecError
 from mpicomp.exchange.asynchronous import Asynchronous, Promise
-from mpicomp.exchange.mail import Mail
+from mpicomp.exchange.base import Mail
 from mpicomp.exchange.shards import equal_borders, part
-from mpicomp.packet import Header
 from mpicomp.philox import Key
+from mpicomp.transport import packet
+from mpicomp.transport.packet import Header
 
 PUSH, PULL = 0, 1  # tags
 BACK = 1 << 32  # the first of the parts whose random numbers are the pulls'; pushes: the owner

@@ -8,11 +8,11 @@ the others. Owners sum in rank order and apply what they sent, so replicas stay 
 
 import numpy as np
 
-from mpicomp import kernels, packet, philox, staging
-from mpicomp.exchange import ring
-from mpicomp.exchange.mail import Exchange, Mail, to_agree
+from mpicomp import kernels, philox
+from mpicomp.exchange.base import Exchange, Mail, to_agree
 from mpicomp.exchange.shards import cut
-from mpicomp.exchange.slots import Gather, Scatter
+from mpicomp.transport import packet, ring, staging
+from mpicomp.transport.slots import Gather, Scatter
 
 SECOND = 1 << 32  # the part whose random numbers are the second quantisation's; first: the owner
 

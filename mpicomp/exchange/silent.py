@@ -1,7 +1,7 @@
 """Silent: sends nothing. For measuring everything but the wire; replicas drift apart."""
 
-from mpicomp import packet, staging
-from mpicomp.exchange.mail import Exchange
+from mpicomp.exchange.base import Exchange
+from mpicomp.transport import packet, staging
 
 
 class Silent(Exchange):

@@ -11,9 +11,9 @@ import threading
 from pathlib import Path
 
 import numpy as np
-from shim.arrays import DeviceArray
 
 from mpicomp.kernels.gpu import device
+from shim.arrays import DeviceArray
 
 SHIM = Path(__file__).with_name("shim.h")
 OPTIONS = ("-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno",

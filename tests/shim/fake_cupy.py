@@ -11,6 +11,7 @@ import threading
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+
 from shim.arrays import DeviceArray
 from shim.device import Shim
 

@@ -7,8 +7,16 @@ import numpy as np
 
 from mpicomp.errors import PacketError
 from mpicomp.kernels import reference
-from mpicomp.kernels.cpu.library import (Unfit, at, decode_sum, floats, lib, or_reference, refused,
-                                         some_payloads)
+from mpicomp.kernels.cpu.library import (
+    Unfit,
+    at,
+    decode_sum,
+    floats,
+    lib,
+    or_reference,
+    refused,
+    some_payloads,
+)
 
 
 def _adacomp_encode(base, grad, out, factor, size, data):

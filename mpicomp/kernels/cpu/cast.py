@@ -1,8 +1,15 @@
 """Dense float32 and the two 16-bit floats, compiled."""
 
 from mpicomp.kernels import reference
-from mpicomp.kernels.cpu.library import (all_payloads, decode_sum, floats, lib, or_reference,
-                                         payload, refused)
+from mpicomp.kernels.cpu.library import (
+    all_payloads,
+    decode_sum,
+    floats,
+    lib,
+    or_reference,
+    payload,
+    refused,
+)
 
 _KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}
 

@@ -5,8 +5,16 @@ from ctypes import c_float
 import numpy as np
 
 from mpicomp.kernels import reference
-from mpicomp.kernels.cpu.library import (Unfit, all_payloads, decode_sum, floats, lib, or_reference,
-                                         payload, philox_key)
+from mpicomp.kernels.cpu.library import (
+    Unfit,
+    all_payloads,
+    decode_sum,
+    floats,
+    lib,
+    or_reference,
+    payload,
+    philox_key,
+)
 
 _WIDTHS = {"bits": 0, **reference.DOREFA_INTEGERS}
 

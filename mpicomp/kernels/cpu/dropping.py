@@ -5,8 +5,16 @@ import ctypes
 import numpy as np
 
 from mpicomp.kernels import reference
-from mpicomp.kernels.cpu.library import (Unfit, at, decode_sum, floats, lib, or_reference, refused,
-                                         some_payloads)
+from mpicomp.kernels.cpu.library import (
+    Unfit,
+    at,
+    decode_sum,
+    floats,
+    lib,
+    or_reference,
+    refused,
+    some_payloads,
+)
 
 
 def _drop_cut(grad, owed, rate, draws, first_version=False):

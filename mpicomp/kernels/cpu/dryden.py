@@ -5,8 +5,16 @@ from ctypes import c_int64
 import numpy as np
 
 from mpicomp.kernels import reference
-from mpicomp.kernels.cpu.library import (Unfit, at, floats, lib, or_reference, philox_key,
-                                         refused, some_payloads)
+from mpicomp.kernels.cpu.library import (
+    Unfit,
+    at,
+    floats,
+    lib,
+    or_reference,
+    philox_key,
+    refused,
+    some_payloads,
+)
 
 
 def _draws(sample, rows):

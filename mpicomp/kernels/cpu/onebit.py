@@ -1,8 +1,15 @@
 """1-bit SGD's means and bits, compiled."""
 
 from mpicomp.kernels import reference
-from mpicomp.kernels.cpu.library import (all_payloads, decode_sum, floats, lib, or_reference,
-                                         payload, refused)
+from mpicomp.kernels.cpu.library import (
+    all_payloads,
+    decode_sum,
+    floats,
+    lib,
+    or_reference,
+    payload,
+    refused,
+)
 
 
 def _onebit_size(rows, columns):

@@ -3,8 +3,15 @@
 import numpy as np
 
 from mpicomp.kernels import reference
-from mpicomp.kernels.cpu.library import (at, decode_sum, floats, lib, or_reference, refused,
-                                         some_payloads)
+from mpicomp.kernels.cpu.library import (
+    at,
+    decode_sum,
+    floats,
+    lib,
+    or_reference,
+    refused,
+    some_payloads,
+)
 
 
 @or_reference

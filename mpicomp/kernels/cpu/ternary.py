@@ -5,8 +5,16 @@ from ctypes import c_float
 import numpy as np
 
 from mpicomp.kernels import reference
-from mpicomp.kernels.cpu.library import (all_payloads, decode_sum, floats, lib, or_reference,
-                                         payload, philox_key, refused)
+from mpicomp.kernels.cpu.library import (
+    all_payloads,
+    decode_sum,
+    floats,
+    lib,
+    or_reference,
+    payload,
+    philox_key,
+    refused,
+)
 
 _PACKINGS = {"2bit": 0, "planar": 1, "int8": 2, "int16": 3}
 

@@ -23,6 +23,7 @@ from mpicomp.kernels.gpu.strom import *  # noqa: F403
 from mpicomp.kernels.gpu.sums import *  # noqa: F403
 from mpicomp.kernels.gpu.ternary import *  # noqa: F403
 
+
 def __getattr__(name):
     if not name.startswith("_") and isinstance(getattr(reference, name, None), FunctionType):
         return on_host(name)

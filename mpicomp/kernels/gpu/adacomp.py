@@ -5,8 +5,16 @@ import numpy as np
 from mpicomp.errors import PacketError
 from mpicomp.kernels import reference
 from mpicomp.kernels.gpu import device
-from mpicomp.kernels.gpu.arguments import (Unfit, checked, floats, new_fault, or_host, payload,
-                                           refusal, room)
+from mpicomp.kernels.gpu.arguments import (
+    Unfit,
+    checked,
+    floats,
+    new_fault,
+    or_host,
+    payload,
+    refusal,
+    room,
+)
 from mpicomp.kernels.gpu.sums import host, lanes_of
 from mpicomp.kernels.gpu.tiles import scanned
 

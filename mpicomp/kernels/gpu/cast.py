@@ -2,8 +2,17 @@
 
 from mpicomp.kernels import reference
 from mpicomp.kernels.gpu import device
-from mpicomp.kernels.gpu.arguments import (checked, floats, new_fault, or_host, payload, refusal,
-                                           refusals, room, table)
+from mpicomp.kernels.gpu.arguments import (
+    checked,
+    floats,
+    new_fault,
+    or_host,
+    payload,
+    refusal,
+    refusals,
+    room,
+    table,
+)
 
 _KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}
 

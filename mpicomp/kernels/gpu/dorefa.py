@@ -4,8 +4,18 @@ import numpy as np
 
 from mpicomp.kernels import reference
 from mpicomp.kernels.gpu import device
-from mpicomp.kernels.gpu.arguments import (checked, floats, new_fault, or_host, payload, philox_key,
-                                           refusals, room, scalar, table)
+from mpicomp.kernels.gpu.arguments import (
+    checked,
+    floats,
+    new_fault,
+    or_host,
+    payload,
+    philox_key,
+    refusals,
+    room,
+    scalar,
+    table,
+)
 from mpicomp.kernels.gpu.sums import host, largest
 
 _WIDTHS = {"bits": 0, **reference.DOREFA_INTEGERS}

@@ -4,8 +4,19 @@ import numpy as np
 
 from mpicomp.kernels import reference
 from mpicomp.kernels.gpu import device
-from mpicomp.kernels.gpu.arguments import (anywhere, checked, constants, floats, new_fault,
-                                           or_host, payload, refusal, refusals, room, scalar)
+from mpicomp.kernels.gpu.arguments import (
+    anywhere,
+    checked,
+    constants,
+    floats,
+    new_fault,
+    or_host,
+    payload,
+    refusal,
+    refusals,
+    room,
+    scalar,
+)
 from mpicomp.kernels.gpu.sums import SWEEP, finite_fault, fold, host, lanes_of
 from mpicomp.kernels.gpu.tiles import TILE, compact, gather, scanned, tiles_of
 

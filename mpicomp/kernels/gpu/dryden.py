@@ -4,8 +4,20 @@ import numpy as np
 
 from mpicomp.kernels import reference
 from mpicomp.kernels.gpu import device
-from mpicomp.kernels.gpu.arguments import (Unfit, checked, constants, floats, new_fault, or_host,
-                                           payload, philox_key, refusal, refusals, room, table)
+from mpicomp.kernels.gpu.arguments import (
+    Unfit,
+    checked,
+    constants,
+    floats,
+    new_fault,
+    or_host,
+    payload,
+    philox_key,
+    refusal,
+    refusals,
+    room,
+    table,
+)
 from mpicomp.kernels.gpu.sums import finite_fault, fold, host
 from mpicomp.kernels.gpu.tiles import compact
 

@@ -4,8 +4,17 @@ import numpy as np
 
 from mpicomp.kernels import reference
 from mpicomp.kernels.gpu import device
-from mpicomp.kernels.gpu.arguments import (checked, floats, new_fault, or_host, payload, refusal,
-                                           refusals, room, table)
+from mpicomp.kernels.gpu.arguments import (
+    checked,
+    floats,
+    new_fault,
+    or_host,
+    payload,
+    refusal,
+    refusals,
+    room,
+    table,
+)
 from mpicomp.kernels.gpu.sums import fold
 
 

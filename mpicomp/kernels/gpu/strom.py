@@ -4,8 +4,16 @@ import numpy as np
 
 from mpicomp.kernels import reference
 from mpicomp.kernels.gpu import device
-from mpicomp.kernels.gpu.arguments import (checked, floats, new_fault, or_host, payload, refusal,
-                                           refusals, room)
+from mpicomp.kernels.gpu.arguments import (
+    checked,
+    floats,
+    new_fault,
+    or_host,
+    payload,
+    refusal,
+    refusals,
+    room,
+)
 from mpicomp.kernels.gpu.sums import host
 from mpicomp.kernels.gpu.tiles import compact, gather
 

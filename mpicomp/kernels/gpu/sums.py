@@ -3,8 +3,14 @@
 import numpy as np
 
 from mpicomp.kernels.gpu import device
-from mpicomp.kernels.gpu.arguments import (anywhere, checked, floats, is_device_array, new_fault,
-                                           or_host)
+from mpicomp.kernels.gpu.arguments import (
+    anywhere,
+    checked,
+    floats,
+    is_device_array,
+    new_fault,
+    or_host,
+)
 
 SWEEP = 1 << 19  # threads of a launch that goes over an array of any length
 

@@ -5,7 +5,6 @@ import numpy as np
 from mpicomp.errors import PacketError
 from mpicomp.kernels.reference.sums import finite, sample, total
 
-
 MARIAN = -1  # as `draws` of drop_cut: Marian's sample
 
 

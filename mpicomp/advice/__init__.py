@@ -1,0 +1,165 @@
+"""Which method would be fastest here? Links and codecs are measured, the rest is arithmetic.
+
+The model, for a gradient of n elements over P ranks, packets of L bytes (see docs/planning.md):
+
+    allgather   encode + a + b (P-1) L                + P decodes
+    allreduce   encode + a + b 2 (P-1)/P bytes        + 1 decode
+    sharded     encode + 2 a + b 2 (P-1)/P L          + encode / P + 2 decodes + 3 copies
+    step        compute + codec + max(0, wire - what backward hides)
+
+a (seconds a call) and b (seconds a received byte) are measured for each kind of call on the ranks
+that are present, while all of them work at once (trial.py). What is predicted for other P assumes
+that each rank's link, not the network behind it, is the limit.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpicomp import catalogue
+from mpicomp.advice.trial import given, made_up, measure_codec, measure_links, reduction, together
+from mpicomp.compressors import Rule, Strom
+from mpicomp.errors import SpecError
+
+CANDIDATES = ("dense", "bf16", "terngrad", "onebit", "onebit:exchange=sharded")
+WORTH = 1.25  # a compressed method is advised only if it is predicted to be so much faster
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of one step's exchange by parts; `total` counts what backward cannot hide."""
+
+    method: str
+    encode: float
+    wire: float
+    decode: float
+    hidden: float
+
+    @property
+    def total(self):
+        return self.encode + self.decode + max(0.0, self.wire - self.hidden)
+
+
+def predict(method, codec, links, n, ranks, hidden=0.0, copy=0.0) -> Prediction:
+    """The parts of one step's exchange, by the model above; `copy` is seconds an element."""
+    size = codec.bytes * n
+    encode, decode = codec.encode * n, codec.decode * n
+    share = (ranks - 1) / ranks
+    if method.exchange == "allreduce":
+        wire = links[reduction(method)].seconds(2 * share * size)
+        if method.compressor.alias(np.zeros(1, np.float32)) is not None:
+            encode = 0.0
+    elif method.exchange == "sharded":
+        wire = links["gather"].seconds(2 * share * size, calls=2)
+        # into the order of the shards, and back from the sum and from the packets
+        encode, decode = encode * (1 + 1 / ranks) + copy * n, decode * 2 + 2 * copy * n
+    else:
+        wire = links["gather"].seconds((ranks - 1) * size)
+        decode *= ranks
+    return Prediction(repr(method), encode, wire, decode, hidden)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What was measured, what is predicted (fastest first), what to use and why."""
+
+    elements: int
+    links: dict
+    codecs: dict
+    predictions: tuple
+    choice: str
+    reason: str
+    sample: str  # what the codecs were tried on
+    notes: tuple = ()  # which predictions mean nothing, and what to type
+
+    @property
+    def copy(self):
+        """Seconds to copy an element on all ranks at once: what dense takes to encode."""
+        return next(iter(self.codecs.values())).encode
+
+
+def report(method, stats, advice=None) -> str:
+    """What the exchange took a step, by stage; after method="auto" beside what was predicted."""
+    now = {stage: 1e3 * seconds / max(1, stats.steps) for stage, seconds in stats.seconds.items()}
+    text = f"{method.name}: {stats.ratio:.1f} times less than dense, ms a step: " \
+        + ", ".join(f"{stage} {value:.1f}" for stage, value in now.items())
+    if advice:
+        told = next(p for p in advice.predictions if p.method == advice.choice)
+        text += (f"; predicted encode {1e3 * told.encode:.1f}, wire {1e3 * told.wire:.1f}, "
+                 f"decode {1e3 * told.decode:.1f}, together {1e3 * told.total:.1f}, found "
+                 f"{sum(now.values()):.1f}")
+    return text
+
+
+def unit_free(methods) -> tuple:
+    """A note for each method whose threshold has the unit of a gradient that nobody has shown."""
+    notes = []
+    for method in methods:
+        rule = method.compressor
+        parts = [c for _, c in rule.inner] if isinstance(rule, Rule) else [rule]
+        fixed = [c.core for c in parts if isinstance(c.core, Strom) and not c.core.density]
+        if fixed:
+            notes.append(f"{method.name}: what this sends depends on how large your gradients are "
+                         f"beside tau={fixed[0].tau:g}, so the figures found with made-up ones "
+                         "say nothing of it. Give a gradient of yours (--gradient FILE.npz), or "
+                         "let tau follow the data: strom:density=0.001")
+    return tuple(notes)
+
+
+def _sample(comm, gradient):
+    """The gradient that codecs are tried on; SpecError on all ranks if any has none."""
+    sample = problem = None
+    try:
+        sample = made_up(comm.rank) if gradient is None else given(gradient)
+    except SpecError as error:
+        problem = f"rank {comm.rank}: {error}"
+    found = together(comm, (problem, sample and sample.x.size))
+    if problems := [told for told, _ in found if told]:
+        raise SpecError(problems[0])
+    sizes = [size for _, size in found]
+    if len(set(sizes)) > 1:
+        raise SpecError(f"gradient: {sizes} elements found on the ranks, the same number expected")
+    return sample
+
+
+def advise(comm, n=None, candidates=CANDIDATES, hidden=0.0, ranks=None, gradient=None) -> Advice:
+    """Measure, predict for a gradient of n elements, and choose. The same on every rank.
+
+    `hidden` is how many seconds of the exchange the backward pass can hide; `ranks` predicts for
+    another number of ranks than are present, which one rank alone cannot: SpecError. `gradient`,
+    an array, {parameter name: array} or the path of a file of numpy.save or numpy.savez, is one of
+    yours to try the codecs on, on every rank; n is its size if not given. What the sparse methods
+    send depends on it. Without one they are tried on numbers with heavy tails (`trial.made_up`).
+    """
+    if n is None and gradient is None:
+        raise SpecError("advise: n, the elements of the gradient, or a gradient expected")
+    if comm.size == 1 and ranks not in (None, 1):
+        raise SpecError(f"ranks={ranks} found, but this job has one rank and so no link to "
+                        "measure: start it with  launch/run -n 2  or more")
+    methods = [catalogue.method(spec) for spec in dict.fromkeys(["dense", *candidates])]
+    sample = _sample(comm, gradient)
+    n = n or sample.x.size
+    codecs = {repr(m): measure_codec(m, comm, sample) for m in methods}
+    links = measure_links(comm, n, methods, codecs)
+    ranks = ranks or comm.size
+    copy = codecs[repr(methods[0])].encode  # dense
+    predictions = [predict(m, codecs[repr(m)], links, n, ranks, hidden, copy) for m in methods]
+    dense, best = predictions[0], min(predictions, key=lambda p: p.total)
+    if ranks == 1:
+        choice, reason = dense, "there is one rank, and nothing to exchange"
+    elif dense.total <= WORTH * best.total:
+        choice = dense
+        reason = (f"the best compressed method is predicted to take {1e3 * best.total:.1f} ms, "
+                  f"dense {1e3 * dense.total:.1f} ms: compression would not pay here")
+        if best is dense:
+            other = min(predictions[1:], key=lambda p: p.total)
+            reason = (f"dense is predicted to take {1e3 * dense.total:.1f} ms, the best compressed "
+                      f"method ({other.method}) {1e3 * other.total:.1f} ms")
+    else:
+        choice = best
+        reason = (f"predicted {1e3 * best.total:.1f} ms of exchange a step, dense "
+                  f"{1e3 * dense.total:.1f} ms")
+    order = tuple(sorted(predictions, key=lambda p: p.total))
+    notes = () if sample.real else unit_free(methods)
+    advice = Advice(n, links, codecs, order, choice.method, reason, sample.told, notes)
+    return together(comm, advice)[0]  # the same on every rank, where clocks differed

@@ -1,0 +1,76 @@
+"""Options: dataclass fields that say what they mean, which values they take, and check them."""
+
+from dataclasses import field, fields
+from numbers import Integral, Real
+
+from mpicomp.compressors.spec import show
+from mpicomp.errors import SpecError
+
+
+def option(default, doc, *, choices=None, above=None, least=None, most=None):
+    """A dataclass field that says what it means and which values it takes."""
+    limits = dict(doc=doc, choices=choices, above=above, least=least, most=most)
+    return field(default=default, metadata=limits)
+
+
+def check_options(compressor) -> None:
+    """Raise SpecError for a field whose value is outside of what `option` declared.
+
+    A whole number for a float or a text, and NumPy's numbers, are turned into what it is.
+    """
+    for f in fields(compressor):
+        value = getattr(compressor, f.name)
+        number = {float: Real, int: Integral, str: Integral}.get(f.type)
+        if number and isinstance(value, number) and not isinstance(value, bool):
+            object.__setattr__(compressor, f.name, f.type(value))
+        _check(compressor.name, f, getattr(compressor, f.name))
+
+
+def _check(owner, f, value):
+    wrong = None
+    limits = f.metadata
+    if f.type in (int, float) and isinstance(value, bool) or not isinstance(value, f.type):
+        wrong = f"of type {f.type.__name__}"
+    elif limits.get("choices") and value not in limits["choices"]:
+        wrong = "one of " + ", ".join(map(str, limits["choices"]))
+    elif isinstance(value, float) and not abs(value) < float("inf"):
+        wrong = "a finite number"
+    elif limits.get("above") is not None and not value > limits["above"]:
+        wrong = f"more than {limits['above']}"
+    elif limits.get("least") is not None and not value >= limits["least"]:
+        wrong = f"at least {limits['least']}"
+    elif limits.get("most") is not None and not value <= limits["most"]:
+        wrong = f"at most {limits['most']}"
+    if wrong:
+        raise SpecError(f"{owner}: {f.name}={show(value)} found, {f.name} must be {wrong} "
+                        f"({f.metadata.get('doc', '')})")
+
+
+_BOOL = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+
+
+def parse_value(owner, f, text):
+    """The value of field `f` from its text in a specification."""
+    if not isinstance(text, str):
+        return float(text) if f.type is float and type(text) is int else text
+    try:
+        return _BOOL[text.lower()] if f.type is bool else f.type(text)
+    except (KeyError, ValueError):
+        kind = {bool: "yes or no", int: "a whole number", float: "a number"}.get(f.type, "text")
+        raise SpecError(f"{owner}: {f.name}={text} found, {f.name} must be {kind} "
+                        f"({f.metadata.get('doc', '')})") from None
+
+
+def parse_options(name, known, options: dict) -> dict:
+    """Typed keyword arguments for `name`, whose options are the dataclass fields `known`."""
+    known = {f.name: f for f in known}
+    for option_name in options:
+        if option_name not in known:
+            listed = [f"{f.name}={show(f.default)} ({f.metadata.get('doc', '')})"
+                      for f in known.values()]
+            raise SpecError(f"{name} has no option {option_name!r}; it has "
+                            + (", ".join(listed) or "none"))
+    values = {key: parse_value(name, known[key], text) for key, text in options.items()}
+    for key, value in values.items():
+        _check(name, known[key], value)
+    return values

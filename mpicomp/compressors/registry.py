@@ -1,0 +1,62 @@
+"""The registry: every compressor class by name, and the compressor that a specification names."""
+
+from dataclasses import fields
+
+from mpicomp.compressors.base import Compressor
+from mpicomp.compressors.options import parse_options
+from mpicomp.compressors.spec import split_spec
+from mpicomp.errors import SpecError
+
+_REGISTRY: dict[str, type[Compressor]] = {}
+
+
+def register(cls):
+    """Make a Compressor class known under `cls.name`; usable as a decorator.
+
+    Packages may also name their classes in the entry-point group `mpicomp.compressors`.
+    """
+    known = _REGISTRY.get(cls.name)
+    if known is not None and known is not cls:
+        raise SpecError(f"two compressors are called {cls.name!r}: {known.__module__}."
+                        f"{known.__qualname__} and {cls.__module__}.{cls.__qualname__}")
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def registry() -> dict[str, type[Compressor]]:
+    """All registered compressor classes by name: our own, and those of installed packages."""
+    from importlib.metadata import entry_points
+
+    if not getattr(registry, "complete", False):
+        registry.complete = True
+        for point in entry_points(group="mpicomp.compressors"):
+            register(point.load())
+    return dict(_REGISTRY)
+
+
+def find(name: str) -> type[Compressor]:
+    """The compressor class called `name`; SpecError lists what exists."""
+    classes = registry()
+    if name not in classes:
+        raise SpecError(f"no compressor is called {name!r}; there are: "
+                        + ", ".join(sorted(classes)))
+    return classes[name]
+
+
+def from_spec(spec) -> Compressor:
+    """The compressor that a specification describes, such as "onebit" or "residual(strom:tau=1)".
+
+    Raises SpecError that lists what exists for an unknown name, option or value.
+    """
+    if isinstance(spec, Compressor):
+        return spec
+    name, inner, options = split_spec(spec)
+    cls = find(name)
+    bracket = next((f for f in fields(cls) if f.name == "inner"), None)
+    needed = bracket is not None and bracket.default is None
+    if inner is not None and bracket is None or inner is None and needed:
+        raise SpecError(f"{spec!r}: {name} is written "
+                        + (f"{name}(another compressor)" if bracket else f"{name}, no bracket"))
+    if inner is not None:
+        options["inner"] = cls.from_inner(inner, from_spec)
+    return cls(**parse_options(name, fields(cls), options))

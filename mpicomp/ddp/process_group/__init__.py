@@ -1,0 +1,50 @@
+"""A torch.distributed process group whose collectives are MPI's, for a torch built without MPI.
+
+Stock wheels of torch have gloo, which needs an address and open ports, and no MPI. This one needs
+neither: DistributedDataParallel, Lightning and Accelerate use it to compare and broadcast the
+model's parameters and buffers, and for barriers; gradients go through mpicomp.ddp.comm_hook.
+It has what gloo has, in every form in which torch can ask for it. Collectives are over when the
+call returns, also with async_op=True; isend and irecv return at once.
+"""
+
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from mpicomp import mpi
+from mpicomp.ddp.process_group.group import BACKEND, MpiGroup
+from mpicomp.ddp.process_group.store import SharedStore
+from mpicomp.errors import LaunchError
+
+__all__ = ["BACKEND", "MpiGroup", "init_process_group"]
+
+_lent = []  # the MpiGroup of the default group, for `_create`
+
+
+def init_process_group(comm=None, timeout=600.0):
+    """Make torch's default process group out of an MPI communicator (None: COMM_WORLD).
+
+    In place of torch.distributed.init_process_group(...), before DistributedDataParallel. Rank
+    and world size are those of `comm`, of which a duplicate is used. `timeout` is in seconds: a
+    collective that waits longer raises StallError. Collective over `comm`.
+    """
+    if dist.is_initialized():
+        raise LaunchError("init_process_group: torch's default process group exists already "
+                          f"(backend {dist.get_backend()}); call this one first, or use that one")
+    if BACKEND not in dist.Backend.backend_list:
+        dist.Backend.register_backend(BACKEND, _create, extended_api=True,
+                                      devices=["cpu", "cuda"])
+    comm = mpi.communicator(comm, timeout, "making torch's process group")
+    group, limit = MpiGroup(comm, timeout), timedelta(seconds=min(timeout, 1e9))
+    group.dog.store = SharedStore(comm, group.dog, limit)
+    _lent[:] = [group]
+    dist.init_process_group(BACKEND, rank=comm.rank, world_size=comm.size,
+                            store=group.dog.store, timeout=limit)
+
+
+def _create(options, _):
+    """What torch calls for the default group, and on the members of dist.new_group(ranks)."""
+    world = _lent[0]
+    if not options.global_ranks_in_group:
+        return world
+    return world.part(options.global_ranks_in_group, options.timeout)

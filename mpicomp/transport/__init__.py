@@ -1,0 +1,1 @@
+"""How bytes travel: packets, MPI calls, messages, and who moves them on."""
