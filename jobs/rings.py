@@ -38,10 +38,10 @@ def exchange(elements, ranks, lanes, comm):
     def work():
         parameter.grad = gradient
         start = perf_counter()
-        reducer._on_gradient("w", parameter)
+        reducer._gradient_hooks._on_gradient("w", parameter)
         reducer.finish()
         taken = perf_counter() - start
-        reducer._reopen()
+        reducer.averager.begin()
         return taken
 
     return work

@@ -7,6 +7,7 @@ below is loaded from its module the first time somebody asks for it.
 __version__ = "0.1.0"
 
 _HOME = {
+    "Averager": "averager",
     "CheckpointError": "errors",
     "Compressor": "compressors.base",
     "DeadRankError": "errors",

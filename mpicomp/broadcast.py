@@ -8,6 +8,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from mpicomp import mpi
+from mpicomp.averager.settings import stall_limit
 from mpicomp.errors import SpecError
 from mpicomp.reducer.replicas import (
     as_bytes,
@@ -18,7 +19,6 @@ from mpicomp.reducer.replicas import (
     leaves,
     without_expanded,
 )
-from mpicomp.reducer.startup import stall_limit
 from mpicomp.transport.agree import agree
 
 PIECE = 1 << 30  # bytes of one call: MPI 3 counts to 2**31 - 1

@@ -60,7 +60,7 @@ class Recovery:
                  least=1):
         self.reducer, self.model, self.least = reducer, model, least
         self._keep, self._restore, self._regrouped = keep, restore, regrouped
-        limit = reducer._pipeline.timeout
+        limit = reducer.averager.link.timeout
         self.comm, self._base = (mpi.communicator(comm, limit, "starting Recovery")
                                  for _ in range(2))
         self._members = list(range(self.comm.size))
@@ -70,7 +70,7 @@ class Recovery:
         self.active = self.why is None
         self._votes = self.active and reducer.irreplaceable is None
         if self._votes:
-            reducer._guard = self
+            reducer.averager.guard = self
         note = self.why or reducer.irreplaceable
         if note and self.comm.size > 1:
             reducer.stats.notes.append(f"a dead rank ends this job: {note}")
@@ -189,7 +189,7 @@ class Recovery:
     def _answer(self, asked) -> bool:
         """Has everybody who is alive voted 1? That some are dead is found out elsewhere."""
         request, vote = asked
-        start, looks, timeout = perf_counter(), 0, self.reducer._pipeline.timeout
+        start, looks, timeout = perf_counter(), 0, self.reducer.averager.link.timeout
         try:
             while not request.Test():
                 looks += 1
@@ -291,8 +291,8 @@ class Recovery:
 
     def _owed(self):
         """(how many residuals this rank has, their norm)."""
-        arrays = [array for mail in self.reducer._mail
-                  for kind, array in mail.persistent().items() if kind.startswith("error")]
+        arrays = [array for codec in self.reducer.averager.buckets.codecs
+                  for kind, array in codec.persistent().items() if kind.startswith("error")]
         return (sum(a.size for a in arrays),
                 float(np.sqrt(sum(float(np.dot(a, a)) for a in arrays))))
 

@@ -134,7 +134,8 @@ class Training:
         torch.manual_seed(100 + me)  # dropout differs from rank to rank
 
     def state(self):
-        settled = self.reducer._exchange.settled and not self.reducer._delay
+        averager = self.reducer.averager
+        settled = averager.link.exchange.settled and not averager.mode.late
         return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
                     random=torch.get_rng_state(),
                     reducer=self.reducer.state_dict() if settled else {})
@@ -193,7 +194,7 @@ def die(wait, trial):
 
 
 finish = at("exchange", mpicomp.Reducer.finish)
-mpicomp.Reducer.finish = lambda self: None if self._finished else finish(self)
+mpicomp.Reducer.finish = lambda self: None if self.averager.finished else finish(self)
 backward = at("backward", Training.train)
 save = at("checkpoint", checkpoint.save)
 
@@ -207,7 +208,7 @@ def train(step):
 
 def report(step):
     """What a training does now and then: everybody's part of a score, and a checkpoint."""
-    if training.reducer._exchange.asynchronous:
+    if training.reducer.averager.link.exchange.asynchronous:
         training.reducer.deliver()
     recovery.comm.allgather(step)
     save(here / "checkpoint", recovery.comm, step, shared=dict(step=step),

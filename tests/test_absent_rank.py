@@ -43,9 +43,7 @@ def reducer(comm, method="onebit", optimizer=False, **keywords):
 def hurry(made):
     """From now on a Reducer waits for a short time only; before, all ranks were there."""
     if isinstance(made, mpicomp.Reducer):
-        made._pipeline.timeout = shelf.of(made.comm).timeout = STALL
-        if made._receipt:
-            made._receipt.timeout = STALL
+        made.averager.link.pipeline.timeout = shelf.of(made.comm).timeout = STALL
     elif isinstance(made, MPI.Comm):
         shelf.of(made).timeout = STALL
     elif hasattr(made, "comm"):
@@ -102,7 +100,7 @@ LATER = {
     "a broadcast's tensors": (lambda comm: mpi.communicator(comm),
                               lambda c: mpicomp.broadcast.broadcast_parameters(model(), c)),
     "shards": (lambda comm: reducer(comm, "dropping:exchange=server", True),
-               lambda r: r._exchange.shares(np.zeros(17, np.float32))),
+               lambda r: r.averager.link.exchange.shares(np.zeros(17, np.float32))),
     "node": (lambda comm: mpi.communicator(comm), mpi.node),
     "split": (lambda comm: mpi.communicator(comm), lambda c: mpi.split(c, "all", 0)),
     "part": (lambda comm: mpi.communicator(comm), lambda c: mpi.part(c, "one")),
@@ -281,8 +279,8 @@ def test_a_child_that_ends_is_no_rank_and_who_holds_pythons_lock_says_where_it_i
     status, output = program(2, """
 from mpicomp.mpi import last_word
 last_word.LEAST = 1.0
-optimizer = steps(1)._optimizers[0]
-optimizer.reducer._pipeline.timeout = float(stall)
+optimizer = steps(1).averager.optimizers[0]
+optimizer.reducer.averager.link.pipeline.timeout = float(stall)
 last_word.allow(float(stall))
 for how in ("exit", "raise"):
     child = os.fork()
@@ -296,7 +294,7 @@ for how in ("exit", "raise"):
         os._exit(0)  # and not by way of mpi4py's own end, which is MPI_Finalize
     os.waitpid(child, 0)
 time.sleep(0.5)
-assert not optimizer.reducer._watchdog.left, optimizer.reducer._watchdog.left
+assert not optimizer.reducer.averager.watchdog.left, optimizer.reducer.averager.watchdog.left
 print(f"rank {rank} goes on", flush=True)
 def holds_the_lock():
     mutex = ctypes.create_string_buffer(64)

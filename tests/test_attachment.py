@@ -252,7 +252,7 @@ def test_gradients_with_a_graph_do_not_grow_one_in_the_bucket(comm):
     for _ in range(3):
         (a.t().reshape(-1) ** 2).sum().backward(create_graph=True)
         reducer.finish()
-        assert all(slot.view.grad_fn is None for b in reducer._buckets for slot in b.slots)
+        assert all(slot.view.grad_fn is None for b in reducer.averager.buckets for slot in b.slots)
         a.grad = None
 
 

@@ -274,7 +274,7 @@ def test_errors_that_name_what_to_type(group, comm):
     with pytest.raises(mpicomp.LaunchError, match="exists already"):
         ddp.init_process_group(comm)
     other = Run(comm, "dense")
-    other.state._home.popitem()
+    other.state._averager._names.popitem()
     assert all("does not know" in text for text in outcome(comm, lambda: other.steps(0)))
 
 

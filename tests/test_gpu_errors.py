@@ -142,7 +142,7 @@ def model(monkeypatch):
     """Parameters that are declared to be a GPU's."""
     import torch
 
-    from mpicomp.reducer import memory
+    from mpicomp.averager import memory
 
     monkeypatch.setattr(device, "_current", None)
     monkeypatch.setattr(memory, "is_on_gpu", lambda parameter: True)
@@ -182,7 +182,7 @@ def test_a_word_that_staging_does_not_know(model, monkeypatch):
 def test_a_gpu_without_room_for_buckets(model, found, monkeypatch):
     import torch
 
-    from mpicomp.reducer import memory
+    from mpicomp.averager import memory
 
     monkeypatch.setitem(sys.modules, "cupy", cupy())
     monkeypatch.setitem(sys.modules, "torch", torch)

@@ -18,7 +18,7 @@ from training import digest, examples, give, network, parameters, replicas_are_i
 import mpicomp
 from mpicomp import NonFiniteError
 from mpicomp.kernels.gpu import device
-from mpicomp.reducer import memory
+from mpicomp.averager import memory
 from mpicomp.transport import packet, staging
 from mpicomp.transport.calls import Wire
 
@@ -58,7 +58,12 @@ def sgd(parameters, reducers):
     """An optimizer that puts the Reducer that attaches itself into the list."""
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
     register = optimizer.register_step_pre_hook
-    optimizer.register_step_pre_hook = lambda hook: reducers.append(hook.__self__) or register(hook)
+
+    def noted(hook):
+        reducers.append(hook.__self__.reducer)
+        return register(hook)
+
+    optimizer.register_step_pre_hook = noted
     return optimizer
 
 
@@ -78,7 +83,7 @@ def same_as_on_the_cpu(spec, comm, gpu, way="mirror", **keywords):
         if "silent" not in spec:
             replicas_are_identical(comm, model)
     assert results[0] == results[1]
-    assert isinstance(reducers[1]._buckets[0].grad, DeviceArray)
+    assert isinstance(reducers[1].averager.buckets[0].grad, DeviceArray)
     assert cupy.launches and not any("GPU" in note for note in reducers[1].stats.notes)
     return cupy, reducers[1]
 
@@ -107,7 +112,7 @@ def test_mpi_that_takes_device_pointers(spec, comm, gpu, monkeypatch):
     assert not {name for name in on_device if "educe" in name}
     if spec != "dense":  # whose sum MPI takes in host memory
         assert on_device
-        headers = packet.SIZE * len(reducer._buckets) * STEPS * (comm.size + 1)
+        headers = packet.SIZE * len(reducer.averager.buckets) * STEPS * (comm.size + 1)
         assert cupy.out == 0 and cupy.into <= headers
 
 
@@ -131,7 +136,7 @@ def test_only_used_bytes_cross_over(spec, comm, gpu):
     """Each payload leaves once, without its header, and each that arrives enters once."""
     cupy, reducer = same_as_on_the_cpu(spec, comm, gpu)
     reasons = reducer.stats.reasons
-    headers = packet.SIZE * STEPS * len(reducer._buckets)
+    headers = packet.SIZE * STEPS * len(reducer.averager.buckets)
     payloads = sum(reasons.values()) - headers - reasons.get("padding", 0)
     if comm.size > 1:  # where more than one rank sends, and it counts what leaves a rank
         assert payloads <= cupy.out <= payloads + headers
@@ -175,10 +180,10 @@ def test_sixteen_bits_are_read_as_they_are(spec, dtype, comm, gpu):
     total = mpicomp.Reducer([("x", torch.nn.Parameter(torch.zeros(1, dtype=dtype)))],
                             "strom:tau=100", comm)
     for _ in range(3):
-        total._named[0][1].grad = None
-        give(total._named, [[1.0 + (dtype == torch.float16) * 2.0**-9]])
+        total.averager.named[0][1].grad = None
+        give(total.averager.named, [[1.0 + (dtype == torch.float16) * 2.0**-9]])
         total.finish()
-        total._reopen()
+        total.averager.begin()
     owed = total.state_dict()["error/x"].item()
     assert owed == 3 * (1.0 + (dtype == torch.float16) * 2.0**-9)
 
@@ -231,7 +236,7 @@ def test_exchanges_that_work_in_host_memory_say_so(spec, comm, gpu):
     cupy = gpu()
     reducer = mpicomp.Reducer(network().named_parameters(), spec, comm)
     assert any("compressed in host memory: exchange=" in note for note in reducer.stats.notes)
-    assert not cupy.launches and isinstance(reducer._buckets[0].grad, np.ndarray)
+    assert not cupy.launches and isinstance(reducer.averager.buckets[0].grad, np.ndarray)
     reducer.deliver()
 
 

@@ -53,7 +53,7 @@ def test_a_header_of_another_step(method, steps, who, comm):
     job.step(), job.step()
     odd = who % comm.size
     before = {key: value for key, value in job.reducer.state_dict().items() if key != "step"}
-    job.reducer.step += steps * (comm.rank == odd)
+    job.reducer.averager.step += steps * (comm.rank == odd)
     text = job.fails()
     named = odd or 1  # where rank 0 is the odd one, the first that differs from it
     mine, others = 2 + steps, 2
@@ -69,12 +69,12 @@ def test_a_header_of_another_plan(method, comm):
     job, odd = Job(comm, method), comm.size - 1
     job.step()
     job.step()
-    for mail in job.reducer._mail if comm.rank == odd else ():
+    for mail in job.reducer.averager.buckets.codecs if comm.rank == odd else ():
         for part in (mail, *getattr(mail, "first", ()), *filter(None, [
                 getattr(mail, "second", None), getattr(mail, "inner", None)])):
             part.plan = 7
     if "warmup" in method and comm.rank == odd:
-        for mail in job.reducer._warm[1]:
+        for mail in [b.warm for b in job.reducer.averager.buckets]:
             mail.plan = 7
     assert f"rank {odd} is at plan digest 7" in job.fails()
 

@@ -29,7 +29,7 @@ class Backwards(torch.nn.Module):
 
 def named(reducer):
     """The parameters of each bucket."""
-    return [[slot.name for slot in bucket.slots] for bucket in reducer._buckets]
+    return [[slot.name for slot in bucket.slots] for bucket in reducer.averager.buckets]
 
 
 def begin(spec, comm, **keywords):
@@ -71,9 +71,9 @@ def test_buckets_that_would_be_the_same_stay(keywords, comm):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     mpicomp.DistributedOptimizer(optimizer, model.named_parameters(), "onebit", comm,
                                  **{"bucket_bytes": 1300, **keywords})
-    buckets = optimizer.reducer._buckets
+    buckets = optimizer.reducer.averager.buckets
     steps(model, optimizer, comm, 0, 1)
-    assert optimizer.reducer._buckets is buckets
+    assert optimizer.reducer.averager.buckets is buckets
     assert "order" not in optimizer.reducer.state_dict()
 
 
@@ -100,7 +100,7 @@ def test_what_is_owed_moves_with_its_parameter(exchange, comm):
     torch.nn.functional.cross_entropy(model(x), y).backward()
     reducer.finish()
     before = reducer.state_dict()
-    reducer._order.apply()
+    reducer.averager.buckets.apply()
     assert named(reducer) != cut
     after = reducer.state_dict()
     other = begin(f"onebit:exchange={exchange}", comm)[1].reducer
@@ -159,9 +159,10 @@ def test_work_to_agree_on_an_order_grows_as_parameters_do(comm):
 
     reducer = mpicomp.Reducer(parameters(**{f"p{i}": 2 for i in range(80)}), "dense", comm,
                               bucket_bytes=8)
-    reducer._order._seen = list(map(Number, range(40)))
-    reducer._order.agree()
-    assert reducer._order.next == [*range(40), *range(79, 39, -1)] and len(hashed) <= 2 * 80
+    reducer.averager.buckets._seen = list(map(Number, range(40)))
+    reducer.averager.buckets.agree(False, False)
+    assert reducer.averager.buckets.next == [*range(40), *range(79, 39, -1)]
+    assert len(hashed) <= 2 * 80
 
 
 def test_a_wrong_order_is_refused(comm):

@@ -166,7 +166,7 @@ def test_a_message_for_each_bucket_and_other_rank(bucket_bytes, buckets, comm):
     for k in range(7):
         step(named, optimizer, random_gradients(comm.rank, k, named))
     stats = reducer.stats
-    assert len(reducer._buckets) == buckets
+    assert len(reducer.averager.buckets) == buckets
     assert stats.sent == stats.calls["Isend"] == 7 * others * (buckets * 32 + payload)
     reducer.deliver()
     assert stats.sent == 7 * others * (buckets * 32 + payload) + others * 32
@@ -180,7 +180,7 @@ def test_a_length_that_the_data_tell(comm):
     step(named, optimizer, gradients)
     used = 4 * sum(int(np.abs(g).sum()) for g in gradients)
     others = comm.size - 1
-    assert reducer.stats.sent == others * (32 * len(reducer._buckets) + used)
+    assert reducer.stats.sent == others * (32 * len(reducer.averager.buckets) + used)
 
 
 def test_memory_is_bounded_by_the_staleness(comm):
@@ -191,7 +191,7 @@ def test_memory_is_bounded_by_the_staleness(comm):
         if comm.rank == 0:
             time.sleep(0.001)
     reducer.deliver()
-    post, buckets = reducer._exchange.post, len(reducer._buckets)
+    post, buckets = reducer.averager.link.exchange.post, len(reducer.averager.buckets)
     assert post.blocks <= buckets * comm.size * (2 * 2 + 2) + 2 * comm.size
     assert sum(map(len, post._free.values())) == post.blocks, "all of them came back"
 
@@ -331,7 +331,7 @@ def test_a_rank_without_examples_says_nothing(comm):
         np.testing.assert_allclose(p.detach().numpy(), -0.5 * given, atol=1e-5)
     others = comm.size - 1
     if comm.rank == idle and others:
-        assert reducer.stats.calls["Isend"] == others * 32 * (4 * len(reducer._buckets) + 1)
+        assert reducer.stats.calls["Isend"] == others * 32 * (4 * len(reducer.averager.buckets) + 1)
 
 
 # ---- state -----------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_states_of_different_steps_are_noticed(comm):
 
 def forged(reducer, **changes):
     """The bytes of a message for bucket 0 that would be right but for these fields."""
-    right = dict(step=reducer.step, bucket=0, plan=reducer._plan, length=8)
+    right = dict(step=reducer.step, bucket=0, plan=reducer.averager.buckets.plan, length=8)
     message = np.zeros(40, np.uint8)
     packet.Header(**{**right, **changes}).write(message)
     return message
@@ -407,25 +407,25 @@ def test_a_wrong_header_names_its_sender(changes, words, comm):
     step(named, optimizer, random_gradients(comm.rank, 0, named))
     reducer.deliver()
     if comm.rank == 1:
-        reducer._exchange.post.comm.Send(forged(reducer, **changes), 0, 0)
+        reducer.averager.link.exchange.post.comm.Send(forged(reducer, **changes), 0, 0)
     if comm.rank == 0:
         with pytest.raises(MismatchError, match="rank 1 sent") as caught:
             while True:
-                reducer._exchange.poll()
+                reducer.averager.link.exchange.poll()
         assert all(word in str(caught.value) for word in words), caught.value
         with pytest.raises(MismatchError):  # whoever looks next hears of it as well
-            reducer._exchange.poll()
+            reducer.averager.link.exchange.poll()
 
 
 @two
 def test_what_is_no_packet_names_its_sender(comm):
     named, reducer, _ = make(comm, "strom:tau=0.05,exchange=peers")
     if comm.rank == 1:
-        reducer._exchange.post.comm.Send(np.zeros(40, np.uint8), 0, 0)
+        reducer.averager.link.exchange.post.comm.Send(np.zeros(40, np.uint8), 0, 0)
     if comm.rank == 0:
         with pytest.raises(PacketError, match="rank 1: not a packet"):
             while True:
-                reducer._exchange.poll()
+                reducer.averager.link.exchange.poll()
 
 
 # ---- specifications --------------------------------------------------------------------------

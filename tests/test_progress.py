@@ -86,7 +86,7 @@ def test_ranks_at_different_steps_are_noticed_in_the_thread(comm):
         reducer.finish()
 
     step()
-    reducer.step = 5 + (comm.rank == 0)
+    reducer.averager.step = 5 + (comm.rank == 0)
     assert "is at step 5" in same_error(comm, MismatchError, step)
 
 

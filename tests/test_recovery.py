@@ -55,8 +55,8 @@ def test_a_regrouped_reducer_is_one_that_was_loaded_on_so_many_ranks(comm, spec,
     x, y = examples(comm, before)
     torch.nn.functional.cross_entropy(model(x), y).backward()   # the step is begun
     if comm.size > 1:
-        while reducer._pipeline.busy:                           # MPI's calls must come to an end
-            reducer._pipeline.move()
+        while reducer.averager.link.pipeline.busy:  # MPI's calls must come to an end
+            reducer.averager.link.pipeline.move()
     reducer.regroup(few)
     assert all(p.grad is None for p in model.parameters()) and reducer.step == before
     moved = go_on(model, optimizer, reducer, few, 4)

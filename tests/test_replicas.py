@@ -68,7 +68,7 @@ def test_replicas_of_every_synchronous_method_are_equal(method, comm):
 def test_where_all_is_equal_16_bytes_travel(comm):
     model, optimizer, step = training(comm)
     step(0)
-    watched = optimizer.reducer.comm = Watched(optimizer.reducer.comm)
+    watched = optimizer.reducer.averager.link.comm = Watched(optimizer.reducer.comm)
     optimizer.reducer.check_replicas(model)
     assert watched.given == [16]
 

@@ -207,7 +207,7 @@ def test_worked_example_of_push_and_pull(comm):
         owed = [0, 0, 0, 0, .1, 0, .2, -.1]
     wait_for(pair, reducer)
     if pair.rank == 1:  # the server keeps what it has not said
-        kept = reducer._exchange.latest - reducer._exchange.given[0]
+        kept = reducer.averager.link.exchange.latest - reducer.averager.link.exchange.given[0]
         np.testing.assert_allclose(kept, [0, 0, 0, 0, 0, -.06, 0, 0], atol=1e-6)
     reducer.deliver()
     for name in ("theirs", "mine"):
@@ -219,7 +219,7 @@ def wait_for(comm, reducer):
     """A barrier in which this rank serves its shard, also where it has no thread."""
     barrier = comm.Ibarrier()
     while not barrier.Test():
-        reducer._exchange.poll()
+        reducer.averager.link.exchange.poll()
         time.sleep(1e-4)
 
 
@@ -252,7 +252,7 @@ def test_a_sparse_push_is_cut_at_the_borders(comm):
     named, reducer, optimizer = make(comm, "strom:tau=0.5,exchange=server,thread=no")
     step(named, optimizer, [np.zeros(p.shape) for _, p in named])
     reducer.deliver()
-    before, borders = reducer.stats.calls["Isend"], reducer._exchange.borders
+    before, borders = reducer.stats.calls["Isend"], reducer.averager.link.exchange.borders
     gradient = whole_numbers(0, 0, N, most=1)
     if comm.rank == 0:
         named[0][1].grad = None
@@ -306,7 +306,7 @@ def test_a_part_keeps_whole_rows_together():
 def test_others_go_on_against_the_shard_of_a_rank_that_sleeps(comm):
     """Its thread applies their pushes and answers, as often as they like."""
     named, reducer, optimizer = make(comm, "dropping:rate=0.9,exchange=server", average=False)
-    if not reducer._exchange.threaded:
+    if not reducer.averager.link.exchange.threaded:
         return
     slow = comm.size - 1
     step(named, optimizer, random_gradients(comm.rank, 0, named))
@@ -333,7 +333,7 @@ def test_others_go_on_against_the_shard_of_a_rank_that_sleeps(comm):
 @two
 def test_without_a_thread_a_rank_serves_while_it_waits_and_from_hooks(comm):
     named, reducer, optimizer = make(comm, "dense:exchange=server,thread=no", average=False)
-    assert not reducer._exchange.threaded
+    assert not reducer.averager.link.exchange.threaded
     for k in range(5 + 3 * comm.rank):  # also in deliver()
         step(named, optimizer, [np.ones(p.shape) for _, p in named])
     reducer.deliver()
@@ -482,13 +482,13 @@ def test_a_wrong_push_names_its_sender(comm):
         wait_for(comm, reducer)
     if comm.rank == 1:
         message = np.zeros(36, np.uint8)
-        packet.Header(1, 0, reducer._plan, 4).write(message)
+        packet.Header(1, 0, reducer.averager.buckets.plan, 4).write(message)
         message[32:] = 255
-        reducer._exchange.post.comm.Send(message, 0, 0)
+        reducer.averager.link.exchange.post.comm.Send(message, 0, 0)
     if comm.rank == 0:
         with pytest.raises(PacketError, match="rank 1: "):
             wait_for(comm, reducer)
             while True:
-                reducer._exchange.poll()
+                reducer.averager.link.exchange.poll()
         with pytest.raises(PacketError):
             reducer.finish()

@@ -95,7 +95,7 @@ def test_a_loss_scale_changes_nothing(spec, comm):
         scaled.step(step, sick=sick and comm.rank == odd)
         if sick:
             assert scaled.everything == before
-            plain.reducer.step += 1  # the same random numbers from here on
+            plain.reducer.averager.step += 1  # the same random numbers from here on
         else:
             plain.step(step)
             assert scaled.everything[0] != before[0]

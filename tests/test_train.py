@@ -209,7 +209,7 @@ import os, runpy, sys
 tests, train, *sys.argv[1:] = sys.argv[1:]
 sys.path[:0] = [os.path.dirname(train), tests]
 from shim.fake_cupy import TORCH_STREAM, FakeCupy
-from mpicomp.reducer import memory
+from mpicomp.averager import memory
 sys.modules["cupy"] = FakeCupy()
 memory.is_on_gpu = lambda parameter: True
 memory.Gpu._current_stream = lambda self: TORCH_STREAM

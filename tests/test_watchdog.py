@@ -34,7 +34,7 @@ def lost_in_thought():
 for step in range(4):
     if step == 2:
         MPI.COMM_WORLD.Barrier()
-        optimizer.reducer._pipeline.timeout = stall
+        optimizer.reducer.averager.link.pipeline.timeout = stall
     if step == 2 and rank == size - 1:
         if sys.argv[1] == "leave":
             break
@@ -97,8 +97,8 @@ def test_the_environment_variable_is_read_and_checked(monkeypatch):
     import mpicomp
 
     monkeypatch.setenv("MPICOMP_STALL_TIMEOUT", "7.5")
-    assert mpicomp.Reducer(parameters(w=3), "dense")._pipeline.timeout == 7.5
-    assert mpicomp.Reducer(parameters(w=3), "dense", stall_timeout=3)._pipeline.timeout == 3
+    assert mpicomp.Reducer(parameters(w=3), "dense").averager.link.timeout == 7.5
+    assert mpicomp.Reducer(parameters(w=3), "dense", stall_timeout=3).averager.link.timeout == 3
     monkeypatch.setenv("MPICOMP_STALL_TIMEOUT", "soon")
     with pytest.raises(mpicomp.SpecError, match="stall_timeout='soon' found, expected seconds"):
         mpicomp.Reducer(parameters(w=3), "dense")

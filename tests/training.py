@@ -66,11 +66,12 @@ def same_error(comm, kind, function):
 def impatient(reducer, seconds=0.4):
     """In this block the reducer waits for so long only. What is right comes before and after it,
     with all the time that a machine with much else to do may take."""
-    patience, reducer._pipeline.timeout = reducer._pipeline.timeout, seconds
+    pipeline = reducer.averager.link.pipeline
+    patience, pipeline.timeout = pipeline.timeout, seconds
     try:
         yield
     finally:
-        reducer._pipeline.timeout = patience
+        pipeline.timeout = patience
 
 
 def network(seed=0):

@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 
 from mpicomp import mpi
+from mpicomp.averager.settings import stall_limit
 from mpicomp.checkpoint import folder_lock
 from mpicomp.checkpoint.repartition import repartition
 from mpicomp.checkpoint.signals import RESUME, Signals
 from mpicomp.errors import CheckpointError
-from mpicomp.reducer.startup import stall_limit
 
 __all__ = ["RESUME", "Signals", "each_rank", "folders", "load", "newest", "objection",
            "repartition", "save", "write"]

@@ -21,7 +21,7 @@ from typing import ClassVar
 
 from mpicomp import kernels
 from mpicomp.compressors.spec import spec_text
-from mpicomp.errors import PacketError, SpecError
+from mpicomp.errors import PacketError
 
 LARGEST = 2.0**128 - 2.0**104  # the largest float32
 

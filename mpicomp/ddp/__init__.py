@@ -13,20 +13,22 @@ group is.
 
 import copy
 import sys
+from functools import cached_property
 from time import perf_counter
 
 import torch
 import torch.distributed as dist
 
-from mpicomp import catalogue
-from mpicomp import mpi
+from mpicomp import catalogue, mpi
 from mpicomp.ddp.process_group import MpiGroup, init_process_group
 from mpicomp.ddp.process_group.watch import Vigil
 from mpicomp.errors import SpecError
 from mpicomp.exchange import exchange
-from mpicomp.reducer import Reducer, amp
-from mpicomp.reducer.bucket import Slot
+from mpicomp.reducer import amp
+from mpicomp.reducer.gradients import Gradients, in_torch
 from mpicomp.reducer.lost_hooks import Nodes
+from mpicomp.reducer.replicas import check_replicas
+from mpicomp.reducer.slot import GradientSlot
 from mpicomp.transport import packet
 from mpicomp.transport.meter import Meter
 
@@ -34,7 +36,7 @@ __all__ = ["HookState", "MpiGroup", "comm_hook", "init_process_group"]
 
 
 class HookState:
-    """What `comm_hook` keeps between steps: a Reducer that DDP feeds.
+    """What `comm_hook` keeps between steps: an averager that DDP feeds.
 
     method            a Method or its specification; every synchronous method works
     comm              an MPI communicator; None means COMM_WORLD. A duplicate is used
@@ -72,7 +74,7 @@ class HookState:
 
     def _begin(self):
         """As before the first step."""
-        self._reducer, self._loaded, self._scaler = None, None, None
+        self._averager, self._loaded, self._scaler = None, None, None
         self._shown, self._stats = [], Meter()
         self._given = []        # slots that DDP has filled in this step
         self._futures = []      # (future, DDP's buffer, its parameters) of this step
@@ -82,26 +84,17 @@ class HookState:
         self._since = None      # when this step's last bucket came, while torch may wait for us
 
     def _make(self, named_parameters):
-        """The Reducer, with its hooks taken off and slots that DDP fills."""
+        """The averager, with slots that DDP fills."""
         named = list(named_parameters)
-        reducer = _Reducer(named, self.method, self.comm, **self._keywords)
+        averager = _DdpGradients(named, self.method, self.comm, **self._keywords)
         self._frozen = [(name, p) for name, p in named if not p.requires_grad]
-        reducer._unhook()
-        self._home = {}
-        for bucket in reducer._buckets:
-            bucket.slots = [_DdpSlot(s.name, s.parameter, s.view, s.flat) for s in bucket.slots]
-            self._home |= {id(slot.parameter): (bucket, slot) for slot in bucket.slots}
-        self._reducer, self.method = reducer, reducer.method
-        self._vigil = Vigil(self, reducer.comm, reducer._pipeline.timeout)
-        self._nodes = Nodes(reducer)
+        self._averager, self.method = averager, averager.method
+        self._vigil = Vigil(self, averager.comm, averager.link.timeout)
+        self._nodes = Nodes(averager)
         if self._loaded is not None:
-            reducer.load_state_dict(self._loaded)
+            averager.load_state_dict(self._loaded)
         if self._scaler is not None:
-            amp.follow_scale(self._slots, self._scaler)
-
-    @property
-    def _slots(self):
-        return [slot for _, slot in self._home.values()]
+            amp.follow_scale(averager.buckets.slots, self._scaler)
 
     # ---- one step ----
 
@@ -115,7 +108,7 @@ class HookState:
         gradients = [buffer] if buffer.is_sparse else bucket.gradients()
         future = torch.futures.Future()
         self._futures.append((future, buffer, parameters))
-        if self._reducer is None:
+        if self._averager is None:
             self._shown.append(list(zip(parameters, gradients, strict=True)))
             if bucket.is_last():
                 # until DDP rebuilds its buckets they hold the parameters from the last to the first
@@ -136,31 +129,31 @@ class HookState:
 
     def _mark_packets(self):
         """Let the others know if they are not to count this rank."""
-        if self._reducer is not None:
+        if self._averager is not None:
             joined = self._standing_in
             away = joined is not None and not joined._divide_by_initial_world_size
-            self._reducer._mark = packet.JOINED if away else 0
+            self._averager.extra_flags = packet.JOINED if away else 0
 
     def _arrive(self, parameter, gradient):
-        if id(parameter) not in self._home:
+        slot = self._averager.slot_of(parameter)
+        if slot is None:
             raise SpecError(f"comm_hook: DDP hands over a parameter of shape "
                             f"{list(parameter.shape)} that HookState does not know: give it the "
                             "named_parameters() of the module that DDP wraps")
-        bucket, slot = self._home[id(parameter)]
         slot.gradient = gradient
         self._given.append(slot)
-        self._reducer._arrived(bucket, slot)
+        self._averager.take(slot)
 
     def _finish(self):
         """Every bucket of DDP is in: wait for the mean, and let DDP have it."""
-        skipped = self._reducer.stats.skipped
+        skipped = self._averager.stats.skipped
         try:
-            self._reducer.finish()
+            self._averager.finish()
         finally:
             given, futures = list(self._given), list(self._futures)
             self._given.clear()
             self._futures.clear()
-        if self._reducer.stats.skipped > skipped:
+        if self._averager.stats.skipped > skipped:
             self._leave_out(given)
         for slot in given:
             slot.gradient = None
@@ -171,7 +164,7 @@ class HookState:
                                 "make DistributedDataParallel and HookState anew")
         for future, buffer, parameters in futures:
             if buffer.is_sparse:  # a bucket of one parameter; DDP takes what the future holds
-                view = self._home[id(parameters[0])][1].view
+                view = self._averager.slot_of(parameters[0]).view
                 buffer = view.to_sparse(buffer.sparse_dim()).to(buffer.device, buffer.dtype)
             future.set_result(buffer)
 
@@ -207,27 +200,27 @@ class HookState:
         self._scaler = scaler
         if self._copied:
             self._copied["scaler"] = False
-        if self._reducer is not None:
-            amp.follow_scale(self._slots, scaler)
+        if self._averager is not None:
+            amp.follow_scale(self._averager.buckets.slots, scaler)
         return self
 
     @property
     def stats(self):
         """Bytes, ratio, steps and seconds, as Reducer.stats."""
-        return self._stats if self._reducer is None else self._reducer.stats
+        return self._stats if self._averager is None else self._averager.stats
 
     def check_replicas(self, model=None, **objects):
         """As Reducer.check_replicas; give the optimizer, too: (net, optimizer=optimizer)."""
-        if self._reducer is None:
+        if self._averager is None:
             raise SpecError("check_replicas() before the first step: type  HookState(method, "
                             "named_parameters=net.named_parameters())  to compare from the start")
-        self._reducer.check_replicas(model, **objects)
+        check_replicas(self._averager, model, objects)
 
     def state_dict(self) -> dict:
         """This rank's residuals by parameter name, as Reducer.state_dict: save one a rank."""
-        if self._reducer is None:
+        if self._averager is None:
             return dict(self._loaded or {"step": 0})
-        return self._reducer.state_dict()
+        return in_torch(self._averager.state_dict())
 
     def load_state_dict(self, state) -> None:
         """Go on from what `state_dict` gave on this rank, to the bit.
@@ -238,16 +231,16 @@ class HookState:
         named_parameters were not given.
         """
         unbegun = state == {"step": 0}
-        if self._reducer is None:
+        if self._averager is None:
             self._loaded = None if unbegun else dict(state)
-        elif not (unbegun and self._reducer.step == 0):
-            self._reducer.load_state_dict(state)
+        elif not (unbegun and self._averager.step == 0):
+            self._averager.load_state_dict(state)
 
 
     # ---- copies ----
 
     def __getstate__(self):
-        names = [] if self._reducer is None else [name for name, _ in self._reducer._named]
+        names = [] if self._averager is None else [name for name, _ in self._averager.named]
         copied = self._copied or {"names": names, "size": self.comm.size}
         scaled = copied.get("scaler") or self._scaler is not None
         return {"method": self.method, "keywords": self._keywords, "loaded": self.state_dict(),
@@ -302,30 +295,64 @@ def _joined():
     return frame and frame.f_locals.get("self")
 
 
-class _Reducer(Reducer):
-    """One whose mean leaves out ranks that have joined with divide_by_initial_world_size=False."""
-
-    @property
-    def _weight(self):
-        _, mails = self._lane
-        away = max(len(mail.flagged(packet.JOINED)) if mail.headers else 0 for mail in mails)
-        if away and self.method.exchange == "hierarchical":
-            raise SpecError("model.join(divide_by_initial_world_size=False): with exchange="
-                            "hierarchical nobody knows how many ranks of another node have "
-                            "joined; leave the argument out, or take another exchange")
-        return 1.0 / (self.comm.size - away) if self.average else 1.0
-
-
-class _DdpSlot(Slot):
+class _DdpSlot(GradientSlot):
     """A slot that takes from DDP's bucket and gives back to it; p.grad is DDP's affair."""
 
     gradient = None
 
-    def fill(self, finish=None, absent=False):
-        self.bring(self.gradient)  # None where DDP leaves this parameter out
-
-    def give_back(self):
-        if self.scale != 1.0:
+    def give_back(self, scaled=True):
+        if scaled and self.scale != 1.0:
             self.view.mul_(self.scale)
         if self.gradient is not None and not self.gradient.is_sparse:
             self.gradient.copy_(self.view)
+
+    def clear(self):
+        """DDP has its own way to leave out a gradient: see HookState._leave_out."""
+
+
+class _DdpGradients(Gradients):
+    """An averager that a HookState feeds. Its mean leaves out ranks that have joined with
+    divide_by_initial_world_size=False."""
+
+    slot = _DdpSlot
+
+    def slot_of(self, parameter):
+        """The slot of a parameter, or None."""
+        name = self._names.get(id(parameter))
+        return name and self.buckets.names[name][1]
+
+    @cached_property
+    def _names(self):
+        return {id(p): name for name, p in self.named}
+
+    def take(self, slot):
+        """DDP's gradient of a parameter is complete."""
+        with self.lock, self.memory.here():
+            self.begin()
+            slot.bring(slot.gradient)  # None where DDP leaves this parameter out
+            self.buckets.names[slot.name][0].arrived(slot)
+            self.launch_ready()
+            self.poll()
+
+    def finish(self):
+        """Wait until every slot holds the mean, and give it to DDP."""
+        with self.lock, self.memory.here():
+            self.prepare()
+            for slot in self.buckets.slots:
+                self.refuse_changed(slot, slot.changed)
+            self.complete(_absent)
+
+    @property
+    def weight(self):
+        codecs = [self.codec(bucket) for bucket in self.buckets]
+        away = max(len(c.flagged(packet.JOINED)) if c.headers else 0 for c in codecs)
+        if away and self.method.exchange == "hierarchical":
+            raise SpecError("model.join(divide_by_initial_world_size=False): with exchange="
+                            "hierarchical nobody knows how many ranks of another node have "
+                            "joined; leave the argument out, or take another exchange")
+        return 1.0 / (self.comm.size - away) if self.settings.average else 1.0
+
+
+def _absent(slot):
+    slot.bring(None)
+    return False

@@ -115,32 +115,32 @@ class Dog:
 
 
 class Watchdog(Dog):
-    """Of one Reducer, on its communicator: knows which ranks have left after which step."""
+    """Of one averager, on its communicator: knows which ranks have left after which step."""
 
-    def __init__(self, reducer):
-        self._reducer = weakref.ref(reducer)
-        super().__init__(reducer.comm)
-        if not reducer._exchange.asynchronous:  # there ranks may make other numbers of steps
-            reducer._pipeline.on_quiet = self.check_left
+    def __init__(self, averager):
+        self._averager = weakref.ref(averager)
+        super().__init__(averager.comm)
+        if not averager.mode.asynchronous:  # there ranks may make other numbers of steps
+            averager.link.pipeline.on_quiet = self.check_left
 
     def check_left(self):
         """Raise MismatchError if a rank has ended whose packets this rank waits for."""
         self.look_alone()
-        reducer = self._reducer()
+        averager = self._averager()
         for rank, (steps, _) in sorted(self.left.items()):
-            if steps is not None and steps <= reducer.step:
+            if steps is not None and steps <= averager.step:
                 raise MismatchError(
                     f"rank {rank} has ended after {steps} steps, while others are in step "
-                    f"{reducer.step}, counted from 0: every rank must make the same number of "
+                    f"{averager.step}, counted from 0: every rank must make the same number of "
                     "steps, also one that has fewer examples")
 
     def steps(self):
-        reducer = self._reducer()
-        return None if reducer is None else reducer.step
+        averager = self._averager()
+        return None if averager is None else averager.step
 
     def where(self):
-        reducer = self._reducer()
-        return reducer._pipeline.where(reducer.step) if reducer else super().where()
+        averager = self._averager()
+        return averager.link.pipeline.where(averager.step) if averager else super().where()
 
 
 def say(comm, text):

@@ -5,7 +5,6 @@ divided by the scale on their way into the bucket and the mean is multiplied by 
 The scaler then does what it does in one process. Scales are powers of two, so this rounds nothing.
 """
 
-from contextlib import contextmanager
 from functools import wraps
 
 import torch
@@ -32,25 +31,12 @@ def follow_scale(slots, scaler):
     take()
 
 
-@contextmanager
-def true_units(slots):
-    """In this context gradients are handed out without a scale, for optimizer.step() itself."""
-    scales = [slot.scale for slot in slots]
-    try:
-        for slot in slots:
-            slot.scale = 1.0
-        yield
-    finally:
-        for slot, scale in zip(slots, scales):
-            slot.scale = scale
-
-
 def finish_before_unscale(reducer, scaler):
     """Let scaler.unscale_ and scaler.step find the mean gradient, or NaN on all ranks.
 
     Only for optimizers of this Reducer's parameters: others may share the scaler, as in a GAN.
     """
-    known = {id(p) for _, p in reducer._all_parameters}
+    known = {id(p) for _, p in reducer.averager.parameters}
     looked_at = set()  # optimizers since the last update
     inner, inner_step = scaler.unscale_, scaler.step
 
@@ -64,13 +50,13 @@ def finish_before_unscale(reducer, scaler):
         reducer.finish()
         if not scaler.is_enabled():
             return check(optimizer)
-        if reducer._outcome == "flushed":
+        if reducer.averager.outcome == "flushed":
             raise MismatchError(f"rank {reducer.comm.rank}: after flush() p.grad has no scale: "
                                 "call optimizer.step(), not scaler.step(optimizer)")
         looked_at.add(id(optimizer))
         parameters = ours(optimizer)
         absent = [p for p in parameters if p.grad is None]
-        if reducer._outcome == "skipped":
+        if reducer.averager.outcome == "skipped":
             for p in absent:
                 p.grad = torch.full_like(p, float("nan"))
         elif len(absent) == len(parameters):
@@ -96,7 +82,7 @@ def finish_before_unscale(reducer, scaler):
             if id(optimizer) not in looked_at:
                 half = any(p.dtype == torch.float16 for p in parameters)  # unscale_ refuses these
                 look(optimizer, scaler._check_inf_per_device if half else scaler.unscale_)
-            if reducer._outcome == "skipped":
+            if reducer.averager.outcome == "skipped":
                 return None  # in its first step fused SGD would keep a momentum nobody has written
             if all(p.grad is None for p in parameters):
                 return optimizer.step(*args, **kwargs)
@@ -104,7 +90,7 @@ def finish_before_unscale(reducer, scaler):
 
     def updated():
         looked_at.clear()
-        reducer._reopen()  # where the scaler skipped, no optimizer has stepped
+        reducer.averager.begin()  # where the scaler skipped, no optimizer has stepped
 
     scaler.unscale_, scaler.step = unscale_, step
     _after(scaler, "update", updated)

@@ -1,103 +1,81 @@
-"""Backward: how gradients come into their buckets, one by one, and when a bucket is complete."""
+"""Hooks of parameters: gradients come into their buckets while backward() runs."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from mpicomp.errors import MismatchError
-from mpicomp.reducer.memory import on_place
 
 
-class Backward:
-    """The part of the Reducer that is called from inside of backward().
+class GradientHooks:
+    """Hands each gradient to the averager when autograd says that it is complete.
 
-    Autograd calls a hook when a parameter's gradient is complete, from any of its threads. The
-    gradient goes into its slot; a bucket whose slots are all ready is sent while backward() goes
-    on. A gradient that comes after a finished step begins the next one.
+    Autograd calls a hook from any of its threads. The gradient goes into its slot; a bucket whose
+    slots are all ready is sent while backward() goes on. A gradient that comes after a finished
+    step begins the next one.
+
+    synchronising  False within no_sync(): gradients accumulate, and nothing is sent
     """
+
+    def __init__(self, gradients, changes):
+        self.gradients, self.changes, self.synchronising = gradients, changes, True
+        self._handles = [p.register_post_accumulate_grad_hook(partial(self._on_gradient, name))
+                         for name, p in gradients.named]
+        self._handles += [table.parameter.register_post_accumulate_grad_hook(
+            partial(self._on_rows, table)) for table in gradients.rows.tables]
 
     @contextmanager
     def no_sync(self):
         """In this context backward only accumulates; the next backward outside exchanges all."""
-        before, self._synchronising = self._synchronising, False
+        before, self.synchronising = self.synchronising, False
         try:
             yield
         finally:
-            self._synchronising = before
+            self.synchronising = before
 
-    @on_place
+    @torch.compiler.disable
     def _on_gradient(self, name, parameter):
-        """The gradient of one parameter is complete (called by autograd, from any thread)."""
-        with self._lock:
-            self._changes.arrive(parameter)
-            self._reopen()
-            if self._synchronising:
-                self._order.note(name)
-            self._take(*self._order.place[name], self._changes.touch)
+        g = self.gradients
+        with g.memory.here(), g.lock:
+            self.changes.arrive(parameter)
+            g.begin()
+            if self.synchronising:
+                g.buckets.note(name)
+            self._take(*g.buckets.names[name])
 
     @torch.compiler.disable
     def _on_rows(self, table, parameter):
         """A gradient that travels as rows is complete."""
-        with self._lock:
-            self._changes.arrive(parameter)
-            self._reopen()
-            if self._synchronising:
-                self._changes.came(table)
-                table.fill(self._changes.touch)
+        with self.gradients.lock:
+            self.changes.arrive(parameter)
+            self.gradients.begin()
+            if self.synchronising:
+                self.changes.came(table)
+                table.fill(self.changes.touch)
 
-    @on_place
-    def _arrived(self, bucket, slot):
-        """A gradient that somebody else watches for is complete: see ddp.py."""
-        self._reopen()
-        self._take(bucket, slot)
-
-    def _take(self, bucket, slot, finish=None):
-        """The gradient of one parameter goes into its bucket.
-
-        With `finish` hooks of the user's may yet change it: its bucket is sent after those.
-        """
+    def _take(self, bucket, slot):
+        """The gradient of one parameter goes into its bucket, which is sent at the next hook: hooks
+        of the user's may yet change it."""
+        g = self.gradients
         if slot.ready:
-            self._changes.spoil()
+            self.changes.give_up()
             raise MismatchError(
-                f"rank {self.comm.rank}: a second gradient of {slot.name!r} arrived before the "
+                f"rank {g.comm.rank}: a second gradient of {slot.name!r} arrived before the "
                 "step: wrap every backward() but the last one, and only those, in  with "
                 "reducer.no_sync():  (checkpoint() of a module that is used twice does this in one "
                 "backward(); there use_reentrant=False helps). A step that is not to be made is "
                 "given up by optimizer.zero_grad(), or by reducer.discard()")
-        if not self._synchronising:
+        if not self.synchronising:
             return
-        if finish:
-            self._launch_ready()
-            self._changes.came(slot)
-        self._fill(bucket, slot, finish)
-        if not finish:
-            self._launch_ready()
-        if self._next or self._delay or self._exchange.asynchronous:  # is anything under way?
-            with self.stats.stage("post"):
-                self._pipeline.poll()
-                self._exchange.poll()
+        g.launch_ready()
+        self.changes.came(slot)
+        slot.fill(self.changes.touch)
+        bucket.arrived(slot)
+        g.poll()
 
-    def _reopen(self):
-        """A new step begins."""
-        self._stepped.clear()
-        if self._finished:
-            self._finished, self._next = False, 0
-            self._changes.begin()
-            self._order.apply()
-            for bucket in self._buckets:
-                bucket.reset()
-
-    def _fill(self, bucket, slot, finish=None, absent=False):
-        slot.fill(finish, absent)
-        slot.ready = True
-        bucket.missing -= 1
-
-    def _launch_ready(self):
-        """Send what is complete; not before ranks are known to agree, which waits for `finish`.
-
-        A comparison in here would wait for ranks that are in another Reducer's finish. The last
-        bucket waits for `finish`, too: its header tells whether the step is given up.
-        """
-        while (self._checked and self._next < len(self._buckets) - 1
-               and not self._buckets[self._next].missing):
-            self._launch(self._buckets[self._next], touched=True)
+    def remove(self):
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

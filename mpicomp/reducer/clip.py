@@ -3,7 +3,7 @@
 import torch
 
 from mpicomp.errors import SpecError
-from mpicomp.reducer import optimizer_hooks as attachment
+from mpicomp.reducer.optimizer_hooks import reducers_of
 
 
 def clip_grad_norm_(optimizer, max_norm, norm_type=2.0, error_if_nonfinite=False, foreach=None):
@@ -14,7 +14,7 @@ def clip_grad_norm_(optimizer, max_norm, norm_type=2.0, error_if_nonfinite=False
     GradScaler call scaler.unscale_(optimizer) before it. Raises SpecError where no Reducer is
     attached to the optimizer, and with exchange=server, which leaves no gradient to clip.
     """
-    reducers = attachment.reducers_of(optimizer)
+    reducers = reducers_of(optimizer)
     if not reducers:
         raise SpecError(f"clip_grad_norm_: no Reducer is attached to this "
                         f"{type(optimizer).__name__}: pass the optimizer that was given to "

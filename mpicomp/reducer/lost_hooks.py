@@ -20,7 +20,7 @@ class Nodes:
 
     def __init__(self, reducer):
         self._reducer, self._step = reducer, reducer.step
-        self._nodes = {id(p): (name, p, _node(p)) for name, p in reducer._named}
+        self._nodes = {id(p): (name, p, _node(p)) for name, p in reducer.named}
         for other in list(_watched):
             if not self._nodes.keys().isdisjoint(other._nodes):
                 _watched.discard(other)  # of a DDP that was made anew

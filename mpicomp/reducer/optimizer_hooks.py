@@ -1,69 +1,73 @@
-"""Attachment: what ties a Reducer to the user's optimizers, and what these may not step on."""
+"""Hooks of optimizers: the exchange ends before step(), and a new step begins after it."""
 
 import weakref
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from mpicomp import mpi
 from mpicomp.errors import SpecError
 from mpicomp.reducer import amp, copies
 
-_reducers = weakref.WeakKeyDictionary()  # optimizer: those that are attached to it
-_open = weakref.WeakSet()  # all Reducers with hooks on parameters
+_attached = weakref.WeakKeyDictionary()  # optimizer: the OptimizerHooks that it has
+_open = weakref.WeakSet()  # OptimizerHooks of all Reducers that are not closed
 _watched = []  # the hook of all optimizers, once it is there
 
 
 def reducers_of(optimizer) -> list:
     """The Reducers that are attached to an optimizer."""
-    return _reducers.get(optimizer, [])
-
-
-def now_open(reducer):
-    """A new Reducer has its hooks on."""
-    _open.add(reducer)
+    return [hooks.reducer for hooks in _attached.get(optimizer, [])]
 
 
 @torch.compiler.disable
 def _refuse_unattached(optimizer, args, kwargs):
     """Before every step of any optimizer: SpecError where it would use this rank's gradients."""
-    if _reducers.get(optimizer):
+    if _attached.get(optimizer):
         return
     mine = None
-    for reducer in _open:
-        if reducer._optimizers and reducer._hooks and any(
-                slot.ready for slot in reducer._order.slots) and not reducer._finished:
+    for hooks in _open:
+        g = hooks.gradients
+        if g.optimizers and not g.finished and any(slot.ready for slot in g.buckets.slots):
             mine = mine or {id(p) for group in getattr(optimizer, "param_groups", ())
                             for p in group["params"] if p.grad is not None}
-            if not mine.isdisjoint(reducer._ids):
+            if not mine.isdisjoint(hooks.known):
                 raise SpecError(
-                    f"rank {reducer.comm.rank}: step() of another {type(optimizer).__name__} than "
+                    f"rank {g.comm.rank}: step() of another {type(optimizer).__name__} than "
                     "the one that the Reducer is attached to: it would use this rank's gradients. "
                     "Type  reducer.attach(optimizer)  for it, too")
 
 
-class Attachment(copies.Uncopied):
-    """The part of the Reducer that finishes before an optimizer steps, and begins anew after it."""
+class OptimizerHooks(copies.Uncopied):
+    """Has the Reducer finish before an optimizer steps, and begin anew when all have stepped.
 
-    def attach(self, optimizer, scaler=None):
-        """Call `finish` before every optimizer.step(), or at the end of its closure. Returns self.
+    known  the ids of all parameters that the Reducer exchanges, which it keeps alive
+    """
 
-        The optimizer stays the user's own object. From now on every rank must call step()
-        equally often, also where it had no examples. Give a torch.amp.GradScaler here: gradients
-        then travel unscaled, and what overflows on one rank all ranks skip.
+    def __init__(self, reducer, gradients):
+        self._reducer, self.gradients = weakref.ref(reducer), gradients
+        self.known = {id(p) for _, p in gradients.parameters}
+        self._handles, self._stepped = [], set()
+        gradients.listeners.append(self)
+        _open.add(self)
 
-        A closure's loss becomes the mean over ranks (average=False: the sum), since optimizers
-        such as LBFGS decide by it. step() raises SpecError where the optimizer has a parameter with
-        a gradient that no attached Reducer knows: it would differ from rank to rank.
-        """
+    @property
+    def reducer(self):
+        """The Reducer whose hooks these are."""
+        return self._reducer()
+
+    def begin(self):
+        """A new step."""
+        self._stepped.clear()
+
+    def attach(self, optimizer, scaler):
+        """See Reducer.attach."""
+        g = self.gradients
         if scaler is not None:
-            amp.refuse_raise(self.nonfinite)
-            if self._exchange.asynchronous:
-                raise SpecError(f"a GradScaler needs a synchronous exchange, found {self.method!r}")
-            amp.follow_scale(self._order.slots, scaler)
-            amp.finish_before_unscale(self, scaler)
+            amp.refuse_raise(g.settings.nonfinite)
+            if g.mode.asynchronous:
+                raise SpecError(f"a GradScaler needs a synchronous exchange, found {g.method!r}")
+            amp.follow_scale(g.buckets.slots, scaler)
+            amp.finish_before_unscale(self.reducer, scaler)
         try:
             handles = [optimizer.register_step_pre_hook(self._before_step),
                        optimizer.register_step_post_hook(self._after_step)]
@@ -72,43 +76,37 @@ class Attachment(copies.Uncopied):
                             "Optimizer that has called super().__init__(): where it wraps another "
                             f"optimizer, attach that one ({error})") from error
         copies.mark(optimizer)
-        self._hooks += filter(None, handles)  # somebody's own optimizer may give none
+        self._handles += filter(None, handles)  # somebody's own optimizer may give none
         if not _watched:
             _watched.append(register_optimizer_step_pre_hook(_refuse_unattached))
-        self._optimizers.append(optimizer)
-        _reducers.setdefault(optimizer, []).append(self)
-        return self
+        g.optimizers.append(optimizer)
+        _attached.setdefault(optimizer, []).append(self)
 
-    def finish_for(self, what):
-        """`finish`, to read or change p.grad. SpecError where no gradient is left after it."""
-        if self._exchange.owns:
-            raise SpecError(
-                f"rank {self.comm.rank}: {what} has no meaning with exchange=server: the owners "
-                "apply gradients, and none is left here. To change a gradient before it is sent "
-                "call backward() in  with reducer.no_sync():  and then step()")
-        self.finish()
-
-    def _detach(self):
+    def remove(self):
         """No optimizer is attached any more."""
-        for optimizer in self._optimizers:
-            _reducers[optimizer].remove(self)
-            if not _reducers[optimizer]:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for optimizer in self.gradients.optimizers:
+            _attached[optimizer].remove(self)
+            if not _attached[optimizer]:
                 copies.release(optimizer)
+        _open.discard(self)
 
     @torch.compiler.disable
     def _before_step(self, optimizer, args, kwargs):
         """Finish; where step is given a closure that runs backward itself, finish after that."""
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        g, closure = self.gradients, kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._finish_for_step(optimizer)
             return None
 
-        if self._delay or self._exchange.asynchronous:
+        if g.mode.late:
             raise SpecError(
-                f"step(closure) with {self.method!r}, which gives the closure the gradient of "
+                f"step(closure) with {g.method!r}, which gives the closure the gradient of "
                 "another call: use a synchronous exchange without delay, or step() without a "
                 "closure")
-        self.compare()  # the closure may change parameters by what is this rank's alone (SAM)
+        g.compare()  # the closure may change parameters by what is this rank's alone (SAM)
 
         @torch.compiler.disable
         def averaged():
@@ -124,20 +122,18 @@ class Attachment(copies.Uncopied):
     def _after_step(self, optimizer, args, kwargs):
         """When every attached optimizer has stepped, the next step begins."""
         self._stepped.add(id(optimizer))
-        if len(self._stepped) == len(self._optimizers):
-            self._reopen()
+        if len(self._stepped) == len(self.gradients.optimizers):
+            self._stepped.clear()
+            self.gradients.begin()
 
     def _mean_loss(self, loss):
         """The closure's loss over all ranks: what an optimizer decides by must be the same."""
-        if loss is None or self._exchange.asynchronous or self.comm.size == 1:
+        g = self.gradients
+        if loss is None or g.mode.asynchronous or g.comm.size == 1:
             return loss
         loss = loss.detach() if isinstance(loss, torch.Tensor) else loss
-        mine, total = np.array([float(loss)]), np.zeros(1)
-        self.stats.reason = "loss"
-        self.stats.count("Allreduce", mine.nbytes, mine.nbytes)
-        mpi.wait(self.comm, self.comm.Iallreduce(mine, total), self._pipeline.timeout,
-                 "adding up the closure's loss")
-        mean = float(total[0] * self._weight)
+        (total,) = g.link.sum(np.array([float(loss)]), "loss", "adding up the closure's loss")
+        mean = float(total * g.weight)
         return torch.full_like(loss, mean) if isinstance(loss, torch.Tensor) else mean
 
     # ---- parameters that nobody exchanges ----
@@ -145,16 +141,16 @@ class Attachment(copies.Uncopied):
     def _finish_for_step(self, optimizer):
         """Finish, and what was said is the past. SpecError, on all ranks, for strangers."""
         if problem := self._strangers(optimizer):
-            self._changes.problem(problem)
-        self.finish()
+            self.gradients.problem(problem)
+        self.reducer.finish()
         if problem:  # where the exchange was over before
-            raise SpecError(f"rank {self.comm.rank}: {problem}")
-        self._changes.commit()
+            raise SpecError(f"rank {self.gradients.comm.rank}: {problem}")
+        self.gradients.commit()
 
     def _strangers(self, optimizer) -> str | None:
         """Would the optimizer step on a gradient that is this rank's alone?"""
         groups = getattr(optimizer, "param_groups", ())  # somebody's own may have none
-        known = set().union(*(reducer._ids for reducer in _reducers[optimizer]))
+        known = set().union(*(hooks.known for hooks in _attached[optimizer]))
         strangers = [p for group in groups for p in group["params"] if id(p) not in known]
         odd = [p for p in strangers if p.grad is not None]
         if odd:
@@ -164,28 +160,23 @@ class Attachment(copies.Uncopied):
                 "another one on each rank. Give all of model.named_parameters() to the Reducer; "
                 "after add_param_group, or after unfreezing a layer, close() it and make a new one")
 
-    @cached_property
-    def _ids(self):
-        """Of all parameters that this Reducer exchanges, which it keeps alive."""
-        return {id(p) for _, p in self._all_parameters}
 
-    @property
-    def _all_parameters(self):
-        """(name, parameter) of all that this Reducer exchanges."""
-        return self._named + self._rows.named
+class Given:
+    """What `finish` has left in p.grad, where no optimizer is attached: has a new step begun?"""
 
-    # ---- without an optimizer ----
+    def __init__(self):
+        self._marks = {}
 
-    def _remember_given(self):
-        """Keep in mind what `finish` has left in p.grad, to know later that a new step began."""
-        self._given = {name: _mark(p.grad) for name, p in self._all_parameters}
+    def remember(self, named):
+        """Keep in mind p.grad of these (name, parameter) pairs."""
+        self._marks = {name: _mark(p.grad) for name, p in named}
 
-    def _begun_anew(self) -> bool:
-        """Has p.grad been taken away, replaced or zeroed since `finish` left it there?"""
-        if not self._given:
+    def is_gone(self, named) -> bool:
+        """Has p.grad been taken away, replaced or zeroed since?"""
+        if not self._marks:
             return False
-        now = {name: p.grad for name, p in self._all_parameters}
-        had = {name: (ref and ref(), version) for name, (ref, version) in self._given.items()}
+        now = {name: p.grad for name, p in named}
+        had = {name: (ref and ref(), version) for name, (ref, version) in self._marks.items()}
         if any(now[name] is not gradient for name, (gradient, _) in had.items()):
             return True
         gradients = [(now[name], version) for name, (_, version) in had.items()

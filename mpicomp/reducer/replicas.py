@@ -44,55 +44,36 @@ ROUNDED = ("with exchange=peers replicas agree up to rounding only: after reduce
            "mpicomp.broadcast_parameters(model)")
 
 
-class Replicas:
-    """The part of the Reducer that checks whether replicas are still equal."""
-
-    _check_every = None  # steps between two checks; None: no periodic checks
-
-    def check_replicas(self, model=None, **objects):
-        """Raise MismatchError on all ranks unless replicas are equal to the bit. Collective.
-
-        Compared are step, learning rates and all other options of attached optimizers, parameters
-        and optimizer state; of `model` also buffers, extra state and parameters that need no
-        gradient; and other optimizers and what else has a state_dict():
-        reducer.check_replicas(model, scheduler=scheduler, scaler=scaler). The error names what
-        differs first, the ranks, and what to type; causes (learning rates) come before effects.
-
-        One pass over memory, and 16 bytes a rank where all is equal. With an asynchronous exchange
-        only after `deliver`, and without optimizer state, which is each rank's own there; `peers`
-        agree up to rounding at most, so broadcast_parameters(model) comes before.
-        """
-        if self._exchange.asynchronous:
-            self._require_settled("check_replicas()")
-        if self.comm.size > 1:
-            remedies = {kind: f"type  {kind}.load_state_dict(comm.bcast({kind}.state_dict()))"
-                        for kind, value in objects.items() if hasattr(value, "load_state_dict")}
-            if self._exchange.asynchronous and not self._exchange.owns:
-                remedies["parameter"] = ROUNDED
-            compare(self.comm, lambda: _facts(self, model, objects), self._pipeline.timeout,
-                    remedies)
-
-    def _check_in_turn(self):
-        """Call check_replicas every `check_replicas_every` steps."""
-        if self._check_every and self.step % self._check_every == 0:
-            self.check_replicas()
+def check_replicas(gradients, model, objects) -> None:
+    """See Reducer.check_replicas; `objects`: {kind: what has a state_dict()}."""
+    asynchronous = gradients.mode.asynchronous
+    if asynchronous:
+        gradients.require_settled("check_replicas()")
+    if gradients.comm.size > 1:
+        remedies = {kind: f"type  {kind}.load_state_dict(comm.bcast({kind}.state_dict()))"
+                    for kind, value in objects.items() if hasattr(value, "load_state_dict")}
+        if asynchronous and not gradients.link.exchange.owns:
+            remedies["parameter"] = ROUNDED
+        compare(gradients.comm, lambda: _facts(gradients, model, objects), gradients.link.timeout,
+                remedies)
 
 
-def check_start(reducer) -> None:
+def check_start(gradients) -> None:
     """Before the first step, and the first of a loaded state: step, buckets and parameters.
 
     Parameters need not be equal on the way with an asynchronous exchange: they differ by rounding.
     """
-    if reducer.comm.size > 1:
-        named = [] if reducer._exchange.asynchronous and reducer.step else reducer._all_parameters
-        compare(reducer.comm, lambda: [
-            ("step", "", str(reducer.step)), ("plan of buckets", "", f"{reducer._plan:016x}"),
-            *_tensors("parameter", named)], reducer._pipeline.timeout)
+    if gradients.comm.size > 1:
+        apart = gradients.mode.asynchronous and gradients.step
+        compare(gradients.comm, lambda: [
+            ("step", "", str(gradients.step)),
+            ("plan of buckets", "", f"{gradients.buckets.plan:016x}"),
+            *_tensors("parameter", [] if apart else gradients.parameters)], gradients.link.timeout)
 
 
 def bad_every(every, method):
     """What is wrong with check_replicas_every for this method, or None."""
-    if every is not None and exchange(method.exchange).asynchronous:
+    if every is not None and method and exchange(method.exchange).asynchronous:
         return SpecError(f"check_replicas_every={every}: with exchange={method.exchange} replicas "
                          "differ on the way; call reducer.deliver(), then reducer.check_replicas()")
 
@@ -152,17 +133,17 @@ def _list(ranks):
 # ---- what should be equal
 
 
-def _facts(reducer, model, objects):
+def _facts(gradients, model, objects):
     """Of all that belongs to a training; with an asynchronous exchange no optimizer state."""
-    asynchronous = reducer._exchange.asynchronous
-    optimizers = [*reducer._optimizers, *(value for value in objects.values()
+    asynchronous = gradients.mode.asynchronous
+    optimizers = [*gradients.optimizers, *(value for value in objects.values()
                                           if isinstance(value, torch.optim.Optimizer))]
     optimizers = list({id(optimizer): optimizer for optimizer in optimizers}.values())
-    modules = [*_tensors("parameter", reducer._all_parameters)] if model is None else \
+    modules = [*_tensors("parameter", gradients.parameters)] if model is None else \
         [*facts_of_module(model)]
-    named = reducer._all_parameters if model is None else model.named_parameters()
+    named = gradients.parameters if model is None else model.named_parameters()
     names = {id(p): name for name, p in named}
-    yield "step", "", str(reducer.step)
+    yield "step", "", str(gradients.step)
     yield from _options(optimizers, names)
     for kind, value in objects.items():
         if not isinstance(value, torch.optim.Optimizer):

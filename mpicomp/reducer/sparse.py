@@ -15,8 +15,8 @@ import torch
 from mpicomp import mpi
 from mpicomp.errors import SpecError
 from mpicomp.names import known_as
-from mpicomp.reducer.bucket import became, kind
 from mpicomp.reducer.pending import Pending, plain
+from mpicomp.reducer.slot import became, kind
 from mpicomp.transport import packet
 from mpicomp.transport.packet import Header
 
@@ -51,7 +51,7 @@ def divide(named, names, method):
 
 
 class Table:
-    """One parameter of `Sparse`, as changes.py looks at it: see `Slot` in bucket.py."""
+    """One parameter of `Sparse`, as changes.py looks at it: see `GradientSlot` in slot.py."""
 
     def __init__(self, name, parameter):
         self.name, self.parameter, self._kind = name, parameter, kind(parameter)
@@ -97,10 +97,10 @@ class Table:
 
 
 class Sparse:
-    """Gradients of some (name, parameter) pairs of a Reducer, exchanged when a step ends."""
+    """Gradients of (name, parameter) pairs that are in no bucket, exchanged when a step ends."""
 
-    def __init__(self, reducer, named):
-        self.reducer, self.named = reducer, named
+    def __init__(self, gradients, named):
+        self.gradients, self.named = gradients, named
         self.elements = sum(p.numel() for _, p in named)
         self._means = []
         self.tables = [Table(name, p) for name, p in named]
@@ -116,7 +116,7 @@ class Sparse:
         grads = [_rows(p, grad) for (_, p), grad in zip(self.named, own)]
         bad = [name for (name, _), g in zip(self.named, grads) if not g.values().isfinite().all()]
         if bad:
-            self.reducer._changes.bad[BUCKET] = bad[0]
+            self.gradients.bad[BUCKET] = bad[0]
         rows = [g.indices().shape[1] + (DENSE if _is_dense(grad) else 0)
                 for grad, g in zip(own, grads)]
         heads, counts = self._heads(exchange, plan, rows)
@@ -146,12 +146,12 @@ class Sparse:
     def _heads(self, exchange, plan, rows):
         """Every rank's header, and int64[ranks, parameters] with how many rows it has."""
         size = packet.SIZE + 8 * len(rows)
-        mine, all_ = np.zeros(size, np.uint8), np.zeros(size * self.reducer.comm.size, np.uint8)
-        flags = packet.NONFINITE if self.reducer._changes.bad else 0
-        Header(self.reducer.step, BUCKET, plan, 8 * len(rows), flags).write(mine)
+        mine, all_ = np.zeros(size, np.uint8), np.zeros(size * self.gradients.comm.size, np.uint8)
+        flags = packet.NONFINITE if self.gradients.bad else 0
+        Header(self.gradients.step, BUCKET, plan, 8 * len(rows), flags).write(mine)
         mine[packet.SIZE:].view(np.int64)[:] = rows
         self._wait("Iallgather", mine.nbytes, all_.nbytes - mine.nbytes,
-                   self.reducer.comm.Iallgather(mine, all_))
+                   self.gradients.comm.Iallgather(mine, all_))
         heads = exchange.read_headers(all_, range(0, all_.size, size))
         counts = [all_[at + packet.SIZE:at + size].view(np.int64)
                   for at in range(0, all_.size, size)]
@@ -169,7 +169,7 @@ class Sparse:
         dense = grad.to_dense().float().cpu().contiguous().numpy()
         whole = np.zeros_like(dense)
         self._wait("Iallreduce", dense.nbytes, dense.nbytes,
-                   self.reducer.comm.Iallreduce(dense, whole))
+                   self.gradients.comm.Iallreduce(dense, whole))
         mean = torch.from_numpy(whole * np.float32(weight))
         return mean.to(p.device, p.dtype).to_sparse(1)
 
@@ -181,7 +181,7 @@ class Sparse:
         all_ = np.zeros(row * int(counts.sum()), np.uint8)
         lengths = [row * int(n) for n in counts]
         self._wait("Iallgatherv", mine.nbytes, all_.nbytes - mine.nbytes,
-                   self.reducer.comm.Iallgatherv(mine, [all_, lengths]))
+                   self.gradients.comm.Iallgatherv(mine, [all_, lengths]))
         indices, values, at = [], [], 0
         for n, length in zip(map(int, counts), lengths):
             part = all_[at:at + length]
@@ -195,11 +195,11 @@ class Sparse:
         return mean.to(p.device, p.dtype)
 
     def _wait(self, call, sent, received, request):
-        r = self.reducer
-        r.stats.reason = "sparse"
-        r.stats.count(call, sent, received)
-        mpi.wait(r.comm, request, r._pipeline.timeout,
-                 f"exchanging sparse gradients in step {r.step}")
+        g = self.gradients
+        g.stats.reason = "sparse"
+        g.stats.count(call, sent, received)
+        mpi.wait(g.comm, request, g.link.timeout,
+                 f"exchanging sparse gradients in step {g.step}")
 
 
 def _is_dense(gradient) -> bool:

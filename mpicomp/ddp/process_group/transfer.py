@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mpicomp import mpi
 from mpicomp.errors import MismatchError
 
 PIECE = 1 << 30  # bytes of one call of MPI

@@ -1,4 +1,4 @@
-"""Where gradients are while they are exchanged: in host memory, or on the GPU of their parameters.
+"""The memory that buckets lie in: the host's, or that of the GPU on which the arrays are.
 
 On a GPU a bucket is torch's memory that CuPy works on, without a copy, on torch's current stream.
 """
@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from functools import wraps
 
 import numpy as np
-import torch
 
 from mpicomp.errors import DeviceError, SpecError
 from mpicomp.kernels.gpu import device
@@ -19,17 +18,14 @@ WAYS = ("auto", "host", "mirror", "direct")
 
 
 class Host:
-    """NumPy arrays. `note`: why gradients of a GPU come here, or None."""
-
-    device, way = torch.device("cpu"), "host"
+    """NumPy arrays. `note`: why arrays of a GPU come here, or None."""
 
     def __init__(self, note=None):
         self.note = note
 
     def bucket(self, size):
-        """(array for kernels, torch tensor), float32[size] of zeros, the same memory."""
-        array = np.zeros(size, np.float32)
-        return array, torch.from_numpy(array)
+        """(array for kernels, the same as a torch tensor or None), float32[size] of zeros."""
+        return np.zeros(size, np.float32), None
 
     def here(self):
         """The block in which kernels run that work on such arrays."""
@@ -39,7 +35,7 @@ class Host:
 
 
 class Gpu:
-    """Arrays on one GPU. Raises DeviceError, which names what to install or do, without CuPy."""
+    """torch's memory on one GPU. Raises DeviceError, which names what to do, without CuPy."""
 
     note = None
 
@@ -48,6 +44,9 @@ class Gpu:
         self._gpu = device.current()
 
     def bucket(self, size):
+        """As of `Host`."""
+        import torch
+
         try:
             flat = torch.zeros(size, dtype=torch.float32, device=self.device)
         except torch.OutOfMemoryError as error:
@@ -60,19 +59,44 @@ class Gpu:
     def here(self):
         """Kernels run on torch's current stream."""
         self._stream = self._current_stream()
-        return self._gpu.within(self.device.index or 0, self._stream)
+        return self._gpu.within(self._number, self._stream)
 
     def again(self):
         """The same on the stream of the last `here`: for a thread, which has none of its own."""
-        return self._gpu.within(self.device.index or 0, self._stream)
+        return self._gpu.within(self._number, self._stream)
+
+    @property
+    def _number(self):
+        return self.device.index or 0
 
     def _current_stream(self):
+        import torch
+
         return torch.cuda.current_stream(self.device).cuda_stream
 
 
-def is_on_gpu(parameter) -> bool:
+class CupyGpu(Gpu):
+    """CuPy's own memory, on CuPy's current stream: no torch."""
+
+    def bucket(self, size):
+        """As of `Host`."""
+        return self._gpu.cupy.zeros(size, np.float32), None
+
+    @property
+    def _number(self):
+        return int(self.device)
+
+    def _current_stream(self):
+        return self._gpu.cupy.cuda.get_current_stream().ptr
+
+
+def is_on_gpu(array) -> bool:
     """Does it lie on a CUDA device?"""
-    return parameter.is_cuda
+    return getattr(array, "is_cuda", False) or _is_cupy(array)
+
+
+def _is_cupy(array):
+    return type(array).__module__.partition(".")[0] == "cupy"
 
 
 def wanted() -> str:
@@ -84,14 +108,14 @@ def wanted() -> str:
 
 
 def of(named, exchange):
-    """The place for the gradients of these (name, parameter) pairs under this exchange.
+    """The memory for these (name, array) pairs under this exchange.
 
     Raises DeviceError where they are on a GPU and kernels cannot run there.
     """
     way = wanted()
-    devices = list(dict.fromkeys(p.device for _, p in named))
-    if not any(is_on_gpu(p) for _, p in named):
+    if not any(is_on_gpu(array) for _, array in named):
         return Host()
+    devices = list(dict.fromkeys(array.device for _, array in named))
     if way == "host":
         return Host("gradients on a GPU are compressed in host memory (MPICOMP_STAGING=host)")
     if exchange not in ON_DEVICE:
@@ -100,16 +124,16 @@ def of(named, exchange):
     if len(devices) > 1:
         return Host("gradients are compressed in host memory: parameters are on several devices, "
                     + ", ".join(map(str, devices)))
-    gpu = Gpu(devices[0])
+    gpu = (CupyGpu if _is_cupy(named[0][1]) else Gpu)(devices[0])
     staging.use_direct(way == "direct" or way == "auto" and probe.direct())
     return gpu
 
 
-def on_place(method):
-    """Decorates a method of an object with `_place`: kernels in it run there, uncompiled."""
+def in_memory(method):
+    """Decorates a method of an object with `memory`: kernels in it run where the arrays are."""
     @wraps(method)
     def call(self, *arguments, **keywords):
-        with self._place.here():
+        with self.memory.here():
             return method(self, *arguments, **keywords)
 
-    return torch.compiler.disable(call)  # no graph can hold an exchange
+    return call

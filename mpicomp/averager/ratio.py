@@ -1,14 +1,13 @@
-"""Wire receipts: a run that saves less than it was promised to fails, and says which bytes did."""
+"""The compression ratio that a run must keep: RatioError names the bytes that cost too much."""
 
 from collections import Counter
 
 import numpy as np
 
-from mpicomp import mpi
 from mpicomp.errors import RatioError
 
 
-class Receipt:
+class Ratio:
     """Holds dense / sent, over all ranks together, to at least `least`.
 
     Judged are every `window` steps since the start, with all that was sent in them: warm-up, flush,
@@ -17,11 +16,10 @@ class Receipt:
     summed for that; they are booked under the reason "receipt", and not judged.
     """
 
-    def __init__(self, comm, stats, least, window, timeout):
-        self.comm, self.stats, self.least, self.window = comm, stats, least, window
-        self.timeout = timeout
+    def __init__(self, link, settings):
+        self.link, self.stats = link, link.stats
+        self.least, self.window = settings.require_ratio, settings.ratio_window
         self._open(0)
-
         self.alone = True  # is a step by itself still to be judged?
 
     def _open(self, step):
@@ -33,6 +31,11 @@ class Receipt:
         """A saved state was loaded: windows are counted from its step."""
         self._open(step)
         self.alone = True
+
+    def move(self, link, step):
+        """Go on over other ranks, from this step."""
+        self.link = link
+        self.restart(step)
 
     def after(self, step, method):
         """Judge what `step`, just exchanged, completes. RatioError on all ranks alike."""
@@ -54,19 +57,16 @@ class Receipt:
     def _judge(self, first, last, sent, dense, reasons):
         reasons = Counter(reasons)
         mine = np.array([sent - reasons.pop("receipt", 0), dense], np.int64)
-        total = np.zeros(2, np.int64)
-        self.stats.reason = "receipt"
-        self.stats.count("Iallreduce", mine.nbytes, total.nbytes)
-        mpi.wait(self.comm, self.comm.Iallreduce(mine, total), self.timeout, "adding up bytes")
-        sent, dense = map(int, total)
+        sent, dense = map(int, self.link.sum(mine, "receipt", "adding up bytes"))
         if dense >= self.least * sent:
             return
-        theirs = mpi.allgather(self.comm, reasons, "adding up bytes")
+        theirs = self.link.gather(reasons, "adding up bytes")
         everyone = sum(map(Counter, theirs), Counter())
         parts = ", ".join(f"{reason} {size:,} ({100 * size / sent:.0f} %)"
                           for reason, size in everyone.most_common() if size)
+        ranks = self.link.comm.size
         steps = f"step {last}" if first == last else f"steps {first} to {last}"
         raise RatioError(
-            f"require_ratio={self.least:g}, found {dense / sent:.2f} over all {self.comm.size} "
+            f"require_ratio={self.least:g}, found {dense / sent:.2f} over all {ranks} "
             f"ranks in {steps}: {sent:,} bytes sent, {dense:,} as float32. Sent because of: "
             f"{parts}. Take away what costs most, or type a lower require_ratio")

@@ -1,45 +1,44 @@
-"""Buckets: parameters side by side in flat float32 arrays, in the order in which backward ends.
+"""Where the gradient of a parameter lies in a bucket, and how it comes in and goes out.
 
-The gradient of a float32 parameter lives in its bucket (see memory.py): after the hook's one copy,
-p.grad is a view of it, and Pending until the exchange is over (pending.py). Float16 and bfloat16
-are widened by that same copy, and what arrives is rounded once, so everything between is float32.
-Gradients from elsewhere are copied in and out.
+The gradient of a float32 parameter lives in its bucket (averager/memory.py): after the hook's one
+copy, p.grad is a view of it, and Pending until the exchange is over (pending.py). Float16 and
+bfloat16 are widened by that same copy, and what arrives is rounded once, so everything between is
+float32. Gradients from elsewhere are copied in and out.
 """
 
 import torch
 
 from mpicomp import kernels
-from mpicomp.errors import NonFiniteError
-from mpicomp.layout import Layout
-from mpicomp.reducer import memory
+from mpicomp.averager.slot import Slot, refuse_overflow
 from mpicomp.reducer.pending import Pending, plain
 from mpicomp.transport import staging
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Slot:
+class GradientSlot(Slot):
     """One parameter's place in a bucket: `view` with the parameter's shape, `flat` without.
 
     view   the bucket's own torch tensor, which nobody else holds
     shown  another one in the same memory: p.grad, which users may change or move elsewhere
     scale  what p.grad is multiplied by outside of the bucket: a loss scale, see amp.py
-    ready  is this step's gradient in place?
     frozen no gradient is handed out, since the parameter needed none when this step began
-    became what `changed` has said last
-    fine   is all of it finite? None on a GPU, where one look at a bucket costs less than many
+    became what `changed` has returned last
     """
 
-    scale, frozen, became = 1.0, False, None
+    scale, became = 1.0, None
 
-    def __init__(self, name, parameter, view, flat, owner=None):
-        self.name, self.parameter, self.view, self.flat = name, parameter, view, flat
+    def __init__(self, name, parameter, bucket, segment, owner=None):
+        super().__init__(name, bucket.grad[segment.slice])
+        self.parameter, self.view = parameter, bucket.view(segment)
         self.owner = owner  # whose gradients those are that come from here: see `owner_of`
-        self._address, self._kind, self._at = view.data_ptr(), kind(parameter), ()
-        self.ready, self.fine = False, True
-        self._on_host = not staging.is_device_array(flat)
+        self._address, self._kind, self._at = self.view.data_ptr(), kind(parameter), ()
+        self._on_host = not staging.is_device_array(self.flat)
         self._shown = self._pending = self._handed = self._own = None
         self._version = 0
+
+    def follow(self, old):
+        self.scale = old.scale
 
     @property
     def direct(self) -> bool:
@@ -174,23 +173,18 @@ class Slot:
         return now is not None and self._is_here(now)
 
     def refuse_overflow(self, step):
-        """Raise NonFiniteError unless the parameter's dtype can hold what stands in the bucket."""
-        def complain(_):
-            raise NonFiniteError(
-                f"step {step}: every rank's gradient is finite, but their sum for {self.name!r} is "
-                f"beyond {self.parameter.dtype}: take average=True, or make the loss smaller")
-
-        most = torch.finfo(self.parameter.dtype).max
-        kernels.of(self.flat).within(self.flat, -most, most, complain)
+        """NonFiniteError unless the parameter's dtype can hold what stands in the bucket."""
+        refuse_overflow(self, step, torch.finfo(self.parameter.dtype).max, self.parameter.dtype)
 
     # ---- out ----
 
-    def give_back(self):
-        """Make p.grad what now stands in the bucket; None for a parameter that is frozen now."""
+    def give_back(self, scaled=True):
+        """Make p.grad what now stands in the bucket, times the loss scale where `scaled`; None for
+        a parameter that is frozen now."""
         if self.frozen:
             self.clear()
             return
-        if self.scale != 1.0:
+        if scaled and self.scale != 1.0:
             self.view.mul_(self.scale)
         self._handed = self._own = None
         if self.direct:
@@ -216,7 +210,7 @@ class Slot:
 
 
 def owner_of(gradient):
-    """The place (memory.py) of the Reducer that has made this p.grad what it is, or None."""
+    """The `owner` of the slot that has made this p.grad what it is, or None."""
     return getattr(plain(gradient), "owner", None)
 
 
@@ -239,61 +233,8 @@ def grad_dtype(parameter) -> torch.dtype:
     return getattr(parameter, "grad_dtype", None) or parameter.dtype
 
 
-class Bucket:
-    """A flat float32 gradient with its layout, and the slots of its parameters.
-
-    `flight` is the array that the exchange works on: `grad` itself, or one that delay.py puts here.
-    """
-
-    def __init__(self, index, named_parameters, where):
-        self.index = index
-        self.layout = Layout.of((name, p.shape) for name, p in named_parameters)
-        self.grad, flat = where.bucket(self.layout.size)
-        self.flight = self.grad
-        self.slots = [Slot(name, p, flat[s.slice].view(p.shape), self.grad[s.slice], where)
-                      for (name, p), s in zip(named_parameters, self.layout.segments)]
-        self.reset()
-
-    def reset(self):
-        """Before the first gradient of a step."""
-        self.missing, self.launched = len(self.slots), False
-        for slot in self.slots:
-            slot.ready = False
-
-    @property
-    def touched(self) -> bool:
-        """Has any gradient of this step arrived?"""
-        return self.missing < len(self.slots)
-
-    def first_bad(self) -> str | None:
-        """The first parameter whose gradient holds NaN or Inf, or None."""
-        finite = kernels.of(self.grad).finite
-        if any(slot.fine is None for slot in self.slots) and not finite(self.grad):
-            return next(slot.name for slot in self.slots if not finite(slot.flat))
-        return next((slot.name for slot in self.slots if slot.fine is False), None)
-
-
 def _side_by_side(gradient, view):
     """Is this another dense float32 CPU array whose elements lie as those of `view` do?"""
     return (gradient.dtype == torch.float32 and not gradient.is_sparse
             and gradient.device.type == "cpu" and gradient.is_contiguous()
             and gradient.data_ptr() != view.data_ptr())
-
-
-def groups(named_parameters, bucket_bytes) -> list[list]:
-    """Parameters in this order, cut into groups of at most `bucket_bytes` of float32 (or one)."""
-    found, room = [], 0
-    for name, parameter in named_parameters:
-        size = 4 * parameter.numel()
-        if not found or size > room:
-            found.append([])
-            room = bucket_bytes
-        found[-1].append((name, parameter))
-        room -= size
-    return found
-
-
-def make_buckets(named_parameters, bucket_bytes, where=memory.Host()) -> list[Bucket]:
-    """A bucket for each of the `groups`, in the memory of this place."""
-    return [Bucket(i, group, where)
-            for i, group in enumerate(groups(named_parameters, bucket_bytes))]

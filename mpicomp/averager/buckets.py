@@ -1,0 +1,311 @@
+"""Buckets: arrays side by side in flat float32 memory, each bucket with what exchanges it.
+
+Arrays are registered in one order and complete in another; a bucket that waits for an array that
+comes late holds up all behind it. So the first step notes in which order arrays complete, as
+torch's DistributedDataParallel does; rank 0's order is taken by all, and where it cuts other
+buckets than the reverse order of registration, buckets are made anew before the second step.
+Residuals are kept by name, so nothing that is owed is lost.
+"""
+
+import numpy as np
+
+from mpicomp import kernels
+from mpicomp.errors import MismatchError
+from mpicomp.layout import Layout
+from mpicomp.transport import staging
+from mpicomp.transport.agree import digest
+
+
+class Bucket:
+    """A flat float32 array, the slots of the arrays that lie in it, and its codecs.
+
+    grad    float32[layout.size]: what this rank gives, and afterwards the mean
+    tensor  the same memory as a torch tensor, on a GPU; None in host memory
+    flight  the array that the exchange works on: `grad`, or one of the delayed mode's
+    codec   what the exchange has opened for this bucket; `warm`: that of the dense warm-up, or None
+    """
+
+    def __init__(self, index, named, memory, slot):
+        self.index = index
+        self.layout = Layout.of((name, tuple(array.shape)) for name, array in named)
+        self.grad, self.tensor = memory.bucket(self.layout.size)
+        self.flight = self.grad
+        self.codec = self.warm = None
+        self._held = None
+        self.slots = [slot(name, array, self, segment)
+                      for (name, array), segment in zip(named, self.layout.segments)]
+        self.reset()
+
+    def view(self, segment):
+        """The torch tensor that lies in a segment of `grad`, with the segment's shape."""
+        import torch
+
+        flat = torch.from_numpy(self.grad) if self.tensor is None else self.tensor
+        return flat[segment.slice].view(segment.shape)
+
+    def reset(self):
+        """Before the first array of a step."""
+        self.missing = len(self.slots)
+        for slot in self.slots:
+            slot.ready = False
+
+    @property
+    def touched(self) -> bool:
+        """Is any array of this step complete?"""
+        return self.missing < len(self.slots)
+
+    def arrived(self, slot):
+        """What this rank gives stands in the slot."""
+        slot.ready = True
+        self.missing -= 1
+
+    def hold(self):
+        """Keep what this rank owes out of the packet of this step."""
+        owed = self.codec.persistent()
+        if "error" in owed:
+            self._held = owed["error"].copy()
+            owed["error"] = kernels.of(self.grad).zeros(self.layout.size)
+            self.codec.restore(owed)
+
+    def release(self):
+        """What `hold` has kept is owed again."""
+        if self._held is not None:
+            owed = self.codec.persistent()
+            owed["error"] = owed["error"] + self._held
+            self.codec.restore(owed)
+            self._held = None
+
+    def first_bad(self) -> str | None:
+        """The name of the first array that holds NaN or Inf, or None."""
+        finite = kernels.of(self.grad).finite
+        if any(slot.fine is None for slot in self.slots) and not finite(self.grad):
+            return next(slot.name for slot in self.slots if not finite(slot.flat))
+        return next((slot.name for slot in self.slots if slot.fine is False), None)
+
+
+def groups(named, bucket_bytes) -> list[list]:
+    """(name, array) pairs in groups of at most `bucket_bytes` of float32, or of one array."""
+    found, room = [], 0
+    for name, array in named:
+        size = 4 * int(np.prod(array.shape))
+        if not found or size > room:
+            found.append([])
+            room = bucket_bytes
+        found[-1].append((name, array))
+        room -= size
+    return found
+
+
+class Buckets:
+    """All buckets of an averager: their order, their codecs, and what ranks agreed on about them.
+
+    plan    64-bit digest of everything that all ranks must agree on
+    names   {name: (bucket, slot)}
+    slots   of all buckets, in one list that stays the same object
+    now     numbers of the arrays, as registered, in the order of the buckets
+    frozen  names of the arrays that stand still in this step: nothing is handed out for them
+    """
+
+    def __init__(self, named, bucket_bytes, memory, slot, plan):
+        self.plan, self._first_plan = plan, plan
+        self._named, self._bytes, self._memory, self._slot = list(named), bucket_bytes, memory, slot
+        self._number = {name: i for i, (name, _) in enumerate(self._named)}
+        # backward ends with the first parameters
+        self._registered = list(reversed(range(len(self._named))))
+        self.now, self.next = self._registered, None
+        self._seen, self._noting, self._shared = [], True, {}
+        self._link = None
+        self.names, self.slots = {}, []
+        self._make()
+
+    def __iter__(self):
+        return iter(self._all)
+
+    def __len__(self):
+        return len(self._all)
+
+    def __getitem__(self, index):
+        return self._all[index]
+
+    def _make(self):
+        self._all = [Bucket(i, group, self._memory, self._slot)
+                     for i, group in enumerate(self._groups(self.now))]
+        old, self.names = self.names, {slot.name: (bucket, slot) for bucket in self._all
+                                       for slot in bucket.slots}
+        self.slots[:] = [slot for _, slot in self.names.values()]
+        for name, (_, slot) in old.items():
+            self.names[name][1].follow(slot)
+        self._marked, self.frozen = 0, ()
+
+    def open(self, link):
+        """Let the exchanges of `link` make their codecs, with all the memory that they will need.
+        """
+        self._link = link
+        with self._memory.here():
+            for bucket in self._all:
+                bucket.codec = link.open(bucket, self.plan)
+                bucket.warm = link.open_warm(bucket, self.plan)
+
+    @property
+    def codecs(self) -> list:
+        """The codec of each bucket."""
+        return [bucket.codec for bucket in self._all]
+
+    # ---- what headers say ----
+
+    @property
+    def marked_plan(self) -> int:
+        """The plan digest that headers carry in this step."""
+        return self.plan ^ self._marked
+
+    def mark(self, frozen, note, compare=True):
+        """Have the headers of this step carry a digest of `frozen`, a tuple of names, and `note`.
+
+        Ranks that differ in them then raise MismatchError, unless `compare` is false.
+        """
+        if frozen != self.frozen:
+            self.frozen = frozen
+            for slot in self.slots:
+                slot.frozen = slot.name in frozen
+        mark = digest(f"frozen {frozen}, {note}") if frozen or note else 0
+        if compare and mark != self._marked:
+            self._marked = mark
+            for codec in [*self.codecs, *(b.warm for b in self._all if b.warm is not None)]:
+                codec.replan(self.marked_plan)
+
+    # ---- the order ----
+
+    def note(self, name):
+        """An array is complete."""
+        if self._noting:
+            self._seen.append(self._number[name])
+
+    def agree(self, stays, share):
+        """After the first step: take rank 0's order. Collective, once, if there are buckets.
+
+        Nothing is re-ordered where `stays`. With `share` owners of second residuals change, so all
+        ranks must take part at once; elsewhere `apply` makes the buckets when the next step begins.
+        """
+        if not self._noting:
+            return
+        self._noting = False
+        if len(self._all) == 1 or stays:
+            return
+        seen = dict.fromkeys(self._seen)  # what never arrived comes last
+        order = np.array([*seen, *(i for i in self.now if i not in seen)], np.int32)
+        self._link.broadcast(order, "agreeing on buckets")
+        if self._cut(order) != self._cut(self.now):
+            self.next = order.tolist()
+            if share:
+                self._share()
+                self.apply()
+
+    def _share(self):
+        """What only owners have, second residual and AdaGrad's history, on all ranks.
+
+        Without AdaGrad a second residual stays with its rank and joins the first (sharded.py).
+        """
+        for bucket in self._all:
+            arrays = bucket.codec.persistent()
+            for kind in sorted(arrays.keys() - {"error"}):
+                total = self._link.sum(staging.fetched(arrays[kind]), "rebuild",
+                                       "sharing what owners have")
+                total = staging.fitting(total, arrays[kind])
+                self._shared |= {(kind, s.name): total[s.slice] for s in bucket.layout.segments}
+
+    def _groups(self, order):
+        return groups([self._named[i] for i in order], self._bytes)
+
+    def _cut(self, order):
+        """The names in each bucket, were they cut in this order."""
+        return [{name for name, _ in group} for group in self._groups(order)]
+
+    def apply(self):
+        """Between two steps: make the buckets that were agreed on."""
+        if self.next is not None:
+            self._rebuild(self.next)
+
+    def _rebuild(self, order):
+        self.now, self.next = list(order), None
+        kept = {(kind, s.name): array[s.slice] for bucket in self._all
+                for kind, array in bucket.codec.persistent().items()
+                for s in bucket.layout.segments} | self._shared
+        self.plan = self._first_plan
+        if self.now != self._registered:
+            self.plan ^= digest(str(self.now))
+        self._make()
+        self.open(self._link)
+        for bucket in self._all:
+            arrays = bucket.codec.persistent()
+            for kind, array in arrays.items():
+                for s in bucket.layout.segments:
+                    if (kind, s.name) in kept:  # not where this rank becomes its node's leader
+                        array[s.slice] = kept[kind, s.name]
+            bucket.codec.restore(arrays)
+        self._shared = {}
+
+    def regroup(self, link, order, first):
+        """Make all buckets anew over other ranks; nothing of a step that was begun remains.
+
+        first  is the first step still to be made?
+        """
+        self._link, self._noting, self._seen = link, first, []
+        self._rebuild(order)
+
+    # ---- state ----
+
+    @property
+    def order(self) -> list:
+        """The order that the next step has."""
+        return self.next or self.now
+
+    def state(self) -> dict:
+        """{"order": int64[arrays]}, or nothing where buckets are as they were first made."""
+        return {} if self.order == self._registered else {"order": np.array(self.order)}
+
+    def restore(self, state):
+        """Take over the order of a saved state; a state of the first step or later has one."""
+        order = [int(i) for i in state["order"]] if "order" in state else self._registered
+        self._noting, self._seen, self.next = not int(state["step"]), [], None
+        if order != self.now:
+            self._rebuild(order)
+
+    def objection(self, state) -> str | None:
+        """Why a saved state's order does not fit these arrays, or None."""
+        if "order" in state and sorted(map(int, state["order"])) != sorted(self._registered):
+            return (f"saved 'order' has {len(state['order'])} parameters, expected each of "
+                    f"{len(self._registered)} once")
+
+    def residuals(self) -> dict:
+        """{"error/<name>": float32 array with the shape of that array, a copy on the host} ..."""
+        return {f"{kind}/{s.name}": array[s.slice].copy().reshape(s.shape)
+                for bucket in self._all
+                for kind, array in ((kind, staging.fetched(array))
+                                    for kind, array in bucket.codec.persistent().items())
+                for s in bucket.layout.segments}
+
+    def restore_residuals(self, state):
+        """Take over what `residuals` gave, as NumPy arrays or torch tensors."""
+        for bucket in self._all:
+            bucket.codec.restore({
+                kind: np.concatenate([_flat(state[f"{kind}/{s.name}"])
+                                      for s in bucket.layout.segments])
+                for kind in bucket.codec.persistent()})
+
+    def require_no_step(self, rank, what):
+        """MismatchError where arrays have come that no step has used."""
+        if any(slot.ready for slot in self.slots):
+            raise MismatchError(f"rank {rank}: {what}() in the middle of a step: call "
+                                "it after optimizer.step()")
+
+    def clear(self):
+        """Nothing is handed out: no slot has anything of this step."""
+        for slot in self.slots:
+            slot.clear()
+
+
+def _flat(array):
+    """A saved array as float32[n] on the host."""
+    if hasattr(array, "detach"):
+        array = array.detach().float().cpu().numpy()
+    return np.asarray(array, np.float32).reshape(-1)
