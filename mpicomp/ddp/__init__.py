@@ -18,8 +18,7 @@ from time import perf_counter
 import torch
 import torch.distributed as dist
 
-from mpicomp import catalogue
-from mpicomp import mpi
+from mpicomp import catalogue, mpi
 from mpicomp.ddp.process_group import MpiGroup, init_process_group
 from mpicomp.ddp.process_group.watch import Vigil
 from mpicomp.errors import SpecError

@@ -23,7 +23,7 @@ from mpicomp.reducer.ratio import Receipt
 from mpicomp.reducer.regroup import Connection
 from mpicomp.reducer.replicas import Replicas, bad_every, check_start
 from mpicomp.reducer.sparse import Sparse, divide
-from mpicomp.reducer.startup import agree_on_plan, bad_option, stall_seconds, trainable
+from mpicomp.reducer.startup import agree_on_plan, bad_option, trainable
 from mpicomp.reducer.state import Persistence
 from mpicomp.transport import packet
 from mpicomp.transport.calls import Wire
@@ -64,7 +64,7 @@ class Reducer(Attachment, Backward, Connection, Delivery, Persistence, Replicas)
         self.comm = mpi.communicator(comm, stall_timeout, "starting a Reducer")
         self.average, self.seed, self.nonfinite = bool(average), seed, nonfinite
         self.stats, self.step = Meter(), 0
-        stall_timeout = stall_seconds(stall_timeout)
+        stall_timeout = mpi.stall_seconds(stall_timeout)
         named, problem = trainable(named_parameters)
         try:
             self.method = catalogue.method(method)

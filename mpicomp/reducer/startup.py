@@ -1,4 +1,4 @@
-"""What the ranks must agree on before the first step, and what a Reducer refuses to start with."""
+"""Checks before a Reducer's first step: its arguments, its parameters, and that all ranks agree."""
 
 import os
 from numbers import Integral, Real
@@ -17,7 +17,11 @@ from mpicomp.transport.pipeline import WAYS
 
 
 def agree_on_plan(comm, method, named, problem, **options) -> int:
-    """The plan digest; raises on all ranks alike if they differ or any has a problem."""
+    """Compare what the ranks start with; returns its 64-bit digest, for packet headers. Collective.
+
+    Raises the same error on all ranks if they differ, or if any rank has a `problem` (an exception
+    or None). `options` are further facts to compare.
+    """
     facts = {"mpicomp": mpicomp.__version__, "method": repr(method), **options, **settings(),
              "parameter": [f"{name} {list(p.shape)} {p.dtype}{' on a GPU' * memory.is_on_gpu(p)}"
                            for name, p in named]}
@@ -36,7 +40,7 @@ def agree_on_plan(comm, method, named, problem, **options) -> int:
 
 
 def trainable(named_parameters):
-    """(the pairs that need gradients, by their plain names, what is wrong with them or None)."""
+    """([(plain name, parameter)] of those that need gradients, SpecError or None)."""
     try:
         named = list(named_parameters)
     except TypeError:  # a module
@@ -68,7 +72,7 @@ def trainable(named_parameters):
 
 
 def _no_parameter(p) -> str | None:
-    """Why this cannot be exchanged, to follow its name, or None."""
+    """Why this is no parameter to exchange, in words that follow its name, or None."""
     if not isinstance(p, torch.Tensor):
         return f"is {type(p).__name__}, expected a parameter: pass model.named_parameters()"
     if is_lazy(p):
@@ -85,31 +89,11 @@ def _no_parameter(p) -> str | None:
     return None
 
 
-def stall_seconds(given):
-    """The seconds of stall_timeout: those given, else MPICOMP_STALL_TIMEOUT's, else 600."""
-    if given is not None:
-        return given
-    told = os.environ.get("MPICOMP_STALL_TIMEOUT", "600")
-    try:
-        return float(told)
-    except ValueError:
-        return told  # bad_option says what is wrong with it
-
-
-def stall_limit(given=None) -> float:
-    """`stall_seconds`, or SpecError where that is no number of seconds."""
-    seconds = stall_seconds(given)
-    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not seconds > 0:
-        raise SpecError(f"stall_timeout={seconds!r} found, expected seconds, more than 0 "
-                        "(MPICOMP_STALL_TIMEOUT)")
-    return seconds
-
-
 def settings() -> dict:
-    """The environment variables that change which calls are made, and what they mean on this rank.
+    """{environment variable: its meaning on this rank} of those that must be the same on all ranks.
 
-    With MPICOMP_KERNELS, MPICOMP_VECTORS and OMP_NUM_THREADS the bytes are the same, and with
-    MPICOMP_PROGRESS the order of calls is: those may differ.
+    They decide which MPI calls are made. The others may differ: MPICOMP_KERNELS, MPICOMP_VECTORS
+    and OMP_NUM_THREADS change no byte, MPICOMP_PROGRESS not the order of calls.
     """
     on_host = os.environ.get("MPICOMP_STAGING") == "host"  # packets go around rings there
     return {"MPICOMP_RING": os.environ.get("MPICOMP_RING") or "not set",
@@ -117,7 +101,7 @@ def settings() -> dict:
 
 
 def bad_setting(progress):
-    """What is wrong with a variable of the environment of this rank, or None."""
+    """SpecError that an environment variable of this rank deserves, or None."""
     for name, known in (("MPICOMP_RING", ("never",)), ("MPICOMP_PROGRESS", WAYS)):
         found = os.environ.get(name)
         if found and found not in known and (progress == "auto" or name != "MPICOMP_PROGRESS"):
@@ -131,7 +115,7 @@ def bad_setting(progress):
 
 def bad_option(bucket_bytes, seed, nonfinite, stall_timeout, require_ratio=None, ratio_window=1,
                progress="auto", check_replicas_every=None):
-    """What is wrong with these arguments of Reducer, or None."""
+    """SpecError that these arguments of Reducer, or the environment, deserve, or None."""
     require_ratio = 1.0 if require_ratio is None else require_ratio
     every = 1 if check_replicas_every is None else check_replicas_every
     for name, value, kind, fits, expected in (
