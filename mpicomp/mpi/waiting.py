@@ -40,23 +40,21 @@ def stall_seconds(given=None):
 def stall_limit(given=None) -> float:
     """`stall_seconds`, or SpecError if that is no number of seconds."""
     seconds = stall_seconds(given)
-    if not _is_seconds(seconds):
+    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not seconds > 0:
         raise SpecError(f"stall_timeout={seconds!r} found, expected seconds, more than 0 "
                         "(MPICOMP_STALL_TIMEOUT)")
     return seconds
 
 
 def seconds_or_default(given=None) -> float:
-    """`stall_seconds`, or 600 if that is no number of seconds.
+    """`stall_limit`, or 600 instead of its SpecError.
 
-    For waits before the ranks compare their arguments, in which a wrong one is refused on all.
+    For waits before the ranks compare their arguments, after which all raise that error alike.
     """
-    seconds = stall_seconds(given)
-    return seconds if _is_seconds(seconds) else LIMIT
-
-
-def _is_seconds(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and value > 0
+    try:
+        return stall_limit(given)
+    except SpecError:
+        return LIMIT
 
 
 def limit(comm) -> float:

@@ -1,10 +1,10 @@
 """Says where every rank is when one has waited too long, and which rank has ended too early.
 
-A rank that nobody catches a StallError on asks all others, over a communicator of this purpose. On
-each of them a thread looks for such a question a few times a second, and prints step, bucket, call
-and the Python stack of the main thread, also if that is in a loop, in a sleep or in an MPI call of
-the user's own. Then the job ends with exit status STALLED. A rank that comes to MPI_Finalize tells
-the others how many steps its Reducers have made, so that nobody waits for another step.
+A rank whose StallError nobody catches asks all others, over a communicator of its own. On each of
+them a thread looks for such a question a few times a second, and prints step, bucket, call and the
+Python stack of the main thread, even if that is in a loop, in a sleep or in an MPI call of the
+user's. Then the job ends with exit status STALLED. A rank that comes to MPI_Finalize tells the
+others how many steps its Reducers have made, so that no rank waits for another step of it.
 
 The thread needs MPI_THREAD_MULTIPLE, which mpi4py asks for; without it a rank looks only while it
 waits itself. A rank that holds Python's lock cannot answer: see last_word.py.
@@ -90,12 +90,7 @@ class Dog:
         others = set(range(self.comm.size)) - {self.comm.rank}
         for rank in others:
             self._send("ask", rank)
-
-        def answered():
-            self.look_alone()
-            return others <= self._answers
-
-        until(answered, ANSWER)
+        until(lambda: self.look_alone() or others <= self._answers, ANSWER)
         return sorted(others - self._answers)
 
     def check_ended(self, what):
