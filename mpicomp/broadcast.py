@@ -1,14 +1,14 @@
-"""Make every rank start from the same parameters and the same optimizer state."""
+"""broadcast_parameters and broadcast_optimizer_state: every rank starts from rank root's values."""
 
 import io
 from collections.abc import Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
 from mpicomp import mpi
-from mpicomp.averager.settings import stall_limit
 from mpicomp.errors import SpecError
 from mpicomp.reducer.replicas import (
     as_bytes,
@@ -21,23 +21,22 @@ from mpicomp.reducer.replicas import (
 )
 from mpicomp.transport.agree import agree
 
-PIECE = 1 << 30  # bytes of one call: MPI 3 counts to 2**31 - 1
-EXTRA = "_extra_state"  # what torch calls the entry of get_extra_state() in a state_dict
+EXTRA = "_extra_state"  # torch's key in a state_dict for what get_extra_state() returned
+WHAT = "broadcasting parameters"  # for errors of waits
 
 
 def broadcast_parameters(module_or_state_dict, comm=None, root=0):
     """Give every rank the parameters and buffers of rank `root`, in place.
 
     Takes a torch.nn.Module, a state_dict, (name, tensor) pairs, or a list of tensors such as
-    model.parameters(). For a module that is everything: all parameters, all buffers (persistent or
-    not), other tensors that a state_dict() of its own returns, and extra state (get_extra_state,
-    pickled).
+    model.parameters(). Of a module it broadcasts all parameters, all buffers (persistent or not),
+    other tensors that its own state_dict() returns, and extra state (get_extra_state, pickled).
 
     Raises the same MismatchError or SpecError on every rank if names, shapes or dtypes differ, if a
-    tensor cannot be written to, and if entries that are not tensors differ: those are compared and
-    not broadcast. StallError if a rank does not come within MPICOMP_STALL_TIMEOUT seconds (600).
+    tensor cannot be written to, or if entries that are not tensors differ: those are compared, not
+    broadcast. StallError if a rank does not come within MPICOMP_STALL_TIMEOUT seconds (600).
     """
-    source, timeout, extra = module_or_state_dict, stall_limit(), []
+    source, extra = module_or_state_dict, []
     with _private(comm, "broadcasting parameters") as comm:
         named, others, problem = [], [], None
         if not 0 <= root < comm.size:
@@ -54,15 +53,11 @@ def broadcast_parameters(module_or_state_dict, comm=None, root=0):
         facts = {"root": root, "extra state": [name for name, _ in extra],
                  "tensor": [] if problem else [_line(*pair) for pair in named]}
         agree(comm, facts | ({"problem": problem} if problem else {}),
-              "every rank must build the same model", timeout)
+              "every rank must build the same model")
         for name, tensor in named:
-            problem = _broadcast(tensor, comm, root, timeout, name) or problem
+            problem = _broadcast(tensor, comm, root, name) or problem
         if extra:
-            states = _unpickled(_tell(comm, blob, root, timeout))
-            for (name, part), state in zip(extra, states, strict=True):
-                if comm.rank != root:
-                    problem = _try(f"extra state of {name!r}, by set_extra_state()",
-                                   lambda: part.set_extra_state(state)) or problem
+            problem = _broadcast_extra_state(extra, blob, comm, root) or problem
 
         def afterwards():
             if problem:
@@ -71,16 +66,15 @@ def broadcast_parameters(module_or_state_dict, comm=None, root=0):
                 return [("state", name, fingerprint(leaf)) for name, leaf in _besides(source)]
             return [("entry", name, fingerprint(leaf)) for name, leaf in others]
 
-        compare(comm, afterwards, timeout)
+        compare(comm, afterwards, mpi.limit(comm))
 
 
 def broadcast_optimizer_state(optimizer, comm=None, root=0):
     """Give every rank the optimizer state (momenta, step counts, learning rates) of rank `root`.
 
-    Raises MismatchError on every rank if classes, groups or the parameters in them differ, or one
+    Raises MismatchError on every rank if classes, groups or their parameters differ, or if a rank
     cannot load the state; StallError as `broadcast_parameters`.
     """
-    timeout = stall_limit()
     with _private(comm, "broadcasting an optimizer's state") as comm:
         tensors, problem = {}, None
         try:
@@ -94,36 +88,33 @@ def broadcast_optimizer_state(optimizer, comm=None, root=0):
         agree(comm, {"optimizer": type(optimizer).__name__, "root": root,
                      "number of param_groups": len(groups), "parameters of": groups}
               | ({"problem": problem} if problem else {}),
-              "every rank must build the same optimizer", timeout)
-        told, kinds = _unpickled(_tell(comm, blob, root, timeout))
+              "every rank must build the same optimizer")
+        told, kinds = _unpickled(mpi.bcast_bytes(comm, blob, WHAT, root))
         mine = list(tensors.values()) if comm.rank == root else [
             torch.empty(shape, dtype=dtype) for shape, dtype in kinds]
         for tensor in mine:
-            problem = _broadcast(tensor, comm, root, timeout, "optimizer state") or problem
+            problem = _broadcast(tensor, comm, root, "optimizer state") or problem
         if comm.rank != root:
             problem = problem or _try("optimizer state, by load_state_dict()",
                                       lambda: optimizer.load_state_dict(_fill(told, mine)))
-        agree(comm, {"problem": problem} if problem else {}, timeout=timeout)
+        agree(comm, {"problem": problem} if problem else {})
 
 
-class _private:
-    """A duplicate communicator for the length of a `with` block."""
-
-    def __init__(self, comm, what):
-        self.comm = mpi.communicator(comm, what=what)
-
-    def __enter__(self):
-        return self.comm
-
-    def __exit__(self, *_):
-        mpi.release(self.comm)
+@contextmanager
+def _private(comm, what):
+    """A duplicate of `comm` for the length of a `with` block."""
+    comm = mpi.communicator(comm, mpi.stall_limit(), what)
+    try:
+        yield comm
+    finally:
+        mpi.release(comm)
 
 
 # ---- what is given
 
 
 def _content(source):
-    """(tensors to broadcast, entries to compare afterwards), both as (name, value) pairs."""
+    """([(name, tensor)] to broadcast, [(name, value)] of other entries to compare afterwards)."""
     if isinstance(source, torch.nn.Module):
         named = [*source.named_parameters(), *source.named_buffers()]
         if any(_impossible(*pair) for pair in named):
@@ -150,7 +141,7 @@ def _content(source):
 
 
 def _pairs(items):
-    """(name, value) of a list of tensors, which are numbered, or of pairs."""
+    """[(name, value)] of a list of pairs, or of tensors, whose names are then their numbers."""
     if all(isinstance(item, torch.Tensor) for item in items):
         return [(str(number), tensor) for number, tensor in enumerate(items)]
     for item in items:
@@ -162,12 +153,12 @@ def _pairs(items):
 
 
 def _besides(module):
-    """What only the module's own state_dict() returns, without extra state (sent by itself)."""
+    """[(name, value)] that only the module's own state_dict() returns, without extra state."""
     return [pair for pair in extra_entries(module) if EXTRA not in pair[0].split(".")]
 
 
 def _with_extra_state(source):
-    """(name, module) of all parts that keep extra state."""
+    """[(name, submodule)] of all that keep extra state."""
     if not isinstance(source, torch.nn.Module):
         return []
     return [(name or "the model", part) for name, part in source.named_modules()
@@ -188,7 +179,7 @@ def _impossible(name, tensor):
 
 
 def _line(name, tensor):
-    """What must be the same on all ranks of a tensor."""
+    """What must be the same of a tensor on all ranks, as a line of text."""
     line = f"{name} {list(tensor.shape)} {tensor.dtype}"
     if tensor.layout is not torch.strided:
         return f"{line} {tensor.layout}"
@@ -199,17 +190,18 @@ def _line(name, tensor):
 # ---- how it travels
 
 
-def _broadcast(tensor, comm, root, timeout, name):
-    """Overwrite `tensor` with root's, byte by byte; returns what torch has against it, or None."""
+def _broadcast(tensor, comm, root, name):
+    """Overwrite `tensor` with root's, byte by byte; returns why torch could not, or None."""
     if not tensor.numel():
         return None
     if tensor.layout is not torch.strided or tensor.is_quantized:
-        theirs = _unpickled(_tell(comm, _pickled(tensor, comm.rank == root, name), root, timeout))
+        blob = _pickled(tensor, comm.rank == root, name)
+        theirs = _unpickled(mpi.bcast_bytes(comm, blob, WHAT, root))
         target = tensor  # a detached one would keep what it gets to itself
     else:
         flat = as_bytes(tensor)
         flat = flat.numpy() if comm.rank == root else np.empty(flat.numel(), np.uint8)
-        _move(comm, flat, root, timeout)
+        mpi.bcast_array(comm, flat, WHAT, root)
         target = without_expanded(tensor)
         theirs = torch.from_numpy(flat).view(tensor.dtype).view(target.shape)
     if comm.rank == root:
@@ -217,32 +209,28 @@ def _broadcast(tensor, comm, root, timeout, name):
     return _try(repr(name), lambda: target.copy_(theirs))
 
 
+def _broadcast_extra_state(parts, blob, comm, root):
+    """Give [(name, module)] root's extra state; returns why one did not take it, or None."""
+    problem = None
+    states = _unpickled(mpi.bcast_bytes(comm, blob, WHAT, root))
+    for (name, part), state in zip(parts, states, strict=True):
+        if comm.rank != root:
+            problem = _try(f"extra state of {name!r}, by set_extra_state()",
+                           lambda: part.set_extra_state(state)) or problem
+    return problem
+
+
 def _try(what, work):
     """What went wrong in work(), in words, or None."""
     try:
         with torch.no_grad():
             work()
-    except Exception as error:  # the others learn of it at the end
+    except Exception as error:  # other ranks hear of it at the end
         return f"{what} could not be written ({type(error).__name__}: {error})"
 
 
-def _move(comm, array, root, timeout):
-    """Bcast of bytes that waits for a time only."""
-    for at in range(0, array.size, PIECE):
-        mpi.wait(comm, comm.Ibcast(array[at:at + PIECE], root), timeout, "broadcasting parameters")
-
-
-def _tell(comm, blob, root, timeout):
-    """The bytes `blob` of root, whose length only root knows."""
-    size = np.array([len(blob)])
-    _move(comm, size.view(np.uint8), root, timeout)
-    array = np.frombuffer(blob, np.uint8) if comm.rank == root else np.empty(size[0], np.uint8)
-    _move(comm, array, root, timeout)
-    return array.tobytes()
-
-
 def _pickled(value, here, what):
-    """Bytes of a value, where they are wanted."""
+    """The pickled value if `here`, else nothing; SpecError names `what` if it cannot be pickled."""
     buffer = io.BytesIO()
     if here:
         try:
@@ -280,7 +268,7 @@ def _fill(value, tensors):
 
 
 class _Slot:
-    """The place of a tensor that travels apart."""
+    """Stands for a tensor that is broadcast by itself."""
 
     def __init__(self, number):
         self.number = number

@@ -1,4 +1,4 @@
-"""Where this package was installed from, and so what to type to have it compiled."""
+"""Where this package was installed from, for messages that say how to compile or update it."""
 
 import json
 import shlex
@@ -9,13 +9,13 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 HERE = Path(__file__).resolve().parent
-CHECKOUT = HERE.parent if (HERE.parent / "setup.py").exists() else None  # or None
+CHECKOUT = HERE.parent if (HERE.parent / "setup.py").exists() else None
 
 
 def to_compile() -> str:
-    """The command that compiles the kernels of the package that is in use.
+    """The command line that compiles the kernels of the package in use.
 
-    Without --no-cache-dir pip would take the wheel again that it has made without a compiler.
+    With --no-cache-dir, or pip would reuse a wheel that it built without a compiler.
     """
     pip = f"{shlex.quote(sys.executable)} -m pip install --no-deps --no-cache-dir"
     if CHECKOUT:
@@ -27,14 +27,17 @@ def to_compile() -> str:
 
 
 def shadowed() -> Path | None:
-    """The installed package that this one, of a working directory or PYTHONPATH, stands before."""
+    """Folder of the installed package that this one hides by PYTHONPATH or the working directory.
+
+    None if this is the installed one, or none is installed.
+    """
     packages = [package for package, _ in _installed()]
     return packages[0] if packages and HERE not in packages else None
 
 
 @cache
 def _installed():
-    """[(folder of the package, what pip installed it from or None)] of what pip has installed."""
+    """[(folder of the package, source that pip installed it from, or None)] of installations."""
     found = []
     for one in metadata.distributions(name="mpicomp"):
         if not one.read_text("RECORD"):  # the egg-info of a checkout
@@ -49,7 +52,7 @@ def _installed():
 
 
 def _source(told):
-    """What to give to pip for a direct_url.json (PEP 610), or None."""
+    """The argument of pip install that a direct_url.json (PEP 610) stands for, or None."""
     url, git = told.get("url"), told.get("vcs_info")
     if git:
         return f"{git['vcs']}+{url}@{git['commit_id']}"

@@ -1,8 +1,8 @@
-"""Names of parameters without what wrappers put in front of them.
+"""Names of parameters without the prefixes of wrappers.
 
-torch.compile calls `fc.weight` `_orig_mod.fc.weight`, DistributedDataParallel and DataParallel call
-it `module.fc.weight`. To a Reducer they are one parameter: residuals of a compiled run load into
-one that is not, and a rule holds in both.
+torch.compile makes `fc.weight` `_orig_mod.fc.weight`, DistributedDataParallel and DataParallel make
+it `module.fc.weight`. A Reducer uses the name without prefixes, so residuals that were saved with a
+wrapper load without it, and a rule holds for both.
 """
 
 import re
@@ -12,7 +12,7 @@ _PARALLEL = "module."
 
 
 def bare(name) -> str:
-    """The name, or the pattern of a rule, without any wrapper's part."""
+    """A name, or a rule's pattern of names, without any wrapper's prefix."""
     name = _COMPILED.sub("", name)
     while name.startswith(_PARALLEL):
         name = name.removeprefix(_PARALLEL)
@@ -20,10 +20,9 @@ def bare(name) -> str:
 
 
 def plain(names) -> list[str]:
-    """The names of a model's parameters without the parts of wrappers; as they are if two would
-    become one.
+    """The names of a model's parameters without prefixes; unchanged if two would become equal.
 
-    A first `module.` is a wrapper's where all names have it: a model may well have a `module`.
+    `module.` counts as a prefix only if all names have it: a model may have a part of that name.
     """
     names = list(names)
     found = [_COMPILED.sub("", name) for name in names]
@@ -33,8 +32,8 @@ def plain(names) -> list[str]:
 
 
 def known_as(names, known) -> list[str]:
-    """`names`, or keys such as `error/<name>`; those that only wrappers make another one than a
-    known one are called as that.
+    """`names`, or keys such as `error/<name>`, each replaced by the one of `known` that differs
+    from it in prefixes only, if there is one.
     """
     now, had = {_key(name): name for name in known}, [_key(name) for name in names]
     if len(now) < len(known) or len(set(had)) < len(had):

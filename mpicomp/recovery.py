@@ -21,6 +21,7 @@ import torch
 
 from mpicomp import mpi
 from mpicomp.errors import DeadRankError, StallError
+from mpicomp.mpi import ranks_text
 
 SPIN = 20  # looks for the others' votes without a sleep between them
 HEARSAY = 1.0  # seconds after a revocation in which the library names the dead rank
@@ -224,7 +225,7 @@ class Recovery:
         if reason:
             names = self._known_dead()
             raise DeadRankError(
-                f"{_ranks([self._members[r] for r in names])} died in step {self.reducer.step}, "
+                f"{ranks_text(self._members[r] for r in names)} died in step {self.reducer.step}, "
                 f"and this piece cannot be done without: {reason}. The newest checkpoint goes on"
             ) from error
         if not isinstance(error, Undone):
@@ -236,8 +237,8 @@ class Recovery:
                               residuals=elements * len(dead), norm=norm, noticed=noticed,
                               seconds=perf_counter() - start))
         if self.rank == 0:
-            print(f"mpicomp: {_ranks(dead)} died in step {self.reducer.step}, which {self.size} "
-                  f"do again{self._loss()}", file=sys.stderr, flush=True)
+            print(f"mpicomp: {ranks_text(dead)} died in step {self.reducer.step}, which "
+                  f"{self.size} do again{self._loss()}", file=sys.stderr, flush=True)
 
     def _known_dead(self):
         """The ranks of `_base` that are known to be dead.
@@ -265,7 +266,7 @@ class Recovery:
             self._members = [m for m, alive in zip(self._members, here) if alive]
             self._base = base
             if base.size < self.least:
-                raise DeadRankError(f"{_ranks(dead)} died and {base.size} are left, fewer than "
+                raise DeadRankError(f"{ranks_text(dead)} died and {base.size} are left, fewer than "
                                     f"least={self.least}. The newest checkpoint goes on")
             if self._answer(self._ask(self._regroup() and not self._died())):
                 return dead
@@ -334,8 +335,3 @@ def _missing():
         return ("mpirun was not asked to survive one: start with  launch/run --with-ft  or  mpirun "
                 "--with-ft ulfm")
     return None
-
-
-def _ranks(ranks):
-    """rank 1, 2"""
-    return "rank " + (", ".join(map(str, sorted(ranks))) or "unknown")

@@ -14,7 +14,6 @@ import mpicomp
 import mpicomp.ddp
 from mpicomp import checkpoint, mpi
 from mpicomp.advice import advise
-from mpicomp.ddp.process_group import MpiGroup
 from mpicomp.errors import MismatchError, StallError
 from mpicomp.mpi import shelf
 from mpicomp.mpi.watchdog import STALLED
@@ -104,8 +103,6 @@ LATER = {
     "node": (lambda comm: mpi.communicator(comm), mpi.node),
     "split": (lambda comm: mpi.communicator(comm), lambda c: mpi.split(c, "all", 0)),
     "part": (lambda comm: mpi.communicator(comm), lambda c: mpi.part(c, "one")),
-    "group": (lambda comm: MpiGroup(mpi.communicator(comm), 60),
-              lambda g: mpi.subgroup(g.comm, list(range(g.comm.size)), STALL)),
     "agreed": (lambda comm: checkpoint.Signals(comm),
                lambda signals: (signals.post(), signals.agreed())),
 }

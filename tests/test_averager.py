@@ -276,7 +276,8 @@ def test_what_does_not_fit_is_named(comm):
 # ---- modes, state
 
 
-@pytest.mark.parametrize("spec", ["dense:delay=1", "onebit:delay=1", "strom:tau=0.5,exchange=peers"])
+@pytest.mark.parametrize("spec", ["dense:delay=1", "onebit:delay=1",
+                                  "strom:tau=0.5,exchange=peers"])
 def test_what_is_late_is_delivered(spec, comm):
     averager = mpicomp.Averager(arrays(0), spec, comm, average=False)
     total = {name: np.zeros(shape) for name, shape in SHAPES.items()}

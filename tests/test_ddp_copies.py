@@ -92,7 +92,7 @@ def test_an_exception_that_ends_the_job_is_printed(first, monkeypatch, capfd):
             raise SystemExit(status)
 
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    monkeypatch.setattr(mpi, "sleep", lambda _: None)
+    monkeypatch.setattr(mpi.uncaught, "sleep", lambda _: None)
     monkeypatch.setattr(MPI, "COMM_WORLD", Comm())
     if first != "torch":
         mpi.end_all_on_exception(Comm())

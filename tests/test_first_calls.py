@@ -7,7 +7,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 from test_absent_rank import FIRST
 
-from mpicomp import mpi
+from mpicomp.mpi import uncaught
 
 
 @pytest.mark.mpi(min_size=2)
@@ -19,7 +19,7 @@ def test_it_installs_the_exception_hook(name, comm, monkeypatch, tmp_path, capfd
             raise SystemExit(status)
 
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    monkeypatch.setattr(mpi, "sleep", lambda _: None)
+    monkeypatch.setattr(uncaught, "sleep", lambda _: None)
     monkeypatch.chdir(comm.bcast(tmp_path))
     made = FIRST[name](comm)
     try:

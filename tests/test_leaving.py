@@ -2,7 +2,6 @@
 
 import sys
 
-import pytest
 from test_launch import RUN, finish
 
 from mpicomp.mpi import start
@@ -42,7 +41,7 @@ def test_finalize_while_threads_are_at_work(tmp_path):
 
 
 def test_what_is_called_at_the_end_is_called_once_and_the_last_first(monkeypatch):
-    monkeypatch.setattr(start, "_endings", [lambda: None])
+    monkeypatch.setattr(start, "_endings", [])
     called = []
 
     def forgotten():

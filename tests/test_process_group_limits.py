@@ -9,8 +9,9 @@ from mpi4py import MPI
 from test_process_group import CALLS, LAST, RANK, SIZE, groups  # noqa: F401 (a fixture)
 from training import outcome
 
-from mpicomp import MismatchError, StallError, ddp
-from mpicomp.ddp.process_group import transfer
+from mpicomp import MismatchError, StallError, ddp, mpi
+from mpicomp.ddp.process_group.transfer import tag_limit
+from mpicomp.mpi import waiting
 
 pytestmark = [pytest.mark.mpi, pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")]
 
@@ -18,8 +19,8 @@ pytestmark = [pytest.mark.mpi, pytest.mark.filterwarnings("ignore:.*deprecated:F
 def test_pieces_make_up_the_whole(groups, monkeypatch):
     """What MPI cannot count in one call goes in several: here, what has more than 24 bytes."""
     whole = {name: function(groups[0], torch.float64) for name, function in CALLS.items()}
-    monkeypatch.setattr(transfer, "PIECE", 24)
-    assert len(transfer.pieces(7, 8)) == 3
+    monkeypatch.setattr(waiting, "PIECE", 24)
+    assert len(mpi.pieces(7, 8)) == 3
     for name, function in CALLS.items():
         found = function(groups[0], torch.float64)
         assert all(map(torch.equal, found, whole[name])), name
@@ -89,6 +90,6 @@ def test_a_rank_that_has_ended_is_named_at_once(comm):
 
 
 def test_tags_are_bounded(groups):
-    for tag in -1, transfer.tag_limit():
+    for tag in -1, tag_limit():
         with pytest.raises(ValueError, match=f"found tag {tag}, this MPI has tags from 0 to"):
             groups[0].send([torch.ones(1)], 0, tag)

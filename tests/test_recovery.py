@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mpi4py import MPI
-from training import examples, network, same_error, train
+from training import examples, network, one_step, same_error, train
 
 import mpicomp
 
@@ -31,10 +31,7 @@ def fresh(spec, comm):
 
 def go_on(model, optimizer, reducer, comm, steps):
     for step in range(reducer.step, reducer.step + steps):
-        x, y = examples(comm, step)
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
+        one_step(model, optimizer, comm, step)
     return [p.detach().clone() for p in model.parameters()]
 
 
@@ -92,12 +89,7 @@ def test_without_ulfm_pieces_are_run_once_and_bits_stay(comm):
 
     def step(number):
         calls.append(number)
-        x, y = examples(comm, number)
-        optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
+        return one_step(model, optimizer, comm, number)
 
     mine = [recovery.run(step, number) for number in range(5)]
     assert mine == losses and calls == list(range(5)) and recovery.lost == []

@@ -2,11 +2,21 @@
 
 import math
 from collections import deque
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from training import digest, examples, give, network, parameters, same_error, whole_numbers
+from training import (
+    digest,
+    examples,
+    give,
+    network,
+    one_step,
+    parameters,
+    same_error,
+    whole_numbers,
+)
 
 import mpicomp
 from mpicomp import MismatchError, SpecError, StallError
@@ -39,16 +49,7 @@ def training(comm, method="dense", model=None, **keywords):
     model = model or network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     mpicomp.DistributedOptimizer(optimizer, model.named_parameters(), method, comm, **keywords)
-
-    def step(number):
-        x, y = examples(comm, number)
-        optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return model, optimizer, step
+    return model, optimizer, partial(one_step, model, optimizer, comm)
 
 
 def last_rank(comm):

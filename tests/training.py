@@ -89,6 +89,16 @@ def examples(comm, step, count=8):
     return x, x.view(count, 4, 4)[:, :, :3].sum(1).argmax(1)
 
 
+def one_step(model, optimizer, comm, number):
+    """One step on this rank's examples of this number; the loss before it."""
+    x, y = examples(comm, number)
+    optimizer.zero_grad()
+    loss = torch.nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
 def train(spec, comm, steps=30, optimizer=None, model=None, **keywords):
     """(the model, this rank's losses) after some steps; several small buckets by default."""
     model = model or network()
@@ -96,12 +106,5 @@ def train(spec, comm, steps=30, optimizer=None, model=None, **keywords):
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     keywords = {"bucket_bytes": 2000, "seed": 3, **keywords}
     reducer = mpicomp.Reducer(model.named_parameters(), spec, comm, **keywords).attach(optimizer)
-    losses = []
-    for step in range(reducer.step, reducer.step + steps):
-        x, y = examples(comm, step)
-        optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return model, losses
+    steps = range(reducer.step, reducer.step + steps)
+    return model, [one_step(model, optimizer, comm, step) for step in steps]

@@ -14,7 +14,7 @@ from mpicomp.averager.link import Link
 from mpicomp.averager.memory import in_memory
 from mpicomp.averager.modes import Delayed, Peers, Synchronous
 from mpicomp.averager.ratio import Ratio
-from mpicomp.averager.settings import Settings, stall_seconds
+from mpicomp.averager.settings import Settings
 from mpicomp.averager.slot import ArraySlot
 from mpicomp.averager.startup import agree_on_plan, averageable
 from mpicomp.errors import DeviceError, MismatchError, NonFiniteError, SpecError
@@ -66,7 +66,7 @@ class Averager:
                  ratio_window=100, progress="auto"):
         comm = mpi.communicator(comm, stall_timeout, "starting an Averager")
         settings = Settings(bool(average), bucket_bytes, seed, nonfinite,
-                            stall_seconds(stall_timeout), require_ratio, ratio_window, progress)
+                            mpi.stall_seconds(stall_timeout), require_ratio, ratio_window, progress)
         named, problem = averageable(named_arrays)
         method, unknown = resolved(method)
         if method is not None and method.exchange == "server":

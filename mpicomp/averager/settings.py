@@ -64,23 +64,3 @@ class Settings:
 
 
 ABOVE_0 = "a whole number above 0"
-
-
-def stall_seconds(given):
-    """The seconds of stall_timeout: those given, else MPICOMP_STALL_TIMEOUT's, else 600."""
-    if given is not None:
-        return given
-    told = os.environ.get("MPICOMP_STALL_TIMEOUT", "600")
-    try:
-        return float(told)
-    except ValueError:
-        return told  # `Settings.problem` says what is wrong with it
-
-
-def stall_limit(given=None) -> float:
-    """`stall_seconds`, or SpecError where that is no number of seconds."""
-    seconds = stall_seconds(given)
-    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not seconds > 0:
-        raise SpecError(f"stall_timeout={seconds!r} found, expected seconds, more than 0 "
-                        "(MPICOMP_STALL_TIMEOUT)")
-    return seconds

@@ -52,12 +52,13 @@ class Contender:
         model, x, y = MODELS[self.model]()
         sgd = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         net, optimizer, reducer = distribute(self.name, model, sgd, self.progress)
+        pipeline = reducer and reducer.averager.link.pipeline
         times, split = [], Counter()
 
         def booked():
             """The Reducer's clocks."""
             return Counter({s: reducer.stats.seconds[s] for s in INNER} |
-                           {"wire": reducer.averager.link.pipeline.under_way} if reducer else {})
+                           {"wire": pipeline.under_way} if reducer else {})
 
         for step in range(2 + self.steps):
             if step == 2:
@@ -72,7 +73,7 @@ class Contender:
             optimizer.step()
             marks.append((perf_counter(), booked()))
             times.append(marks[3][0] - marks[0][0])
-            _split(split, marks, threaded=reducer and reducer.averager.link.pipeline.progress == "thread")
+            _split(split, marks, threaded=reducer and pipeline.progress == "thread")
         self.rounds.append({name: split[name] / self.steps
                             for name in (*STAGES, "wire") if reducer or name not in
                             (*INNER, "wire")})

@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 
 from mpicomp import mpi
-from mpicomp.averager.settings import stall_limit
 from mpicomp.checkpoint import folder_lock
 from mpicomp.checkpoint.repartition import repartition
 from mpicomp.checkpoint.signals import RESUME, Signals
@@ -49,7 +48,7 @@ def save(folder, comm, step, shared, mine, about=None, keep=2, stall_timeout=Non
     """
     folder, comm = Path(folder), mpi.intracommunicator(comm)
     mpi.end_all_on_exception(comm)
-    about, timeout = about or {}, stall_limit(stall_timeout)
+    about, timeout = about or {}, mpi.stall_limit(stall_timeout)
     first = _together(comm, lambda: (*_checked(step, about, keep, comm.size),
                                      folder_lock.held(folder)), timeout)
     step, manifest, _ = first[0]

@@ -1,14 +1,14 @@
-"""Gradients of DistributedDataParallel through mpicomp: a communication hook and its state.
+"""A communication hook that exchanges DistributedDataParallel's gradients by mpicomp.
 
     mpicomp.ddp.init_process_group()                  # MPI's ranks, no address, no ports
     model = torch.nn.parallel.DistributedDataParallel(net)
     state = mpicomp.ddp.HookState("onebit", named_parameters=net.named_parameters())
     model.register_comm_hook(state, mpicomp.ddp.comm_hook)
 
-DDP decides when backward hands gradients over; from there on they go the way of Reducer: into its
-own buckets, which do not change when DDP rebuilds its own after the first step, so residuals stay
-with their parameters. The mean is over the ranks of the MPI communicator, whatever DDP's process
-group is.
+DDP calls the hook during backward, with one of its buckets of gradients. The hook copies them into
+the buckets of a Reducer, which stay the same when DDP rebuilds its own after the first step, so
+residuals stay with their parameters. The mean is over the ranks of the MPI communicator, whatever
+DDP's process group is.
 """
 
 import copy
@@ -40,18 +40,18 @@ class HookState:
 
     method            a Method or its specification; every synchronous method works
     comm              an MPI communicator; None means COMM_WORLD. A duplicate is used
-    named_parameters  of the module inside of DDP. Without them parameters are called "0", "1", ...
-                      in the order in which DDP first shows them, the ranks are compared in the
+    named_parameters  of the module that DDP wraps. Without them parameters are called "0", "1", ...
+                      in the order in which DDP first gives them, the ranks are compared in the
                       first step instead of here, and a rule(...) by name is refused
     keywords          average, bucket_bytes, seed, nonfinite and stall_timeout, as for Reducer;
                       not sparse: gradients of DDP travel dense
 
-    bucket_bytes is that of mpicomp's buckets; choose bucket_cap_mb of DDP not larger, or backward
-    is over before the first one is complete. After an error in backward (NonFiniteError with
-    nonfinite="raise", MismatchError, StallError) DDP itself cannot go on.
+    bucket_bytes is the size of mpicomp's buckets. DDP's bucket_cap_mb should not be larger, or
+    backward is over before the first bucket is complete. After an error in backward (NonFiniteError
+    with nonfinite="raise", MismatchError, StallError) DDP itself cannot go on.
 
-    A copy (copy.deepcopy, pickle, also of the DDP model that it is registered with) has the
-    settings and the residuals, and begins at its first step, as if made without named_parameters.
+    A copy (copy.deepcopy, pickle, or of the DDP model that it is registered with) has the settings
+    and the residuals. Its next step is as the first of a HookState without named_parameters.
     """
 
     def __init__(self, method="dense", comm=None, *, named_parameters=None, **keywords):
@@ -73,7 +73,7 @@ class HookState:
                             f"HookState({str(method)!r}, named_parameters=net.named_parameters())")
 
     def _begin(self):
-        """As before the first step."""
+        """Set the state before the first step."""
         self._averager, self._loaded, self._scaler = None, None, None
         self._shown, self._stats = [], Meter()
         self._given = []        # slots that DDP has filled in this step
@@ -84,7 +84,7 @@ class HookState:
         self._since = None      # when this step's last bucket came, while torch may wait for us
 
     def _make(self, named_parameters):
-        """The averager, with slots that DDP fills."""
+        """Make the averager, whose slots DDP fills."""
         named = list(named_parameters)
         averager = _DdpGradients(named, self.method, self.comm, **self._keywords)
         self._frozen = [(name, p) for name, p in named if not p.requires_grad]
@@ -99,7 +99,10 @@ class HookState:
     # ---- one step ----
 
     def _take(self, bucket):
-        """One bucket of DDP; returns a future of its buffer, filled when the last bucket is in."""
+        """Start exchanging one bucket of DDP; returns a future of its buffer.
+
+        The futures of all buckets are set when the last bucket has come and the mean is there.
+        """
         self._since = None
         if not self._futures:
             self._standing_in = _joined()
@@ -128,7 +131,7 @@ class HookState:
         return future
 
     def _mark_packets(self):
-        """Let the others know if they are not to count this rank."""
+        """Mark this rank's packets if the mean is not to count it."""
         if self._averager is not None:
             joined = self._standing_in
             away = joined is not None and not joined._divide_by_initial_world_size
@@ -145,7 +148,7 @@ class HookState:
         self._averager.take(slot)
 
     def _finish(self):
-        """Every bucket of DDP is in: wait for the mean, and let DDP have it."""
+        """After DDP's last bucket: wait for the mean, and set the futures."""
         skipped = self._averager.stats.skipped
         try:
             self._averager.finish()
@@ -169,7 +172,7 @@ class HookState:
             future.set_result(buffer)
 
     def _leave_out(self, slots):
-        """A gradient was not finite somewhere: no optimizer must step on this one."""
+        """After a skipped step: make sure that no optimizer steps on these gradients."""
         if self._scaler is not None:
             for slot in slots:  # the scaler looks for these, and skips and lowers its scale
                 slot.view.fill_(float("nan"))
@@ -187,13 +190,13 @@ class HookState:
         later = torch.autograd.Variable._execution_engine.queue_callback
         later(lambda: later(clear))
 
-    # ---- as of a Reducer ----
+    # ---- as a Reducer ----
 
     def follow(self, scaler):
         """Exchange unscaled gradients under a torch.amp.GradScaler. Returns self.
 
-        Residuals are then in true units though the scale moves, and a gradient that is not finite
-        on any rank makes the scaler of every rank skip and lower its scale. Needs
+        So residuals do not depend on the scale, and a gradient that is not finite on any rank makes
+        the scaler of every rank skip the step and lower its scale. SpecError unless
         nonfinite="skip".
         """
         amp.refuse_raise(self._keywords.get("nonfinite", "raise"))
@@ -210,32 +213,30 @@ class HookState:
         return self._stats if self._averager is None else self._averager.stats
 
     def check_replicas(self, model=None, **objects):
-        """As Reducer.check_replicas; give the optimizer, too: (net, optimizer=optimizer)."""
+        """As Reducer.check_replicas: check_replicas(net, optimizer=optimizer)."""
         if self._averager is None:
             raise SpecError("check_replicas() before the first step: type  HookState(method, "
                             "named_parameters=net.named_parameters())  to compare from the start")
         check_replicas(self._averager, model, objects)
 
     def state_dict(self) -> dict:
-        """This rank's residuals by parameter name, as Reducer.state_dict: save one a rank."""
+        """This rank's residuals by parameter name, as Reducer.state_dict; save every rank's."""
         if self._averager is None:
             return dict(self._loaded or {"step": 0})
         return in_torch(self._averager.state_dict())
 
     def load_state_dict(self, state) -> None:
-        """Go on from what `state_dict` gave on this rank, to the bit.
+        """Go on from what `state_dict` returned on this rank, to the bit.
 
-        What it gives before the first step without named_parameters says only that: nothing is
-        loaded where no step was made.
-        Raises MismatchError where it does not fit: here, or in the first step where
-        named_parameters were not given.
+        A state saved before the first step without named_parameters holds nothing to load. Raises
+        MismatchError if the state does not fit: here, or in the first step if there are no
+        named_parameters.
         """
         unbegun = state == {"step": 0}
         if self._averager is None:
             self._loaded = None if unbegun else dict(state)
         elif not (unbegun and self._averager.step == 0):
             self._averager.load_state_dict(state)
-
 
     # ---- copies ----
 
@@ -259,7 +260,7 @@ class HookState:
         return twin
 
     def _names(self, count):
-        """Of the parameters that DDP shows, in the model's order."""
+        """Names of the parameters that DDP gives, in the model's order."""
         if self._copied is None:
             return map(str, range(count))
         size = mpi.load().COMM_WORLD.size if self.comm is None else self.comm.size
@@ -285,9 +286,9 @@ def comm_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future
 
 
 def _joined():
-    """The DDP that this rank stands in for, out of examples within its join(), or None.
+    """The DDP whose join() calls the hook because this rank has no examples left, or None.
 
-    torch tells a hook nothing of it, and then calls it outside of any backward.
+    torch does not tell the hook, but calls it outside of any backward.
     """
     frame = sys._getframe()
     while frame is not None and frame.f_code.co_name != "_match_all_reduce_for_bwd_pass":
@@ -296,7 +297,7 @@ def _joined():
 
 
 class _DdpSlot(GradientSlot):
-    """A slot that takes from DDP's bucket and gives back to it; p.grad is DDP's affair."""
+    """A slot between DDP's bucket and the averager's; DDP itself sets p.grad."""
 
     gradient = None
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from mpicomp.errors import MismatchError, PacketError, StallError
 from mpicomp.exchange.base import Exchange
+from mpicomp.mpi import ranks_text
 from mpicomp.transport import packet
 from mpicomp.transport.messages import Post
 from mpicomp.transport.packet import Header
@@ -26,11 +27,6 @@ class Promise:
     def waits_for(self) -> str:
         """Whom, in words."""
         return ranks_text(self._missing())
-
-
-def ranks_text(ranks) -> str:
-    """rank 1, 2"""
-    return "rank " + ", ".join(map(str, sorted(ranks)))
 
 
 class Asynchronous(Exchange):

@@ -1,10 +1,10 @@
-"""The Python stack of a rank that holds Python's lock for too long, where no thread can print it.
+"""Prints the Python stack of a rank that holds Python's lock (GIL) too long for a thread to do so.
 
-mpi4py, for one, keeps the lock while the first collective of Python objects on a communicator
-duplicates that. So the watchdog's thread sets a timer of the kernel, again and again; where it does
-not get the lock for nearly as long as others wait (stall_timeout), the timer goes off as a signal,
-whose handler is C (Python's faulthandler) and needs no lock. faulthandler.dump_traceback_later is
-not used, because a process has one of these, and it may be the user's. Needs Linux.
+mpi4py, for example, keeps the lock while the first collective of Python objects on a communicator
+duplicates it. So the watchdog's thread sets a timer of the kernel, again and again. If the thread
+cannot get the lock for almost stall_timeout seconds, the timer raises a signal, whose handler is C
+(Python's faulthandler) and needs no lock. faulthandler.dump_traceback_later is not used, because a
+process has only one of these, which may be the user's. Needs Linux.
 """
 
 import ctypes
@@ -13,8 +13,8 @@ import signal
 import sys
 from time import perf_counter
 
-LEAST = 10.0  # seconds without the lock that are nothing to speak of: a large garbage collection
-SHARE = 0.9  # of the others' patience: before they end the job
+LEAST = 10.0  # seconds without the lock that are normal, as in a large garbage collection
+SHARE = 0.9  # of the time that other ranks wait, so that it is printed before they end the job
 
 _timer = None  # (the C library, its timer), or False where there is none
 _seconds, _since = None, 0.0
@@ -34,14 +34,14 @@ class _Event(ctypes.Structure):  # struct sigevent; notify 0 is SIGEV_SIGNAL
 
 
 def allow(seconds):
-    """Others wait for so long: the least that was said counts."""
+    """Other ranks wait this many seconds for this one; of several calls the least counts."""
     global _seconds
     wanted = max(LEAST, SHARE * seconds)
     _seconds = wanted if _seconds is None else min(_seconds, wanted)
 
 
 def put_off():
-    """Python's lock is to be had: count anew. Costs a system call a few times in that time."""
+    """The caller has the lock, so the time starts again. At most 20 system calls in that time."""
     global _since
     seconds = _seconds  # once: another thread may call `cancel`
     if seconds is not None and perf_counter() - _since > seconds / 20:
@@ -50,7 +50,7 @@ def put_off():
 
 
 def cancel():
-    """The program ends."""
+    """Stop the timer for good: the program ends."""
     global _seconds
     _seconds = None
     _set(0)
@@ -68,7 +68,7 @@ def _set(seconds):
 
 
 def _make():
-    """A timer of this process and a handler for its signal; False where that cannot be had."""
+    """(C library, a timer of this process), with a handler for its signal; False if impossible."""
     if not sys.platform.startswith("linux"):
         return False
     number = next((n for n in range(signal.SIGRTMAX, signal.SIGRTMIN, -1)

@@ -1,31 +1,29 @@
-"""What this package keeps with a communicator, as an attribute of it that MPI itself carries.
+"""A Shelf for each communicator: which others were made of it, kept as an MPI attribute of it.
 
-A communicator of the user's has a shelf with the duplicates that were made of it: those that are in
-use, and those that a closed Reducer has left for the next. Each duplicate has a shelf of its own,
-with the communicators that were made of it in turn. So nothing needs to be freed, which all ranks
-would have to do together, and an MPI with 2,048 communicators (MPICH) does not run out of them.
+The shelf of a user's communicator holds its duplicates: those in use, and those that a closed
+Reducer has released for the next. Each duplicate has a shelf of its own, with the communicators
+made of it. So nothing has to be freed, which would be a collective call, and an MPI that has 2,048
+communicators at most (MPICH) does not run out of them.
 """
 
 import numpy as np
 
-from mpicomp.mpi import watchdog
-
-NUMBERED = 1024  # duplicates of one communicator at a time that can be used again
+NUMBERED = 1024  # most duplicates of one communicator that can be used again
 
 _keyval = None
 
 
 class Shelf:
-    """Of one communicator.
+    """What is known of one communicator.
 
-    above    the shelf of the communicator that it was made of, or None
-    number   among the duplicates of that one, by which ranks agree on one; None if it has none
-    timeout  seconds that a wait on this communicator may take; None: as long as on the one above
-    open     a call was given up and may yet end: nobody else may use it
-    kept     {name: communicator made of this one, which stays}
+    above    the shelf of the communicator that this one was made of, or None
+    number   of this duplicate of the one above, by which the ranks agree which to use; or None
+    timeout  seconds that a wait on this communicator may take; None: as on the one above
+    open     a call on it was given up and may still end, so nobody else may use it
+    kept     {name: communicator made of this one}, to stay
     free     {number: duplicate of this one that nobody uses}
-    used     numbers of all duplicates that were ever made
-    dog      of a communicator of the user's: answers where this rank is, see watchdog.py
+    used     numbers of all duplicates ever made of this one
+    dog      of a user's communicator: the watchdog.Dog that answers for this rank, or None
     """
 
     def __init__(self, above=None, number=None):
@@ -34,7 +32,7 @@ class Shelf:
 
     @property
     def line(self):
-        """This shelf and all above it."""
+        """This shelf, the one above it, and so on up to the user's communicator."""
         shelf = self
         while shelf is not None:
             yield shelf
@@ -55,19 +53,19 @@ def put(comm, shelf):
 
 
 def bits(present) -> np.ndarray:
-    """Numbers of duplicates as an array of bits, for an agreement."""
+    """Numbers of duplicates as a bit field, uint8[NUMBERED / 8], which MPI can AND over ranks."""
     found = np.zeros(NUMBERED, np.uint8)
     found[list(present)] = 1
     return np.packbits(found)
 
 
 def numbers(array) -> list:
-    """What `bits` made bits of, ascending."""
+    """The numbers in a bit field of `bits`, ascending."""
     return np.flatnonzero(np.unpackbits(array)).tolist()
 
 
 def family(comm) -> list:
-    """The communicator and all that is kept with it, and with those."""
+    """The communicator, all that are kept with it, and all that are kept with those."""
     return [comm, *(one for kept in of(comm).kept.values() for one in family(kept))]
 
 
@@ -81,14 +79,14 @@ def _key():
 
 
 def _clear(comm, _, shelf):
-    """The user frees a communicator, on all ranks: what nobody uses on any of them goes with it.
+    """MPI calls this when the user frees a communicator: free those that no rank uses, too.
 
-    The rest stays: a communicator that is freed on some ranks only would let messages of the others
-    come out in one that is made later.
+    The others stay: if one were freed on some ranks only, messages that the other ranks send on it
+    could arrive in a communicator that is made later.
     """
     from mpi4py import MPI
 
-    from mpicomp.mpi import waiting
+    from mpicomp.mpi import waiting, watchdog  # which import this module
 
     if comm in (MPI.COMM_WORLD, MPI.COMM_SELF):  # MPI ends
         return

@@ -1,17 +1,18 @@
-"""How MPI starts and ends: the library, the launcher, the communicator, what must stop before."""
+"""How MPI starts and ends: load the library, check the launcher, call what must stop before."""
 
 import atexit
 import os
 import shlex
 import shutil
 import sys
+from functools import cache
 
 from mpicomp.errors import LaunchError, SpecError
 
 LEAST = 4  # the oldest mpi4py that is tested: 3.1 lacks error classes of dead ranks, and more
 
-# What launchers tell each rank about how many there are, and whose habit it is. What a launcher of
-# MPI says outranks the others, which interactive shells and other programs leave behind.
+# {variable with the number of ranks: the launcher that sets it}. Those of MPI's own launchers
+# outrank the others, which interactive shells and other programs leave behind.
 _MPI_SIZES = {
     "OMPI_COMM_WORLD_SIZE": "mpirun of Open MPI",
     "MV2_COMM_WORLD_SIZE": "mpirun_rsh of MVAPICH2",
@@ -23,16 +24,16 @@ _OTHER_SIZES = {
     "WORLD_SIZE": "a launcher of torch.distributed",
 }
 
-# What launchers tell each rank about its place among those of its node.
+# Variables with a rank's number among those of its node.
 _LOCAL_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID",
                     "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID", "FLUX_TASK_LOCAL_ID", "SLURM_LOCALID")
 
 
 def local_rank() -> int:
-    """This rank's number among those of its node, as the launcher tells it; 0 where none does.
+    """This rank's number among those of its node, from the launcher's environment variables, or 0.
 
-    Can be asked before MPI is there: take the GPU first, since MPI may keep to the one in use when
-    it starts:  torch.cuda.set_device(mpicomp.local_rank() % torch.cuda.device_count())
+    Does not start MPI: choose the GPU first, since MPI may keep to the one in use when it starts:
+    torch.cuda.set_device(mpicomp.local_rank() % torch.cuda.device_count())
     """
     for variable in _LOCAL_VARIABLES:
         if os.environ.get(variable, "").isdecimal():
@@ -41,7 +42,10 @@ def local_rank() -> int:
 
 
 def load():
-    """The module mpi4py.MPI, initialised. Raises LaunchError that says what to type."""
+    """The module mpi4py.MPI, initialised. Raises LaunchError, which says what to type.
+
+    A process that is alone in COMM_WORLD though it was started with others is an error, too.
+    """
     try:
         import mpi4py
 
@@ -76,7 +80,7 @@ def load():
 
 
 def _refuse_group_of_others():
-    """Processes that torch.multiprocessing.spawn started: torch knows that there are more."""
+    """LaunchError if torch knows of more processes, as after torch.multiprocessing.spawn."""
     dist = sys.modules.get("torch.distributed")
     if dist and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         size = dist.get_world_size()
@@ -86,23 +90,26 @@ def _refuse_group_of_others():
                           f"{_mpirun()} -n {size} {_this_command()}")
 
 
-def refuse_lonely_ranks(library, told):
-    """Ranks that were started together must not train alone, each on all of the data.
+def refuse_lonely_ranks(library, environment):
+    """LaunchError if a launcher says that it started more ranks than this one.
 
-    `library` is the MPI library's name, `told` the environment of this process, which is alone in
-    COMM_WORLD. Raises LaunchError where a launcher says that there are more.
+    For a process that is alone in COMM_WORLD: ranks started together would otherwise train alone,
+    each on all of the data.
+
+    library      the name of the MPI library
+    environment  the environment variables of this process
     """
-    variable, size = _more_than_one(library, told)
+    variable, size = _more_than_one(library, environment)
     if not variable:
         return
     found = f"({variable}={size}), but this process is alone in COMM_WORLD"
     left_over = (f"If it was started alone, and {variable} is left over from something else, type  "
                  f"env -u {variable} {_this_command()}")
     if variable == "WORLD_SIZE":
-        raise LaunchError(f"{_torch_launcher(told)} started {size} processes {found}: each would "
-                          "train by itself, on all of the data. The ranks of mpicomp are MPI's: "
-                          f"type  {_mpirun()} -n {size} {_this_command()}"
-                          + ("" if "TORCHELASTIC_RUN_ID" in told else f" . {left_over}"))
+        raise LaunchError(f"{_torch_launcher(environment)} started {size} processes {found}: each "
+                          "would train by itself, on all of the data. The ranks of mpicomp are "
+                          f"MPI's: type  {_mpirun()} -n {size} {_this_command()}"
+                          + ("" if "TORCHELASTIC_RUN_ID" in environment else f" . {left_over}"))
     plugin = "pmix" if "Open MPI" in library else "pmi2"
     raise LaunchError(
         f"{(_MPI_SIZES | _OTHER_SIZES)[variable]} started {size} ranks {found}: the launcher does "
@@ -111,34 +118,34 @@ def refuse_lonely_ranks(library, told):
         f"library, which launch/run finds. {left_over}")
 
 
-def _more_than_one(library, told):
-    """(the variable by which a launcher says that it started several ranks, how many)."""
-    sizes = {name: int(told[name]) for name in (*_MPI_SIZES, *_OTHER_SIZES)
-             if told.get(name, "").isdecimal()}
-    said = [name for name in _MPI_SIZES if name in sizes] or list(sizes)
+def _more_than_one(library, environment):
+    """(variable by which a launcher says that it started several ranks, how many), or (None, 1)."""
+    sizes = {name: int(environment[name]) for name in (*_MPI_SIZES, *_OTHER_SIZES)
+             if environment.get(name, "").isdecimal()}
+    trusted = [name for name in _MPI_SIZES if name in sizes] or list(sizes)
     if "Open MPI" in library and "OMPI_COMM_WORLD_SIZE" in sizes:
-        said = ["OMPI_COMM_WORLD_SIZE"]  # PMI_SIZE is also left behind by srun --mpi=pmi2
-    if "TORCHELASTIC_RUN_ID" in told and "WORLD_SIZE" in sizes:
-        said = ["WORLD_SIZE"]  # what torchrun starts may inherit all of the above
-    return next(((name, sizes[name]) for name in said if sizes[name] > 1), (None, 1))
+        trusted = ["OMPI_COMM_WORLD_SIZE"]  # PMI_SIZE is also left behind by srun --mpi=pmi2
+    if "TORCHELASTIC_RUN_ID" in environment and "WORLD_SIZE" in sizes:
+        trusted = ["WORLD_SIZE"]  # what torchrun starts may inherit all of the above
+    return next(((name, sizes[name]) for name in trusted if sizes[name] > 1), (None, 1))
 
 
-def _torch_launcher(told):
-    """Who sets WORLD_SIZE, as far as the rest of the environment tells."""
-    if any(name.startswith("ACCELERATE_") for name in told):
+def _torch_launcher(environment):
+    """The launcher that set WORLD_SIZE, as far as other variables tell."""
+    if any(name.startswith("ACCELERATE_") for name in environment):
         return "accelerate launch"
-    return "torchrun" if "TORCHELASTIC_RUN_ID" in told else _OTHER_SIZES["WORLD_SIZE"]
+    return "torchrun" if "TORCHELASTIC_RUN_ID" in environment else _OTHER_SIZES["WORLD_SIZE"]
 
 
 def _mpirun():
-    """How to call the mpirun beside this Python."""
+    """The command mpirun, with its folder if it lies beside this Python and not on the PATH."""
     beside = os.path.join(os.path.dirname(sys.executable), "mpirun")
     needed = os.path.exists(beside) and not shutil.which("mpirun")
     return shlex.quote(beside) if needed else "mpirun"
 
 
 def _this_command():
-    """The words that start this program again."""
+    """The command line of this program, to be typed again."""
     words = sys.orig_argv
     if not words or any("\n" in word for word in words) or sum(map(len, words)) > 500:
         return "python script.py"
@@ -146,7 +153,10 @@ def _this_command():
 
 
 def intracommunicator(comm, what="comm"):
-    """`comm`, or COMM_WORLD for None. Raises SpecError that names what was found in its place."""
+    """`comm`, or COMM_WORLD for None. SpecError if it is anything but an MPI intracommunicator.
+
+    `what` is the argument's name, for the error.
+    """
     MPI = load()
     if comm is None:
         return MPI.COMM_WORLD
@@ -171,28 +181,31 @@ def intracommunicator(comm, what="comm"):
 
 # ---- the end ----
 
-_endings = []
+_endings = []  # functions to call, the last first
 
 
 def at_end(call):
-    """Have this called once before MPI ends: by MPI.Finalize(), or with the program.
+    """Call this function once, before MPI ends: in MPI.Finalize() or when the program ends.
 
-    For what stops a thread: who calls MPI after it has ended is killed by it.
+    For functions that stop a thread: MPI kills a process that calls it after its end.
     """
-    if not _endings:
-        from mpi4py import MPI
-
-        # MPI_Finalize deletes the attributes of COMM_SELF before anything else
-        MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=_end), None)
-        atexit.register(_end)
-        _endings.append(lambda: None)  # so that this is done once
+    _register()
     _endings.append(call)
 
 
 def not_at_end(call):
-    """It need not be called any more."""
+    """Do not call this function any more; nothing if it was not registered."""
     if call in _endings:
         _endings.remove(call)
+
+
+@cache
+def _register():
+    from mpi4py import MPI
+
+    # MPI_Finalize deletes the attributes of COMM_SELF before anything else
+    MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=_end), None)
+    atexit.register(_end)
 
 
 def _end(*_):

@@ -1,90 +1,168 @@
-"""Every wait for other ranks: it has a time limit, does not spin, and says what it waited for."""
+"""Waits for other ranks: each has a time limit, sleeps between looks, and names what it waited for.
+
+Calls on large arrays are made in pieces here, too: MPI 3 counts to 2**31 - 1.
+"""
 
 import os
 import pickle
+from numbers import Real
 from time import perf_counter, sleep
 
 import numpy as np
 
-from mpicomp.errors import StallError
+from mpicomp.errors import SpecError, StallError
 from mpicomp.mpi import shelf
 
-LIMIT = 600.0  # seconds, where nobody says otherwise
-QUIET = 0.5  # seconds of waiting between two questions whether it is in vain
+LIMIT = 600.0  # seconds a wait may take by default
+QUIET = 0.5  # seconds of waiting after which, and then as often, a wait looks for ended ranks
+PIECE = 1 << 30  # most bytes of one call
 
 _abandoned = []
 
 
-def seconds(given=None) -> float:
-    """The limit of a wait: that given, else MPICOMP_STALL_TIMEOUT's, else 600 seconds.
+# ---- time limits
 
-    What is no such number is refused where it was given, with the others (plan.bad_option).
+
+def stall_seconds(given=None):
+    """Seconds that a wait may take: those given, else MPICOMP_STALL_TIMEOUT's, else 600.
+
+    Unchecked: any object that was given, or the variable's text if it holds no number.
+    """
+    if given is not None:
+        return given
+    text = os.environ.get("MPICOMP_STALL_TIMEOUT", LIMIT)
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def stall_limit(given=None) -> float:
+    """`stall_seconds`, or SpecError if that is no number of seconds."""
+    seconds = stall_seconds(given)
+    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not seconds > 0:
+        raise SpecError(f"stall_timeout={seconds!r} found, expected seconds, more than 0 "
+                        "(MPICOMP_STALL_TIMEOUT)")
+    return seconds
+
+
+def seconds_or_default(given=None) -> float:
+    """`stall_limit`, or 600 instead of its SpecError.
+
+    For waits before the ranks compare their arguments, after which all raise that error alike.
     """
     try:
-        limit = float(os.environ.get("MPICOMP_STALL_TIMEOUT", LIMIT) if given is None else given)
-    except (TypeError, ValueError):
+        return stall_limit(given)
+    except SpecError:
         return LIMIT
-    return limit if limit > 0 else LIMIT
 
 
 def limit(comm) -> float:
-    """Seconds that a wait on this communicator may take: what was said when it was made."""
-    return next((s.timeout for s in shelf.of(comm).line if s.timeout is not None), seconds())
+    """Seconds that a wait on this communicator may take, fixed when it or its parent was made."""
+    return next((one.timeout for one in shelf.of(comm).line if one.timeout is not None),
+                seconds_or_default())
+
+
+# ---- waiting
+
+
+def until(done, timeout, on_quiet=None) -> bool:
+    """Call `done()` until it is true, for `timeout` seconds at most. Returns whether it was.
+
+    Sleeps in between, at first 10 us, later 1 ms; calls `on_quiet()` every QUIET seconds.
+    """
+    start, pause, next_quiet = perf_counter(), 0.0, QUIET
+    while not done():
+        waited = perf_counter() - start
+        if waited > timeout:
+            return False
+        if on_quiet and waited > next_quiet:
+            next_quiet = waited + QUIET
+            on_quiet()
+        sleep(pause)
+        pause = min(pause + 1e-5, 1e-3)
+    return True
 
 
 def wait(comm, request, timeout, what):
-    """Wait for a request without spinning. Raises StallError after `timeout` seconds.
+    """Wait for `request`, an MPI request or any object with Test(), made on `comm`.
 
-    MismatchError before that where a rank is known to have ended.
+    `what` is for the errors: StallError after `timeout` seconds; MismatchError before that if a
+    rank is known to have ended.
     """
-    start, pause, ask = perf_counter(), 0.0, QUIET
-    while not request.Test():
-        waited = perf_counter() - start
-        if waited > timeout:
-            keep(request)
-            give_up(comm)
-            raise StallError(f"rank {comm.rank} waited {timeout:g} s while {what}: another rank "
-                             "has ended or never came here, or is slower than stall_timeout allows")
-        if waited > ask:
-            ask = waited + QUIET
-            check_ended(comm, request, what)
-        sleep(pause)
-        pause = min(pause + 1e-5, 1e-3)
+    if not until(request.Test, timeout, lambda: _check_ended(comm, request, what)):
+        _leave_open(comm, request)
+        raise StallError(f"rank {comm.rank} waited {timeout:g} s while {what}: another rank "
+                         "has ended or never came here, or is slower than stall_timeout allows")
 
 
-def check_ended(comm, request, what):
-    """Raise MismatchError where a rank has ended that this one waits for."""
-    dog = next((s.dog for s in shelf.of(comm).line if s.dog is not None), None)
+def _check_ended(comm, request, what):
+    """Raise MismatchError if a rank that this one waits for has ended."""
+    dog = next((one.dog for one in shelf.of(comm).line if one.dog is not None), None)
     try:
         if dog is not None:
             dog.check_ended(what)
     except Exception:
-        keep(request)
-        give_up(comm)
+        _leave_open(comm, request)
         raise
 
 
-def give_up(comm):
-    """A call on this communicator stays open: no other may meet it."""
+def _leave_open(comm, request):
+    """Keep the request, and never hand out `comm` again, nor those that it was made of."""
+    keep(request)
     for one in shelf.of(comm).line:
         one.open = True
 
 
-def keep(*what):
-    """Never free these: calls are open that MPI may yet answer by writing there."""
-    _abandoned.append(what)
+def keep(*objects):
+    """Never free these: MPI may still write to their memory."""
+    _abandoned.append(objects)
 
 
 def abandoned() -> list:
-    """What `keep` was told of."""
+    """All that `keep` was given, as tuples."""
     return _abandoned
 
 
-# ---- Python objects
+def ranks_text(ranks) -> str:
+    """Ranks in the words of an error: "rank 1, 2"; "rank unknown" for none."""
+    return "rank " + (", ".join(map(str, sorted(ranks))) or "unknown")
+
+
+# ---- collectives with a limit: `timeout` in seconds, by default the communicator's
+
+
+def pieces(size, item=1) -> list:
+    """Slices of at most PIECE bytes that together are `size` elements of `item` bytes each."""
+    step = max(1, PIECE // item)
+    return [slice(at, min(at + step, size)) for at in range(0, size, step)]
+
+
+def bcast_array(comm, array, what, root=0, timeout=None):
+    """Overwrite a flat array, of the same size and dtype on all ranks, with rank root's."""
+    timeout = limit(comm) if timeout is None else timeout
+    for piece in pieces(array.size, array.itemsize):
+        wait(comm, comm.Ibcast(array[piece], root), timeout, what)
+
+
+def bcast_bytes(comm, blob, what, root=0, timeout=None) -> bytes:
+    """Rank root's `blob`, on every rank; what the others give is not used."""
+    size = np.array([len(blob)], np.int64)
+    bcast_array(comm, size, what, root, timeout)
+    array = np.frombuffer(blob, np.uint8) if comm.rank == root else np.empty(size[0], np.uint8)
+    bcast_array(comm, array, what, root, timeout)
+    return blob if comm.rank == root else array.tobytes()
+
+
+def bcast(comm, value, what, root=0, timeout=None):
+    """Rank root's `value`, any object that can be pickled, on every rank."""
+    blob = pickle.dumps(value) if comm.rank == root else b""
+    blob = bcast_bytes(comm, blob, what, root, timeout)
+    return value if comm.rank == root else pickle.loads(blob)
 
 
 def allgather(comm, value, what, timeout=None) -> list:
-    """comm.allgather(value) with a time limit, that of the communicator by default."""
+    """The `value` of every rank, any object that can be pickled, in rank order."""
     timeout = limit(comm) if timeout is None else timeout
     mine = np.frombuffer(pickle.dumps(value), np.uint8)
     sizes = np.zeros(comm.size, np.int64)
@@ -94,14 +172,3 @@ def allgather(comm, value, what, timeout=None) -> list:
     wait(comm, comm.Iallgatherv(mine, [everything, sizes]), timeout, what)
     ends = np.cumsum(sizes).tolist()
     return [pickle.loads(everything[end - size:end]) for end, size in zip(ends, sizes)]
-
-
-def bcast(comm, value, what, root=0, timeout=None):
-    """comm.bcast(value, root) with a time limit, that of the communicator by default."""
-    timeout = limit(comm) if timeout is None else timeout
-    text = pickle.dumps(value) if comm.rank == root else b""
-    size = np.array([len(text)], np.int64)
-    wait(comm, comm.Ibcast(size, root), timeout, what)
-    buffer = np.frombuffer(text, np.uint8).copy() if text else np.zeros(int(size[0]), np.uint8)
-    wait(comm, comm.Ibcast(buffer, root), timeout, what)
-    return value if comm.rank == root else pickle.loads(buffer)

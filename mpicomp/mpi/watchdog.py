@@ -1,17 +1,15 @@
-"""Where every rank is when one has waited too long, and which rank has left before the others.
+"""Says where every rank is when one has waited too long, and which rank has ended too early.
 
-A rank whose StallError nobody catches asks all others, over a communicator that was made with the
-first call of this package. On each of them a thread looks for such a question a few times a second,
-and prints step, bucket, call and the Python stack of the main thread, also where that is in a loop,
-in a sleep or in an MPI call of the user's own. Then the job ends with exit status STALLED. A rank
-that comes to MPI_Finalize says so, and how many steps its Reducers have made, so that nobody waits
-for another one.
+A rank whose StallError nobody catches asks all others, over a communicator of its own. On each of
+them a thread looks for such a question a few times a second, and prints step, bucket, call and the
+Python stack of the main thread, even if that is in a loop, in a sleep or in an MPI call of the
+user's. Then the job ends with exit status STALLED. A rank that comes to MPI_Finalize tells the
+others how many steps its Reducers have made, so that no rank waits for another step of it.
 
-The thread needs MPI_THREAD_MULTIPLE, which mpi4py asks for; without it a rank looks while it waits
-itself. A rank that holds Python's lock cannot answer: see last_word.py.
+The thread needs MPI_THREAD_MULTIPLE, which mpi4py asks for; without it a rank looks only while it
+waits itself. A rank that holds Python's lock cannot answer: see last_word.py.
 """
 
-import atexit
 import os
 import sys
 import threading
@@ -21,67 +19,82 @@ from time import perf_counter, sleep
 
 from mpicomp.errors import MismatchError
 from mpicomp.mpi import last_word
+from mpicomp.mpi.start import at_end
+from mpicomp.mpi.waiting import ranks_text, until
 
-STALLED = 110  # exit status of a job that waited too long: ETIMEDOUT
+STALLED = 110  # exit status of a job in which a rank waited too long: ETIMEDOUT
 LOOK = 0.2  # seconds between two looks of the thread
 ANSWER = 3.0  # seconds in which the others must answer
-GRACE = 5.0  # seconds in which what a rank sent before it ended must be here
+GRACE = 5.0  # seconds after which all that a rank sent before it ended has arrived
 TAG = 9110
 
 _dogs = weakref.WeakSet()
-_looking = threading.RLock()  # who frees a communicator waits until the thread is out of it
+_lookers = weakref.WeakSet()  # other objects whose look() the thread calls
+_looking = threading.RLock()  # held by who looks for messages, and by who frees a communicator
 _stop = threading.Event()
 _thread = None
-_process = None  # the one that started all this, not a child that was forked from it
+_process = None  # the id of the process that started the thread; a forked child has another
 
 
 class Dog:
-    """Of a communicator that nobody else uses: answers for this rank, and knows who has ended."""
+    """Answers on one communicator where this rank is, and knows which of its ranks have ended.
 
-    def __init__(self, comm):
-        self.comm = comm
-        self.left, self._answers, self._sent, self._said = {}, set(), [], False
+    knows  of several Dogs over as many ranks, the one that knows most does the asking
+    left   {rank that has ended: (its `steps` then, this rank's clock when it told so)}
+    """
+
+    knows = 0
+
+    def __init__(self, comm, tag=TAG):
+        """Messages on `comm` with this tag are this Dog's alone."""
+        self.comm, self.tag = comm, tag
+        self.left, self._answers, self._sent, self._told = {}, set(), [], False
         if comm.size > 1:
             forget(comm)
             _start()
             _dogs.add(self)
 
+    @property
+    def awake(self) -> bool:
+        """Does the thread receive this Dog's messages, whatever the main thread is doing?"""
+        return _thread is not None and self in _dogs
+
     def look(self):
-        """Answer what others ask, and take in what they say (from the thread, if there is one)."""
+        """Receive all messages that have arrived, and answer them."""
         from mpi4py import MPI
 
         with _looking:
             if self not in _dogs:
                 return
-            while message := self.comm.improbe(MPI.ANY_SOURCE, TAG, status := MPI.Status()):
-                kind, steps = message.recv()
-                if kind == "ask":
-                    self._tell()
-                    self._send("answer", status.source)
-                elif kind == "answer":
-                    self._answers.add(status.source)
-                else:
-                    self.left[status.source] = steps, perf_counter()
+            while message := self.comm.improbe(MPI.ANY_SOURCE, self.tag, status := MPI.Status()):
+                self.receive(*message.recv(), status.source)
 
     def look_alone(self):
         """Look, unless a thread does."""
         if _thread is None:
             self.look()
 
-    def ask(self):
-        """Have every rank print where it is. Returns those that did not answer in time."""
-        self._said = True  # the traceback of the StallError is there already
+    def receive(self, kind, content, source):
+        """Act on one message, of this kind and content, of rank `source`."""
+        if kind == "ask":
+            self._tell()
+            self._send("answer", source)
+        elif kind == "answer":
+            self._answers.add(source)
+        elif kind == "left":
+            self.left[source] = content, perf_counter()
+
+    def ask(self) -> list:
+        """Make every other rank print where it is. Returns the ranks that did not answer."""
+        self._told = True  # the traceback of the StallError is there already
         others = set(range(self.comm.size)) - {self.comm.rank}
         for rank in others:
             self._send("ask", rank)
-        start = perf_counter()
-        while others - self._answers and perf_counter() - start < ANSWER:
-            self.look_alone()
-            sleep(0.01)
+        until(lambda: self.look_alone() or others <= self._answers, ANSWER)
         return sorted(others - self._answers)
 
     def check_ended(self, what):
-        """Raise MismatchError if a rank has ended, and what it said before would be here by now."""
+        """MismatchError if a rank has ended, and all that it sent before must have arrived."""
         self.look_alone()
         for rank, (_, since) in sorted(self.left.items()):
             if perf_counter() - since > GRACE:
@@ -89,38 +102,47 @@ class Dog:
                                     f"{what}: every rank must make the same calls")
 
     def leave(self):
-        """Before MPI ends: say so."""
+        """Tell all others that this rank makes no more calls on the communicator."""
         for rank in range(self.comm.size):
             if rank != self.comm.rank:
                 self._send("left", rank, self.steps())
 
+    def end(self):
+        """`leave`, and receive nothing more."""
+        with _looking:  # the communicator may be freed after this
+            if self in _dogs:
+                self.leave()
+                _dogs.discard(self)
+
     def steps(self):
-        """How many there were, as far as this communicator is about steps."""
+        """How many steps this rank has made on this communicator; None if it makes none."""
 
     def where(self) -> str:
         """Where this rank is, in words."""
         return "in no step of a Reducer"
 
-    def _send(self, kind, rank, steps=None):
-        self._sent.append(self.comm.isend((kind, steps), rank, TAG))
+    def _send(self, kind, rank, content=None):
+        self._sent.append(self.comm.isend((kind, content), rank, self.tag))
 
     def _tell(self):
         """Print where this rank is, once."""
-        if self._said:
+        if self._told:
             return
-        self._said = True
+        self._told = True
         frame = sys._current_frames().get(threading.main_thread().ident)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
         say(self.comm, f"another rank waits for too long; this one is {self.where()}\n{stack}")
 
 
 class Watchdog(Dog):
-    """Of one averager, on its communicator: knows which ranks have left after which step."""
+    """The Dog of one averager, on its communicator."""
+
+    knows = 1
 
     def __init__(self, averager):
         self._averager = weakref.ref(averager)
         super().__init__(averager.comm)
-        if not averager.mode.asynchronous:  # there ranks may make other numbers of steps
+        if not averager.mode.asynchronous:  # else ranks may make unequal numbers of steps
             averager.link.pipeline.on_quiet = self.check_left
 
     def check_left(self):
@@ -144,34 +166,38 @@ class Watchdog(Dog):
 
 
 def say(comm, text):
-    """Write lines to stderr in one piece, with the rank in front of each."""
+    """Write text to stderr in one piece, with the rank in front of each line."""
     sleep(min(0.02 * comm.rank, 0.5))  # mpirun passes on 4 kB at a time: take turns
     os.write(2, "".join(f"[rank {comm.rank} of {comm.size}] {line}\n"
                         for line in text.splitlines()).encode())
 
 
 def ask_all():
-    """After a StallError that ends this rank: every rank says where it is."""
-    # over as many ranks as there are, and as a Reducer's, which knows more
-    dogs = sorted(_dogs, key=lambda dog: (-dog.comm.size, not isinstance(dog, Watchdog)))
-    for dog in dogs[:1]:
-        silent = dog.ask()
-        if silent:
-            say(dog.comm, f"rank {', '.join(map(str, silent))} did not answer within {ANSWER:g} s: "
-                          "ended, stopped, or inside of code that holds Python's lock (then its "
-                          "stack, without a rank in front, may be among these lines)")
+    """Make every rank print where it is, after a StallError that ends this rank."""
+    dog = max(list(_dogs), key=lambda dog: (dog.comm.size, dog.knows), default=None)
+    silent = dog.ask() if dog else []
+    if silent:
+        say(dog.comm, f"{ranks_text(silent)} did not answer within {ANSWER:g} s: "
+                      "ended, stopped, or inside of code that holds Python's lock (then its "
+                      "stack, without a rank in front, may be among these lines)")
     sleep(0.5)  # what they wrote is still on its way
 
 
 def forget(comm):
-    """Nobody looks at this communicator any more: it gets another owner, or is freed."""
+    """Stop receiving on this communicator, which gets another owner or is freed."""
     with _looking:
         for dog in [dog for dog in _dogs if dog.comm == comm]:
             _dogs.discard(dog)
 
 
+def look_at(looker):
+    """Have the thread, if there is one, call looker.look() a few times a second."""
+    _start()
+    _lookers.add(looker)
+
+
 def _start():
-    """Have the thread run, if MPI allows one, and others hear of it when this rank ends."""
+    """Start the thread, if MPI allows one, and have the others told when this rank ends."""
     global _thread, _process
     if _process is not None:
         return
@@ -181,23 +207,22 @@ def _start():
     if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
         _thread = threading.Thread(target=_run, name="mpicomp watchdog", daemon=True)
         _thread.start()
-    atexit.register(_end)
-    # MPI_Finalize deletes the attributes of COMM_SELF before anything else
-    MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=_end), None)
+    at_end(_end)
 
 
 def _run():
     while not _stop.wait(LOOK):
         last_word.put_off()
-        for dog in list(_dogs):
-            try:
-                dog.look()
-            except Exception:  # the communicator was freed or revoked: nobody asks there any more
-                _dogs.discard(dog)
+        for known in _dogs, _lookers:
+            for one in list(known):
+                try:
+                    one.look()
+                except Exception:  # its communicator was freed or revoked: nobody asks there now
+                    known.discard(one)
 
 
-def _end(*_):
-    """MPI ends: nobody may be in it, and the others must know."""
+def _end():
+    """Before MPI ends: stop the thread, and tell the others."""
     if _stop.is_set() or os.getpid() != _process:
         return
     _stop.set()

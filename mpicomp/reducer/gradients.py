@@ -5,7 +5,7 @@ import torch
 
 from mpicomp import mpi
 from mpicomp.averager.averager import Averager, resolved
-from mpicomp.averager.settings import Settings, stall_seconds
+from mpicomp.averager.settings import Settings
 from mpicomp.errors import SpecError
 from mpicomp.reducer.parameters import trainable
 from mpicomp.reducer.replicas import bad_every, check_start
@@ -31,7 +31,7 @@ class Gradients(Averager):
                  check_replicas_every=None):
         comm = mpi.communicator(comm, stall_timeout, "starting a Reducer")
         settings = Settings(bool(average), bucket_bytes, seed, nonfinite,
-                            stall_seconds(stall_timeout), require_ratio, ratio_window, progress)
+                            mpi.stall_seconds(stall_timeout), require_ratio, ratio_window, progress)
         named, problem = trainable(named_parameters)
         method, unknown = resolved(method)
         problem = problem or unknown or settings.problem(check_replicas_every=check_replicas_every)

@@ -1,37 +1,31 @@
-"""DDP whose hooks torch has dropped: every rank would step on gradients of its own, silently.
+"""Notices that torch has dropped DDP's hooks, without which each rank steps on its own gradients.
 
-DDP's hooks sit on the node of the graph that accumulates a parameter's gradient. Where a parameter
-changes its dtype, be it there and back (model.double(); model.float()), torch makes a new node.
+DDP's hooks belong to the node of the graph that accumulates a parameter's gradient. When a
+parameter changes its dtype, even there and back (model.double(); model.float()), torch makes a new
+node.
 """
 
-import weakref
-
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mpicomp.errors import SpecError
-
-_watched = weakref.WeakSet()  # all Nodes whose HookState is still there
-_hook = []  # of all optimizers, once it is there
+from mpicomp.reducer.every_step import before_every_step, checkers
 
 
 class Nodes:
-    """The nodes that accumulate the gradients of a Reducer's parameters, as they are now."""
+    """The nodes that accumulate the gradients of an averager's parameters when this is made."""
 
-    def __init__(self, reducer):
-        self._reducer, self._step = reducer, reducer.step
-        self._nodes = {id(p): (name, p, _node(p)) for name, p in reducer.named}
-        for other in list(_watched):
-            if not self._nodes.keys().isdisjoint(other._nodes):
-                _watched.discard(other)  # of a DDP that was made anew
-        _watched.add(self)
-        if not _hook:
-            _hook.append(register_optimizer_step_pre_hook(_before_step))
+    def __init__(self, gradients):
+        self._gradients, self._step = gradients, gradients.step
+        self._nodes = {id(p): (name, p, _node(p)) for name, p in gradients.named}
+        for other in list(checkers):
+            if isinstance(other, Nodes) and not self._nodes.keys().isdisjoint(other._nodes):
+                checkers.discard(other)  # of an earlier DDP of the same parameters
+        before_every_step(self)
 
-    def check(self, optimizer):
-        """SpecError where DDP has exchanged nothing since the last step, and why is known."""
-        if self._reducer.step != self._step:
-            self._step = self._reducer.step
+    def before_step_of(self, optimizer):
+        """SpecError if nothing was exchanged since the last step because hooks were dropped."""
+        if self._gradients.step != self._step:
+            self._step = self._gradients.step
             return
         for p in [p for group in optimizer.param_groups for p in group["params"]]:
             name, _, node = self._nodes.get(id(p), (None, None, None))
@@ -43,12 +37,7 @@ class Nodes:
                     "DistributedDataParallel and HookState anew")
 
 
-@torch.compiler.disable
-def _before_step(optimizer, args, kwargs):
-    for nodes in list(_watched):
-        nodes.check(optimizer)
-
-
 def _node(parameter):
+    """The node of the graph that accumulates the parameter's gradient, now."""
     with torch.enable_grad():
         return parameter.expand_as(parameter).grad_fn.next_functions[0][0]

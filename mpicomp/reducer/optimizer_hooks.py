@@ -4,37 +4,17 @@ import weakref
 
 import numpy as np
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mpicomp.errors import SpecError
 from mpicomp.reducer import amp, copies
+from mpicomp.reducer.every_step import before_every_step, checkers
 
 _attached = weakref.WeakKeyDictionary()  # optimizer: the OptimizerHooks that it has
-_open = weakref.WeakSet()  # OptimizerHooks of all Reducers that are not closed
-_watched = []  # the hook of all optimizers, once it is there
 
 
 def reducers_of(optimizer) -> list:
     """The Reducers that are attached to an optimizer."""
     return [hooks.reducer for hooks in _attached.get(optimizer, [])]
-
-
-@torch.compiler.disable
-def _refuse_unattached(optimizer, args, kwargs):
-    """Before every step of any optimizer: SpecError where it would use this rank's gradients."""
-    if _attached.get(optimizer):
-        return
-    mine = None
-    for hooks in _open:
-        g = hooks.gradients
-        if g.optimizers and not g.finished and any(slot.ready for slot in g.buckets.slots):
-            mine = mine or {id(p) for group in getattr(optimizer, "param_groups", ())
-                            for p in group["params"] if p.grad is not None}
-            if not mine.isdisjoint(hooks.known):
-                raise SpecError(
-                    f"rank {g.comm.rank}: step() of another {type(optimizer).__name__} than "
-                    "the one that the Reducer is attached to: it would use this rank's gradients. "
-                    "Type  reducer.attach(optimizer)  for it, too")
 
 
 class OptimizerHooks(copies.Uncopied):
@@ -48,7 +28,7 @@ class OptimizerHooks(copies.Uncopied):
         self.known = {id(p) for _, p in gradients.parameters}
         self._handles, self._stepped = [], set()
         gradients.listeners.append(self)
-        _open.add(self)
+        before_every_step(self)
 
     @property
     def reducer(self):
@@ -77,8 +57,6 @@ class OptimizerHooks(copies.Uncopied):
                             f"optimizer, attach that one ({error})") from error
         copies.mark(optimizer)
         self._handles += filter(None, handles)  # somebody's own optimizer may give none
-        if not _watched:
-            _watched.append(register_optimizer_step_pre_hook(_refuse_unattached))
         g.optimizers.append(optimizer)
         _attached.setdefault(optimizer, []).append(self)
 
@@ -91,7 +69,20 @@ class OptimizerHooks(copies.Uncopied):
             _attached[optimizer].remove(self)
             if not _attached[optimizer]:
                 copies.release(optimizer)
-        _open.discard(self)
+        checkers.discard(self)
+
+    def before_step_of(self, optimizer):
+        """SpecError where an optimizer that is not attached would use this rank's gradients."""
+        g = self.gradients
+        if (_attached.get(optimizer) or not g.optimizers or g.finished
+                or not any(slot.ready for slot in g.buckets.slots)):
+            return
+        if any(id(p) in self.known and p.grad is not None
+               for group in getattr(optimizer, "param_groups", ()) for p in group["params"]):
+            raise SpecError(
+                f"rank {g.comm.rank}: step() of another {type(optimizer).__name__} than "
+                "the one that the Reducer is attached to: it would use this rank's gradients. "
+                "Type  reducer.attach(optimizer)  for it, too")
 
     @torch.compiler.disable
     def _before_step(self, optimizer, args, kwargs):

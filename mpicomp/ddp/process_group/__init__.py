@@ -1,10 +1,10 @@
-"""A torch.distributed process group whose collectives are MPI's, for a torch built without MPI.
+"""A torch.distributed process group over MPI, for a torch that was built without MPI.
 
-Stock wheels of torch have gloo, which needs an address and open ports, and no MPI. This one needs
-neither: DistributedDataParallel, Lightning and Accelerate use it to compare and broadcast the
-model's parameters and buffers, and for barriers; gradients go through mpicomp.ddp.comm_hook.
-It has what gloo has, in every form in which torch can ask for it. Collectives are over when the
-call returns, also with async_op=True; isend and irecv return at once.
+The usual wheels of torch have no MPI, and gloo needs an address and open ports. This group needs
+neither. DistributedDataParallel, Lightning and Accelerate compare and broadcast the model's
+parameters and buffers with it, and use its barriers; gradients go through mpicomp.ddp.comm_hook.
+It has every collective that gloo has, in all of torch's forms. Collectives are over when the call
+returns, even with async_op=True; isend and irecv return at once.
 """
 
 from datetime import timedelta
@@ -18,15 +18,16 @@ from mpicomp.errors import LaunchError
 
 __all__ = ["BACKEND", "MpiGroup", "init_process_group"]
 
-_lent = []  # the MpiGroup of the default group, for `_create`
+_lent = []  # the default MpiGroup, for `_create`
 
 
 def init_process_group(comm=None, timeout=600.0):
-    """Make torch's default process group out of an MPI communicator (None: COMM_WORLD).
+    """Make torch's default process group from an MPI communicator (None: COMM_WORLD).
 
-    In place of torch.distributed.init_process_group(...), before DistributedDataParallel. Rank
-    and world size are those of `comm`, of which a duplicate is used. `timeout` is in seconds: a
-    collective that waits longer raises StallError. Collective over `comm`.
+    Call it instead of torch.distributed.init_process_group(...), before DistributedDataParallel.
+    Rank and world size are those of `comm`, of which a duplicate is used. A collective that waits
+    longer than `timeout` seconds raises StallError. LaunchError if there is a default group
+    already. Collective over `comm`.
     """
     if dist.is_initialized():
         raise LaunchError("init_process_group: torch's default process group exists already "
@@ -43,7 +44,7 @@ def init_process_group(comm=None, timeout=600.0):
 
 
 def _create(options, _):
-    """What torch calls for the default group, and on the members of dist.new_group(ranks)."""
+    """Torch calls this for the default group, and on the members of dist.new_group(ranks)."""
     world = _lent[0]
     if not options.global_ranks_in_group:
         return world

@@ -1,4 +1,4 @@
-"""The collectives of torch.distributed, each in terms of what MPI does (transfer.py)."""
+"""The collectives of torch.distributed, by means of MPI's broadcast, sum and messages."""
 
 from functools import wraps
 
@@ -10,11 +10,13 @@ from mpicomp.ddp.process_group.work import done
 
 
 def collective(what, *names):
-    """Makes a method of `body(self, call, *data)`, which returns the result; see `done`.
+    """Decorator: makes a method with torch's signature from `body(self, call, *data)`.
 
-    what   torch.distributed's name of it, for errors
-    names  of the arguments that hold data, "a|b" where forms call it a or b. They come first; what
-           follows may be options, or a root, a ReduceOp and a timedelta, by name or not
+    The method returns the handle (`done`) of what body returned.
+
+    what   torch.distributed's name of the collective, for errors
+    names  of the arguments that hold data, "a|b" if torch calls it a in one form and b in another.
+           After them torch gives a root, a ReduceOp and a timedelta, or options: see `Call`
     """
     def decorate(body):
         @torch._disable_dynamo  # a compiled DDP calls these, and must not look into MPI
@@ -37,13 +39,13 @@ def _list(tensors):
 
 
 def _lists(tensors):
-    """The forms for one tensor have one list where the others have a list of lists."""
+    """A list of lists of tensors, which torch's forms for one tensor give as one list."""
     tensors = list(tensors)
     return [tensors] if tensors and isinstance(tensors[0], torch.Tensor) else tensors
 
 
 def _parts(tensor, count):
-    """The tensor in `count` equal parts of its elements: a view, or a copy where it has to be."""
+    """[count, n]: the tensor's elements in equal parts; a view if possible, else a copy."""
     if tensor.numel() % count:
         raise ValueError(f"found a tensor of {tensor.numel()} elements, expected a multiple of "
                          f"the {count} ranks")
@@ -51,7 +53,7 @@ def _parts(tensor, count):
 
 
 class Collectives(dist.ProcessGroup):
-    """All of them, under each name and in each form that torch has. They end before they return."""
+    """All collectives, under each of torch's names. They are over when they return."""
 
     @collective("broadcast", "tensors|tensor")
     def broadcast(self, call, tensors):
@@ -74,7 +76,7 @@ class Collectives(dist.ProcessGroup):
     allreduce_coalesced = allreduce
 
     def _sparse(self, call, tensor):
-        """The sum of sparse tensors: everybody gets everybody's entries."""
+        """all_reduce of sparse tensors: every rank gets the entries of all, and sums them."""
         if call.op != dist.ReduceOp.SUM:
             raise ValueError(f"all_reduce: found {call.op} of a sparse tensor, expected SUM")
         own = tensor.detach().coalesce()
@@ -89,7 +91,7 @@ class Collectives(dist.ProcessGroup):
             tensor.copy_(total.coalesce())
 
     def _gather_all(self, call, tensor, gathered=None):
-        """Every rank's tensor, in these ones or in new ones."""
+        """The tensors of all ranks in rank order, in the list `gathered` or in a new one."""
         if gathered is None:
             gathered = [torch.empty_like(tensor) for _ in range(self.comm.size)]
         self._exchange(call, dict.fromkeys(range(self.comm.size), tensor),
@@ -97,7 +99,7 @@ class Collectives(dist.ProcessGroup):
         return gathered
 
     def _exchange(self, call, outgoing, incoming):
-        """Tensors to and from ranks, as dicts by rank."""
+        """Send the tensors {rank: tensor}, and fill those of `incoming`."""
         arrays, known = {}, {}
         for rank, tensor in outgoing.items():  # the same tensor may go to all
             if id(tensor) not in known:
@@ -213,7 +215,7 @@ class Collectives(dist.ProcessGroup):
     @collective("all_to_all_single", "output|output_tensor", "input|input_tensor",
                 "output_split_sizes", "input_split_sizes")
     def all_to_all_single(self, call, output, tensor, output_sizes, input_sizes):
-        """Sizes are rows of the first dimension; none: equal parts."""
+        """Sizes count rows of the first dimension; an empty list means equal parts."""
         parts = [list(_parts(t, self.comm.size)) if not len(sizes) else
                  list(t.split([int(n) for n in sizes]))
                  for t, sizes in ((output, output_sizes), (tensor, input_sizes))]

@@ -1,4 +1,4 @@
-"""MpiGroup: a group of ranks, its messages, and what torch asks of a group."""
+"""MpiGroup: a process group's messages, barriers, parts and properties."""
 
 from datetime import timedelta
 
@@ -12,38 +12,38 @@ from mpicomp.ddp.process_group.work import Message
 from mpicomp.errors import StallError
 
 BACKEND = "mpicomp"
-_NOT_GIVEN = timedelta(minutes=30)  # what torch says where new_group has no timeout
+_NOT_GIVEN = timedelta(minutes=30)  # torch's default for new_group
 
 
 class MpiGroup(Collectives):
-    """See the package. Tensors on a GPU pass through host memory.
+    """A torch.distributed process group over MPI. Tensors on a GPU pass through host memory.
 
-    comm     the communicator, of this group alone
-    timeout  seconds after which a wait raises StallError; each call may give its own
+    comm     a communicator that only this group uses
+    timeout  seconds after which a wait raises StallError; a call may have its own
     """
 
     def __init__(self, comm, timeout):
         super().__init__(comm.rank, comm.size)
         self.comm, self.timeout = comm, timeout
-        self.open, self._name = set(), ""  # messages under way
+        self.open, self._name = set(), ""  # `open`: Messages under way
         self.dog = GroupDog(comm, tag_limit() - 1)
 
     def wait(self, request, what, timeout):
         mpi.wait(self.comm, request, timeout, f"in torch.distributed's {what}")
 
     def wait_for_all(self, request, what, timeout):
-        """As `wait`, for something that every rank of the group must come to."""
+        """As `wait`, for a call of all ranks: MismatchError as soon as one of them has ended."""
         self.wait(_Watched(request, self.dog), what, timeout)
 
     @torch._disable_dynamo
     def monitored_barrier(self, timeout=None, wait_all_ranks=False):
-        """A barrier after which rank 0 knows who did not come (it names all in any case)."""
+        """A barrier whose StallError on rank 0 names all ranks that did not come."""
         self.meet("monitored_barrier", range(self.comm.size), timeout)
 
     def meet(self, what, ranks, timeout=None):
-        """Return when all these ranks of the group have come; StallError names those that did not.
+        """A barrier of these ranks of the group; StallError names those that did not come.
 
-        The first of them looks for the others, which wait for its answer a little longer.
+        The least of them waits for the others, which wait for its answer a second longer.
         """
         call, first, (here, there) = Call(self, what, (timeout,)), min(ranks), torch.zeros(2, 1)
         others = [rank for rank in ranks if rank != first]
@@ -58,8 +58,8 @@ class MpiGroup(Collectives):
         except StallError as error:
             absent = [rank for rank, message in come.items() if not message.over]
             raise StallError(f"rank {self.comm.rank} waited {call.timeout:g} s in torch."
-                             f"distributed's {what} for rank {', '.join(map(str, absent))}: ended, "
-                             "stopped, or never came here") from error
+                             f"distributed's {what} for {mpi.ranks_text(absent)}: ended, stopped, "
+                             "or never came here") from error
         self._exchange(call, dict.fromkeys(others, here), {})
 
     # ---- messages ----
@@ -90,7 +90,7 @@ class MpiGroup(Collectives):
     # ---- what torch asks of a group ----
 
     def part(self, ranks, timeout):
-        """The group of these ranks of this one. Collective over them alone."""
+        """A new group of these ranks of this one. Collective over them alone."""
         self.meet("new_group", ranks)
         comm = self.comm.Create_group(self.comm.group.Incl(ranks))
         return MpiGroup(comm, self.timeout if timeout == _NOT_GIVEN else timeout.total_seconds())
@@ -115,7 +115,7 @@ class MpiGroup(Collectives):
 
 
 class _Watched:
-    """A request that ends at once where the rank that it needs has ended."""
+    """A request whose wait ends at once with an error if a rank that it needs has ended."""
 
     def __init__(self, request, dog):
         self._request, self._dog = request, dog

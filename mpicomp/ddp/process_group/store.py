@@ -1,10 +1,10 @@
-"""The key-value store that torch wants beside a process group, made when somebody needs it.
+"""The key-value store of torch's default process group, made when it is first used.
 
-MPI's groups need none. dist.new_group(backend="gloo") does, and one in which all ranks find each
-other: gloo writes its addresses there. A TCPStore on rank 0 is what torchrun has; it listens on a
-port, so it is not made before a key is asked for. Any rank may be the first, and rank 0 need not
-be in the new group, so the watchdog's thread on rank 0 makes it and tells the address. A file
-(FileStore) would need a folder that all nodes see.
+Groups over MPI need none. dist.new_group(backend="gloo") does: gloo writes its addresses there.
+As with torchrun it is a TCPStore on rank 0, which listens on a port, so it is not made before a key
+is read or written. Any rank may be the first to do so, and rank 0 need not be in the new group, so
+the watchdog's thread on rank 0 makes the store and tells the address. A file (FileStore) would need
+a folder that all nodes share.
 """
 
 import os
@@ -17,7 +17,11 @@ from mpicomp.errors import LaunchError
 
 
 class SharedStore(dist.Store):
-    """A store that all ranks of the default group share."""
+    """A torch store that all ranks of the default group share, made by the first call.
+
+    dog    the GroupDog of the default group, through which ranks learn the address
+    limit  timedelta: the time that a rank waits for the store
+    """
 
     def __init__(self, comm, dog, limit):
         super().__init__()
@@ -26,7 +30,7 @@ class SharedStore(dist.Store):
 
     @property
     def inner(self):
-        """The store itself; the first call on any rank makes it, on rank 0."""
+        """The TCPStore; made on rank 0 when any rank first asks for it."""
         if self._made is None:
             with self._lock:
                 self._made = self._made or self._make()
@@ -53,14 +57,14 @@ class SharedStore(dist.Store):
                               "rank 0 to a name or address that all nodes reach") from error
 
     def address(self, node):
-        """(host, port) for a rank on this node (MPI's name for it), told by rank 0."""
+        """On rank 0: (host, port) for a rank on `node`, which is MPI's name of a processor."""
         from mpi4py import MPI
 
         if node == MPI.Get_processor_name():
             return "localhost", self.inner.port
         return os.environ.get("MASTER_ADDR") or socket.gethostname(), self.inner.port
 
-    # ---- what torch calls, also from C++ ----
+    # ---- torch calls these, also from C++ ----
 
     def set(self, key, value):
         self.inner.set(key, value)

@@ -1,40 +1,38 @@
-"""Tensors as flat arrays, and MPI's calls on them: in pieces, and each with a time limit.
+"""Tensors as flat arrays, and MPI's calls on them: in pieces (mpi.pieces), with a time limit each.
 
-MPI 3 counts to 2**31 - 1, so no call of these has more than PIECE bytes. Calls that concern pairs
-of ranks (all_gather, gather, scatter, all_to_all) are messages, which may have any length, and
-whose length is checked where they arrive; those that add use MPI's reductions.
+Collectives between pairs of ranks (all_gather, gather, scatter, all_to_all) are messages, whose
+length is checked when they arrive; those that add use MPI's reductions.
 """
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from mpicomp import mpi
 from mpicomp.errors import MismatchError
-
-PIECE = 1 << 30  # bytes of one call of MPI
 
 
 def as_bytes(tensor, what):
-    """uint8[...]: the tensor's elements side by side, a copy in host memory."""
+    """uint8[bytes]: a copy of the tensor's elements in host memory, without gaps."""
     return _flat(tensor, what).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, "u1")
 
 
 def from_bytes(array, tensor):
-    """Make the tensor what `as_bytes` gave of a tensor of this shape and dtype."""
+    """Fill the tensor from what `as_bytes` made of one of the same shape and dtype."""
     if tensor.numel():
         put(torch.from_numpy(array).view(tensor.dtype), tensor)
 
 
 def room(tensor, what):
-    """uint8[...] in which the bytes of such a tensor can arrive."""
+    """uint8[bytes], not initialised, of the size of such a tensor."""
     _strided(tensor, what)
     return np.empty(tensor.numel() * tensor.element_size(), np.uint8)
 
 
 def as_numbers(tensor, what):
-    """The tensor's elements as a flat array of a dtype that MPI can add, a copy.
+    """A flat copy of the tensor's elements, in a dtype that MPI can add.
 
-    Floats of 16 bits and less are widened to float32 and rounded once, at the end; bool to int32.
+    Floats of 16 bits and less become float32, to be rounded once, at the end; bool becomes int32.
     """
     flat, dtype = _flat(tensor, what), tensor.dtype
     if dtype == torch.bool:
@@ -53,7 +51,7 @@ def put(flat, tensor):
 
 
 def one_tensor(tensors):
-    """Of messages torch gives a list of one."""
+    """The tensor of a message, for which torch gives a list of one."""
     tensor, = [tensors] if isinstance(tensors, torch.Tensor) else tensors
     return tensor
 
@@ -70,14 +68,8 @@ def _strided(tensor, what):
     return tensor
 
 
-def pieces(size, item=1):
-    """Slices of at most PIECE bytes that make up `size` elements of `item` bytes."""
-    step = max(1, PIECE // item)
-    return [slice(at, min(at + step, size)) for at in range(0, size, step)]
-
-
 class Pending:
-    """Requests of MPI that end together: what mpi.wait asks. Messages must have their length."""
+    """Requests of MPI that end together, for mpi.wait. A message of another length is an error."""
 
     def __init__(self, what, requests, lengths=None):
         """`lengths`: the bytes that each request receives; None where it is no message."""
@@ -107,9 +99,10 @@ class Pending:
 
 
 class Call:
-    """One call of torch.distributed on a group: what it is called, and how it was asked for.
+    """One call of torch.distributed on a group: its name `what`, and its arguments besides data.
 
-    root, op, timeout  as they were given: each by itself, or in torch's options
+    given  a root, a ReduceOp, a timedelta or one of torch's option objects, in any order; becomes
+           `root`, `op` and `timeout` (seconds), with torch's defaults
     """
 
     def __init__(self, group, what, given=()):
@@ -137,11 +130,11 @@ class Call:
     # ---- what MPI does ----
 
     def broadcast(self, array):
-        for part in pieces(array.size):
+        for part in mpi.pieces(array.size):
             self.wait([self.comm.Ibcast(array[part], self.root)])
 
     def exchange(self, outgoing, incoming):
-        """Send {rank: bytes}, and fill {rank: array}; what is for this rank itself is copied."""
+        """Send {rank: array} and fill {rank: array}, both uint8; this rank's own is copied."""
         requests, lengths, me = [], [], self.comm.rank
         if me in outgoing and me in incoming:
             self._copy(outgoing[me], incoming[me])
@@ -161,10 +154,10 @@ class Call:
         target[:] = source
 
     def reduce(self, tensor, root=None):
-        """The reduction over ranks, flat; on rank `root` alone if that is given."""
+        """The reduction over ranks, a flat tensor; with `root`, None on all other ranks."""
         operation, array = self._operation(tensor), as_numbers(tensor, self.what)
         total = np.empty_like(array) if root in (None, self.comm.rank) else None
-        for part in pieces(array.size, array.itemsize):
+        for part in mpi.pieces(array.size, array.itemsize):
             if root is None:
                 request = self.comm.Iallreduce(array[part], total[part], operation)
             else:
@@ -180,7 +173,7 @@ class Call:
         return total
 
     def _operation(self, tensor):
-        """MPI's operation for torch's, where it can be had for such a tensor."""
+        """MPI's operation for torch's; ValueError if there is none for such a tensor."""
         from mpi4py import MPI
 
         kinds, real = dist.ReduceOp, tensor.dtype.is_floating_point or tensor.dtype.is_complex
@@ -199,18 +192,24 @@ class Call:
 
 
 def tag_limit():
-    """The largest tag that MPI has, this module's own: those of users are smaller."""
+    """The largest tag that MPI has, used by this module; users' tags are smaller."""
     from mpi4py import MPI
 
     return MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)  # other communicators may not have it
 
 
+def _message_pieces(array):
+    """As mpi.pieces, but one for an empty array: that is a message, too."""
+    return mpi.pieces(array.size) or [slice(0)]
+
+
 def sends(comm, array, rank, tag):
-    return [comm.Isend(array[part], rank, tag) for part in pieces(array.size) or [slice(0)]]
+    """Requests that send the array to a rank."""
+    return [comm.Isend(array[part], rank, tag) for part in _message_pieces(array)]
 
 
 def receives(comm, array, rank, tag):
-    """Requests, and the bytes that each receives."""
-    parts = pieces(array.size) or [slice(0)]
+    """(requests that fill the array, how many bytes each receives)."""
+    parts = _message_pieces(array)
     return ([comm.Irecv(array[part], rank, tag) for part in parts],
             [array[part].size for part in parts])

@@ -1,18 +1,18 @@
-"""Handles that the calls of a group return: of a collective, which is over, and of a message."""
+"""The handles that a group's calls return: `done` for a collective, a Message for send and recv."""
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import _create_work_from_future
 
-from mpicomp.ddp.process_group import transfer
 from mpicomp.ddp.process_group.transfer import Pending, as_bytes, from_bytes, receives, room, sends
+from mpicomp.mpi import waiting
 
 
 def done(result):
-    """The handle of a collective that is over, with its result.
+    """The handle of a finished collective, with its result.
 
-    torch owns it: DDP.join keeps a handle where Python does not see it, and one whose Python half
-    had been collected would be waited for for ever.
+    It is an object of torch's own: DDP.join keeps handles in C++, and would wait for ever for a
+    Python object that has been collected.
     """
     future = torch.futures.Future()
     future.set_result(result)
@@ -20,9 +20,9 @@ def done(result):
 
 
 class Message(dist.Work):
-    """A message under way. The group keeps it until it is over, since MPI may write or read.
+    """A message under way, which the group keeps alive until it is over: MPI uses its memory.
 
-    Nothing is in the tensor before `wait` has returned, or `is_completed` has said True.
+    The tensor is filled when `wait` has returned, or `is_completed` has returned True.
     """
 
     def __init__(self, group, what):
@@ -38,12 +38,12 @@ class Message(dist.Work):
         return self
 
     def receive(self, tensor, rank, tag):
-        """`rank` MPI.ANY_SOURCE: the first piece says who the others come from."""
+        """From any rank with MPI.ANY_SOURCE: the other pieces then follow from the first's."""
         from mpi4py import MPI
 
         self._tensor, self._array, first = tensor, room(tensor, self._what), None
         if rank == MPI.ANY_SOURCE:
-            first = transfer.PIECE
+            first = waiting.PIECE
             self._rest = self._array[first:]
         self._source, self._tag = rank, tag
         self._expect(self._array[:first])
@@ -55,7 +55,7 @@ class Message(dist.Work):
                                                       self._tag))
 
     def Test(self):
-        """Is it over? What came is in the tensor then. (mpi.wait asks this.)"""
+        """Is it over? The tensor is then filled. (For mpi.wait.)"""
         if self._error is not None:
             raise self._error
         if self.over:
