@@ -6,7 +6,7 @@ from mpicomp import catalogue
 from mpicomp import mpi
 from mpicomp.bench.timing import in_turn, noise_warning, ratios, summary, table
 from mpicomp.layout import Layout
-from mpicomp.transport.calls import Wire
+from mpicomp.transport.calls import Calls
 from mpicomp.transport.meter import Meter
 from mpicomp.transport.pipeline import Pipeline
 
@@ -17,7 +17,7 @@ class Mean:
     def __init__(self, spec, n, comm, rows=1024):
         self.method = catalogue.method(spec)
         self.meter = Meter()
-        wire = Wire(comm, self.meter)
+        wire = Calls(comm, self.meter)
         self.pipeline = Pipeline(comm, 600.0)
         rows = min(rows, n)
         layout = Layout.of([("gradient", (rows, n // rows))])

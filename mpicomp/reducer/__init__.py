@@ -26,7 +26,7 @@ from mpicomp.reducer.sparse import Sparse, divide
 from mpicomp.reducer.startup import agree_on_plan, bad_option, stall_seconds, trainable
 from mpicomp.reducer.state import Persistence
 from mpicomp.transport import packet
-from mpicomp.transport.calls import Wire
+from mpicomp.transport.calls import Calls
 from mpicomp.transport.meter import Meter
 from mpicomp.transport.pipeline import Pipeline
 
@@ -86,7 +86,7 @@ class Reducer(Attachment, Backward, Connection, Delivery, Persistence, Replicas)
         self._named, self._rows, self.advice = named, Sparse(self, in_rows), None
         if self.method.name == "auto":
             self._choose()
-        self._wire = Wire(self.comm, self.stats)
+        self._wire = Calls(self.comm, self.stats)
         self._pipeline = Pipeline(self.comm, stall_timeout, progress, self._place.again)
         # a server cuts parameters into one shard a rank, and a worker has one threshold for all
         whole = self.method.exchange == "server"

@@ -10,7 +10,7 @@ from mpicomp.errors import SpecError
 from mpicomp.mpi.watchdog import Watchdog
 from mpicomp.reducer.memory import on_place
 from mpicomp.transport.agree import digest
-from mpicomp.transport.calls import Wire
+from mpicomp.transport.calls import Calls
 
 
 class Unguarded:
@@ -77,7 +77,7 @@ class Connection:
         # whoever died in the first step may have told it to some only
         mpi.wait(self.comm, self.comm.Ibcast(order), limit, "agreeing on buckets")
         pipeline = self._pipeline.over(self.comm)
-        self._wire = Wire(self.comm, self.stats)
+        self._wire = Calls(self.comm, self.stats)
         exchange = self._open_exchange(self.method)
         warm = (self._open_exchange(self._warm_method), []) if self._warm else None
         # from here on no MPI: either all of it has changed or nothing
