@@ -1,4 +1,4 @@
-"""`mpicomp bench allreduce`: the mean of N floats over the ranks present, compressed and by MPI."""
+"""`mpicomp bench allreduce`: times the mean of N floats, compressed and by MPI's own calls."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from mpicomp.transport.pipeline import Pipeline
 
 
 class Mean:
-    """One gradient of [rows, n / rows] elements, exchanged again and again by one method."""
+    """Exchanges one gradient of [rows, n / rows] elements repeatedly by one method."""
 
     def __init__(self, spec, n, comm, rows=1024):
         self.method = catalogue.method(spec)
@@ -39,7 +39,7 @@ class Mean:
 
 
 class MpiAllreduce:
-    """What MPI itself takes: `Allreduce` in one call, or Iallreduce with Test and sleep."""
+    """The same by MPI: `Allreduce` in one call, or Iallreduce with Test and sleep."""
 
     def __init__(self, n, comm, blocking):
         self.comm, self.blocking = comm, blocking
@@ -55,7 +55,7 @@ class MpiAllreduce:
 
 
 def run(methods, sizes, rounds) -> dict:
-    """{"sizes": {n: {contender: {...}}}}; prints a table for each size on rank 0."""
+    """Print a table for each size on rank 0; returns {"sizes": {n: {contender: {...}}}}."""
     comm = mpi.communicator()
     result = {"ranks": comm.size, "sizes": {}}
     for n in sizes:
