@@ -11,7 +11,7 @@ class Calls:
     Collectives on one communicator must be posted in the same order on all ranks. But a bucket
     posts its second call when its first has completed, and that moment differs between ranks. So
     the k-th call of every bucket uses the k-th duplicate of the communicator (a stage), and on each
-    duplicate buckets post in plan order (see pipeline.py).
+    duplicate buckets post in launch order (see pipeline.py).
     """
 
     def __init__(self, comm, meter, within=False):
