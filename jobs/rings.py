@@ -22,7 +22,7 @@ from mpicomp import mpi
 from mpicomp.bench.step import join_gloo
 from mpicomp.bench.timing import in_turn, ratios, table
 from mpicomp.transport import ring
-from mpicomp.transport.calls import Wire
+from mpicomp.transport.calls import Calls
 from mpicomp.transport.meter import Meter
 
 LANES = (1, 2, 4, 8)
@@ -65,7 +65,7 @@ def sums(elements, comm):
 
 def gathers(size, comm):
     """{name: contender}, MPI first."""
-    wire = Wire(comm, Meter())
+    wire = Calls(comm, Meter())
     wire.open(1)
     wire.spread, ring.GATHER = True, 0
     send, receive = np.full(size, comm.rank, np.uint8), np.zeros(size * comm.size, np.uint8)

@@ -1,4 +1,4 @@
-"""The command `mpicomp`: what methods there are, and whether this machine is ready."""
+"""The command `mpicomp`: lists methods, checks the installation, predicts, measures, launches."""
 
 import argparse
 import platform
@@ -89,7 +89,7 @@ def _number(text):
 
 
 def _gradient(text):
-    """The elements of a gradient, or the file of one."""
+    """The number of elements of a gradient, or the name of a file that holds one."""
     return text if text.endswith((".npy", ".npz")) else _number(text)
 
 
@@ -119,7 +119,7 @@ def launch(options) -> int:
 
 
 def _library():
-    """What the MPI library calls itself, asked in a process of its own, which does not start it."""
+    """The MPI library's version text, from a separate process that does not initialise MPI."""
     code = ("import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; "
             "print(MPI.Get_library_version())")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -160,7 +160,7 @@ def _bench_commands(parser):
 
 
 def bench(options) -> int:
-    """Run one benchmark on the ranks present; rank 0 prints and writes."""
+    """Run one benchmark on the ranks present; rank 0 prints the figures and writes files."""
     for spec in options.methods:
         mpicomp.method(spec)
     from mpicomp import mpi
@@ -193,7 +193,7 @@ def bench(options) -> int:
 
 
 def advise(options) -> int:
-    """Measure links and codecs on the ranks present and predict."""
+    """Measure links and codecs on the ranks present, and print predictions."""
     from mpicomp import advice, mpi
     from mpicomp.bench import plan, timing
 
@@ -205,7 +205,7 @@ def advise(options) -> int:
 
 
 def show_methods() -> int:
-    """The seven systems with their sources, variants and options; then all other methods."""
+    """Print the seven systems with sources, variants and options; then all other methods."""
     from mpicomp import variants
 
     print(variants.listing())
@@ -213,7 +213,7 @@ def show_methods() -> int:
 
 
 def doctor() -> int:
-    """Print versions and the MPI library; the exit status is 1 where training cannot start."""
+    """Print versions and the MPI library; the exit status is 1 if training cannot start."""
     print(f"mpicomp {mpicomp.__version__}, Python {platform.python_version()}, {sys.executable}")
     print(f"from     {whence()}")
     for package in ("numpy", "torch", "mpi4py", "cupy"):
@@ -233,7 +233,7 @@ def doctor() -> int:
 
 
 def whence() -> str:
-    """Which mpicomp this is: where it lies, and whether it stands before an installed one."""
+    """The folder of this mpicomp, and whether it hides an installed one."""
     from mpicomp import installed
 
     other = installed.shadowed()
@@ -243,7 +243,7 @@ def whence() -> str:
 
 
 def kernels_verdict() -> str:
-    """Which kernels serve host memory, and what to type where they are not the compiled ones."""
+    """Which kernels serve host memory, and what to type if they are not the compiled ones."""
     from mpicomp import kernels
 
     compiled = kernels.backends().get("cpu")
@@ -276,7 +276,7 @@ def gpu_verdict() -> str:
 
 
 def _installed(package):
-    """The version; that of CuPy stands under the name of its wheel."""
+    """The version of an installed package; CuPy's wheels have names of their own."""
     for name in (package, f"{package}-cuda13x", f"{package}-cuda12x"):
         try:
             return version(name)

@@ -3,19 +3,20 @@
 Zhou, Wu, Ni, Zhou, Wen, Zou: DoReFa-Net, arXiv 1606.06160; where text and code differ, the
 authors' code in tensorpack (examples/DoReFa-Net). Three numbers of bits (W, A, G) name a network:
 (1, 2, 6) has weights of 1 bit, activations of 2 bits and gradients of 6. All is emulated in
-floating point, as it is there: a network trained this way is no faster, but its numbers are those
-of k bits. Bits are 1 ... 16, or 32, which turns a quantiser off.
+floating point, as in that code: training is no faster, but every number has only k bits. Bits are
+1 ... 16, or 32, which turns a quantiser off.
 
     model = mpicomp.nn.convert(model, weights=1, activations=2, gradients=6, generator=noise)
     mpicomp.DistributedOptimizer(optimizer, model.named_parameters(), method="dorefa:bits=6")
 
-The two have a name in common and nothing else: G here quantises dL/d(output) of a layer inside a
-rank's own backward pass; the method quantises the parameters' gradients that ranks exchange.
+The layers and the method `dorefa` are different quantisers: G here quantises dL/d(output) of a
+layer inside a rank's own backward pass; the method quantises the parameters' gradients that ranks
+exchange.
 
-The parameters stay float32 and are what ranks exchange and update; every forward pass quantises
-them anew, by a function without randomness. So replicas that start equal stay bit-identical. The
-noise of G acts on a rank's own gradient, before the exchange. It should differ between ranks
-(equal noise would not average out): `reseed` makes it a function of (seed, rank, step).
+The parameters stay float32; every forward pass quantises them by a function without randomness. So
+replicas that start equal stay bit-identical. The noise of G acts on a rank's own gradient, before
+the exchange. It should differ between ranks (equal noise would not average out): `reseed` makes it
+a function of (seed, rank, step).
 """
 
 import torch
@@ -39,14 +40,14 @@ def quantize_k(x, bits):
 
 
 def weight(w, bits):
-    """The weights that a layer computes with, of w's shape, from those that the optimizer moves.
+    """The quantised weights that a layer uses, of w's shape, from the float32 weights w.
 
     bits = 1:  sign(w) E|w|, where sign(0) = +1 and E is the mean over the tensor
     bits > 1:  2 quantize_k(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1, so in [-1, 1] whatever w's scale
 
     Zero is not a level: with more than one bit it becomes +1 / (2**bits - 1), and so does a tensor
-    of zeros. For 1 bit the gradient passes straight through; for more, only the rounding is
-    passed over, tanh and max are differentiated. Source: `fw` of the code.
+    of zeros. For 1 bit the gradient passes straight through; for more it does so for the rounding
+    alone, while tanh and max are differentiated. Source: `fw` of the code.
     """
     if not _on(bits):
         return w
@@ -61,8 +62,8 @@ def weight(w, bits):
 def activation(x, bits):
     """quantize_k(clip(x, 0, 1)), of x's shape; the gradient is 1 where 0 <= x <= 1, 0 elsewhere.
 
-    It stands where a ReLU would stand, but ends at 1: put a normalisation before it. 32 bits give
-    x itself, neither rounded nor clipped. Source: `fa` of the code, with the clip before it.
+    It replaces a ReLU, but saturates at 1: put a normalisation before it. 32 bits give x itself,
+    neither rounded nor clipped. Source: `fa` of the code, with the clip before it.
     """
     return quantize_k(x.clamp(0, 1), bits) if _on(bits) else x
 
@@ -70,9 +71,9 @@ def activation(x, bits):
 def gradient(x, bits, generator=None):
     """x itself, [batch, ...]; the gradient that comes back through it is quantised to `bits`.
 
-    f_gamma^k (`quantize_gradient`) with sigma drawn anew in each backward pass, on x's device,
-    from `generator` or torch's own. Source: `fg` of the code, which puts it behind a convolution
-    and before the normalisation.
+    f_gamma^k (`quantize_gradient`), with a new sigma in each backward pass, drawn on x's device
+    from `generator` or torch's own. Source: `fg` of the code, which puts it between a convolution
+    and its normalisation.
     """
     return _Gradient.apply(x, bits, generator) if _on(bits) else x
 
@@ -98,9 +99,8 @@ def quantize_gradient(dr, bits, sigma):
 def reseed(generator, seed, rank, step):
     """Make the noise of a step a function of (seed, rank, step); returns the generator.
 
-    Called before each forward pass, it makes a training that was stopped and resumed go on with
-    the same noise, and gives every rank its own. Philox, so that neighbouring numbers have
-    nothing in common; no compressor draws from the counter used here.
+    Call it before each forward pass: a resumed training then has the same noise, and every rank its
+    own. The seed comes from Philox, with a counter that no compressor uses.
     """
     counter = philox.MASK32, philox.MASK32, step & philox.MASK32, rank & philox.MASK32
     key = seed & philox.MASK32, seed >> 32 & philox.MASK32
@@ -112,7 +112,7 @@ def reseed(generator, seed, rank, step):
 
 
 class Conv2d(torch.nn.Conv2d):
-    """torch's Conv2d with `weights` bits a weight and, behind it, `gradients` bits of gradient.
+    """torch's Conv2d with `weights` bits per weight, `gradients` per element of dL/d(output).
 
     Takes [batch, channels, height, width]. The bias, if any, is not quantised. Initialisation,
     names and state_dict are those of torch.nn.Conv2d.
@@ -131,7 +131,7 @@ class Conv2d(torch.nn.Conv2d):
 
 
 class Linear(torch.nn.Linear):
-    """torch's Linear with `weights` bits a weight and, behind it, `gradients` bits of gradient.
+    """torch's Linear with `weights` bits per weight, `gradients` per element of dL/d(output).
 
     Takes [batch, ..., features]. The bias, if any, is not quantised. Initialisation, names and
     state_dict are those of torch.nn.Linear.
@@ -150,7 +150,7 @@ class Linear(torch.nn.Linear):
 
 
 class Activation(torch.nn.Module):
-    """`activation` as a layer, in the place of a ReLU."""
+    """`activation` as a layer, to replace a ReLU."""
 
     def __init__(self, bits=2):
         super().__init__()
@@ -167,7 +167,7 @@ class Activation(torch.nn.Module):
 class Gradient(torch.nn.Module):
     """`gradient` as a layer: the identity, whose backward pass quantises.
 
-    For a layer of another kind; Conv2d and Linear have it built in (`gradients=`).
+    For layers other than Conv2d and Linear, which have it built in (`gradients=`).
     """
 
     def __init__(self, bits=6, generator=None):
@@ -185,17 +185,16 @@ class Gradient(torch.nn.Module):
 def convert(model, weights=1, activations=2, gradients=6, skip_first_last=True, generator=None):
     """Turn a model into a (weights, activations, gradients) network, in place; returns it.
 
-    Every torch.nn.Conv2d and Linear becomes the one above, every ReLU an Activation; parameters,
-    their names, the state_dict and the optimizer's references stay what they were. With
-    skip_first_last, the first and the last layer stay as they are, and so does the ReLU before
-    the last, as in the paper. First, last and before are in the order of model.modules(), in which
-    layers were assigned. `generator` draws the noise of all gradients and must be on the device of
-    the model; see `reseed`.
+    Every torch.nn.Conv2d and Linear becomes the class of that name here, every ReLU an Activation;
+    parameters, their names, the state_dict and the optimizer's references do not change. With
+    skip_first_last, the first and the last layer stay as they are, and so does the ReLU before the
+    last, as in the paper; the order is that of model.modules(). `generator` draws the noise of all
+    gradients and must be on the model's device; see `reseed`.
 
-    An Activation ends at 1: the model should normalise before it, and per sample (GroupNorm)
+    An Activation saturates at 1: the model should normalise before it, and per sample (GroupNorm)
     rather than by BatchNorm, whose running statistics differ between ranks.
 
-    Raises SpecError where nothing would be quantised: bits out of range, no layer left between the
+    Raises SpecError if bits are out of range or nothing would be quantised: no layer between the
     first and the last, or no ReLU module (`functional.relu` in a forward method cannot be seen).
     """
     plain = [m for m in model.modules() if type(m) in _QUANTISED]
@@ -213,7 +212,7 @@ def convert(model, weights=1, activations=2, gradients=6, skip_first_last=True, 
                         "before the last layer; use modules instead of functional.relu, or give "
                         "activations=32")
     for module in chosen:
-        # The same object under another class: wherever the model or a hook holds it, it is there.
+        # Changing the class keeps the object, to which the model and hooks refer.
         if type(module) is not torch.nn.ReLU:
             module.__class__ = _QUANTISED[type(module)]
             _take(module, weights, gradients, generator)
@@ -229,7 +228,7 @@ _QUANTISED = {torch.nn.Conv2d: Conv2d, torch.nn.Linear: Linear, torch.nn.ReLU: A
 
 
 def _on(bits):
-    """Whether to quantise at all; SpecError for a number of bits that means nothing."""
+    """Whether this number of bits quantises at all; SpecError if it is out of range."""
     if bits == 32:
         return False
     if isinstance(bits, int) and 1 <= bits <= _MOST:
@@ -238,7 +237,7 @@ def _on(bits):
 
 
 def _take(layer, weights, gradients, generator):
-    """Give a layer its bits."""
+    """Set a layer's bits and generator."""
     for bits in weights, gradients:
         _on(bits)
     layer.weight_bits, layer.gradient_bits, layer.generator = weights, gradients, generator
@@ -274,7 +273,7 @@ class _Sign(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """The identity; f_gamma^k on the way back."""
+    """The identity, with f_gamma^k in the backward pass."""
 
     @staticmethod
     def forward(ctx, x, bits, generator):

@@ -1,10 +1,9 @@
-"""Recovery: where a rank dies, those that are left take its last step back and go on without it.
+"""Recovery: when a rank dies, the survivors undo the interrupted step and go on without it.
 
-What lasts changes only when all ranks are through with the exchange of a step, and ULFM's agreement
-(MPI_Comm_agree) says so on all that are alive, the same on each. Until then parameters, optimizer
-and residuals are those of the step before: to take a step back nothing has to be copied. The
-question is asked when a rank's packets have arrived and answered while it decodes them.
-docs/fault-tolerance.md says what survives what.
+Parameters, optimizer and residuals change only after all live ranks have agreed, by ULFM's
+MPI_Comm_agree, that the exchange of the step is complete everywhere. Until then they are those of
+the step before, so undoing a step copies nothing. A rank starts the agreement when its packets have
+arrived and decodes them meanwhile. docs/fault-tolerance.md lists which exchange survives what.
 
 Source: Bland, Bouteiller, Herault, Bosilca, Dongarra, "Post-failure recovery of MPI communication
 capability", IJHPCA 2013; MPI_Comm_revoke, _shrink, _agree as in Open MPI 5 (mpirun --with-ft ulfm).
@@ -23,12 +22,12 @@ from mpicomp import mpi
 from mpicomp.errors import DeadRankError, StallError
 from mpicomp.mpi import ranks_text
 
-SPIN = 20  # looks for the others' votes without a sleep between them
-HEARSAY = 1.0  # seconds after a revocation in which the library names the dead rank
+SPIN = 20  # polls for the others' votes without a sleep between them
+HEARSAY = 1.0  # seconds that the library may take to name the dead rank after a revocation
 
 
 class Recovery:
-    """Runs the pieces of a training; where a rank has died, again on those that are left.
+    """Runs the pieces of a training, and repeats a piece on the survivors if a rank dies in it.
 
         recovery = mpicomp.Recovery(reducer, model)
         for step in range(steps):
@@ -37,24 +36,24 @@ class Recovery:
                 recovery.run(report, step)      # evaluation, checkpoint: may be done twice
         recovery.leave()
 
-    reducer    an attached Reducer, which moves to fewer ranks (`Reducer.regroup`)
-    model      its buffers are put back before a step is done again, as are torch's and Python's
-               random numbers
-    comm       what the user's code communicates on, by default COMM_WORLD
-    keep       keep() -> anything, called before each piece, restore(it) before it is done again:
-               whatever else a forward or backward pass changes
-    regrouped  regrouped(self), on all that are left, before the piece is done again: to divide the
-               data anew, and to make again what the user has made of `comm`
-    least      fewer ranks than these do not go on
+    reducer    an attached Reducer; it is moved to fewer ranks by `Reducer.regroup`
+    model      its buffers, and torch's and Python's random states, are restored before a piece is
+               repeated
+    comm       the communicator of the user's code, by default COMM_WORLD
+    keep       keep() is called before each piece, and restore(its result) before a piece is
+               repeated: for whatever else a forward or backward pass changes
+    regrouped  regrouped(self) is called on all survivors before a piece is repeated: to divide the
+               data among them, and to rebuild what was made from `comm`
+    least      the least number of survivors that go on
 
-    `comm`, `rank` and `size` change where a rank has died: use them, and no other communicator,
-    in a piece. `lost` has a dictionary for each loss: step, ranks (as numbered at the start), left,
-    residuals (how many that were owed are lost), norm (of this rank's own, to judge them by),
-    noticed (seconds since 1970), seconds (from then to going on).
+    `comm`, `rank` and `size` change when a rank has died: in a piece use them, and no other
+    communicator. `lost` has a dictionary for each loss: step, ranks (as numbered at the start),
+    left (survivors), residuals (the number of elements lost), norm (of this rank's own residuals,
+    as a measure), noticed (seconds since 1970), seconds (from then until training goes on).
 
-    `active` is False, with the reason in `why`, where this MPI cannot do it or was not asked to;
-    pieces are then run once, and a dead rank ends the job. Where the method cannot lose a rank
-    (`Reducer.irreplaceable`), `run` raises DeadRankError on all that are left.
+    `active` is False, with the reason in `why`, if this MPI cannot recover or was not started to;
+    pieces are then run once, and a dead rank ends the job. If the method cannot lose a rank
+    (`Reducer.irreplaceable`), `run` raises DeadRankError on all survivors.
     """
 
     def __init__(self, reducer, model=None, comm=None, *, keep=None, restore=None, regrouped=None,
@@ -80,27 +79,27 @@ class Recovery:
 
     @property
     def rank(self) -> int:
-        """This rank among those that are left."""
+        """The number of this rank among the survivors."""
         return self.comm.rank
 
     @property
     def size(self) -> int:
-        """How many ranks are left."""
+        """The number of survivors."""
         return self.comm.size
 
     def track(self, comm):
-        """Revoke this communicator, too, where a rank has died. To be made anew in `regrouped`."""
+        """Revoke this communicator, too, when a rank has died; `regrouped` must replace it."""
         self._tracked.append(mpi.intracommunicator(comm))
         return comm
 
     # ---- a piece ----
 
     def run(self, work, *args):
-        """work(*args), a piece that all ranks run; what it returned where nobody died in it.
+        """Run work(*args) on all ranks until no rank dies in it; returns its result.
 
-        A piece makes one step of the optimizer, after which it does not communicate, or none, and
-        then doing it twice must do no harm. Raises DeadRankError where the ranks that are left
-        cannot go on.
+        A piece ends with one optimizer step, after which it does not communicate; or it makes no
+        step, and then must be safe to run twice. Raises DeadRankError if the survivors cannot go
+        on.
         """
         if not self.active:
             return work(*args)
@@ -119,7 +118,7 @@ class Recovery:
                 self._put_back(before)
 
     def _snapshot(self):
-        """What a forward or backward pass changes, besides gradients."""
+        """A copy of what a forward or backward pass changes, besides gradients."""
         buffers = [] if self.model is None else [b.clone() for b in self.model.buffers()]
         device = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         return (buffers, torch.get_rng_state(), device, random.getstate(),
@@ -138,15 +137,15 @@ class Recovery:
             self._restore(kept)
 
     def _look(self):
-        """Nothing is posted to a rank that is known to be dead."""
+        """DeadRankError if a rank is known to be dead, so that nothing is posted to it."""
         if self._died():
             raise DeadRankError("a rank has died between two pieces")
 
     def _died(self, error=None) -> bool:
-        """Does this error say that a rank has died, or is that known anyway?
+        """Is this error due to a dead rank, or is one known?
 
-        Open MPI's blocking collectives may return without an error, and without the data of a rank
-        that died meanwhile: what comes of such data is no error of the user's.
+        Open MPI's blocking collectives may return without an error and without the data of a rank
+        that died meanwhile, so any exception counts as a death if a rank is known to be dead.
         """
         failed = self._base.Get_failed()
         dead = failed.size
@@ -157,9 +156,9 @@ class Recovery:
 
     @contextmanager
     def commit(self):
-        """Asked at its beginning, known at its end: are all through with the exchange?
+        """Vote on entry, learn the result on exit: have all ranks completed the exchange?
 
-        DeadRankError, on all that are left alike, if not.
+        If not, raises DeadRankError, on all survivors alike.
         """
         vote = self._ask(not self._died())
         yield
@@ -169,7 +168,7 @@ class Recovery:
 
     @contextmanager
     def tail(self):
-        """What follows a step that all have agreed on: a death in here concerns the next piece."""
+        """Block for work after an agreed step: a death in it is handled in the next piece."""
         try:
             yield
         except Exception as error:
@@ -183,12 +182,12 @@ class Recovery:
             raise Undone("a rank has died in this piece")
 
     def _ask(self, mine):
-        """(request, array) of an agreement: the least of all votes, the same on every rank."""
+        """Start an agreement; (request, array), which becomes the minimum of all votes."""
         vote = np.array([mine], np.int32)
         return self._base.Iagree(vote), vote
 
     def _answer(self, asked) -> bool:
-        """Has everybody who is alive voted 1? That some are dead is found out elsewhere."""
+        """Did all live ranks vote 1? StallError after the Reducer's timeout."""
         request, vote = asked
         start, looks, timeout = perf_counter(), 0, self.reducer.averager.link.timeout
         try:
@@ -210,12 +209,12 @@ class Recovery:
     # ---- after a death ----
 
     def _revoke(self):
-        """Nobody may go on waiting for a rank that has left."""
+        """Revoke all communicators, so that no rank waits for the dead one."""
         for comm in [self.comm, *self._tracked, *self.reducer.communicators]:
             comm.Revoke()
 
     def _recover(self, error):
-        """Shrink to those that are left, with everything as before the piece."""
+        """Shrink to the survivors; DeadRankError if the piece cannot be repeated."""
         start, noticed = perf_counter(), time()
         self._revoke()
         reason = self.reducer.irreplaceable
@@ -225,9 +224,9 @@ class Recovery:
         if reason:
             names = self._known_dead()
             raise DeadRankError(
-                f"{ranks_text(self._members[r] for r in names)} died in step {self.reducer.step}, "
-                f"and this piece cannot be done without: {reason}. The newest checkpoint goes on"
-            ) from error
+                f"{ranks_text(self._members[r] for r in names)} died in step {self.reducer.step} "
+                f"and this piece cannot be repeated without it: {reason}. Restart from the newest "
+                "checkpoint.") from error
         if not isinstance(error, Undone):
             self._answer(self._ask(0))
         self._late = False
@@ -243,12 +242,12 @@ class Recovery:
     def _known_dead(self):
         """The ranks of `_base` that are known to be dead.
 
-        A rank that was woken up by another's revocation hears of the death itself a moment later,
-        if it lets MPI work.
+        A rank that met another's revocation learns of the death itself a moment later, if it calls
+        MPI.
         """
         start = perf_counter()
         while True:
-            with suppress(Exception):  # that there is a dead rank
+            with suppress(Exception):  # which reports the death
                 self._base.Iprobe()
             dead = self._base.Get_failed().Translate_ranks(None, self._base.Get_group()) or []
             if len(dead) or perf_counter() - start > HEARSAY:
@@ -256,7 +255,7 @@ class Recovery:
             sleep(1e-3)
 
     def _shrink(self):
-        """Regroup over the ranks that are left until nobody dies meanwhile; returns who died."""
+        """Regroup over the survivors until no rank dies meanwhile; returns the dead ranks."""
         dead = []
         while True:
             base = self._base.Shrink()
@@ -267,7 +266,7 @@ class Recovery:
             self._base = base
             if base.size < self.least:
                 raise DeadRankError(f"{ranks_text(dead)} died and {base.size} are left, fewer than "
-                                    f"least={self.least}. The newest checkpoint goes on")
+                                    f"least={self.least}. Restart from the newest checkpoint.")
             if self._answer(self._ask(self._regroup() and not self._died())):
                 return dead
 
@@ -275,7 +274,7 @@ class Recovery:
         """Move everything to the ranks of `_base`; False if one of those died, too."""
         made = []
         try:
-            made.append(self._base.Shrink())  # as a duplicate, but one that is always made
+            made.append(self._base.Shrink())  # a duplicate that is made even if a rank is dead
             self.comm, self._tracked = made[0], []
             if self.size < self._base.size:
                 return False
@@ -291,7 +290,7 @@ class Recovery:
             return False
 
     def _owed(self):
-        """(how many residuals this rank has, their norm)."""
+        """(number of elements, norm) of this rank's residuals."""
         arrays = [array for codec in self.reducer.averager.buckets.codecs
                   for kind, array in codec.persistent().items() if kind.startswith("error")]
         return (sum(a.size for a in arrays),
@@ -305,10 +304,10 @@ class Recovery:
     # ---- the end ----
 
     def leave(self, status=0):
-        """End this process with `status`, when all that are left have come here.
+        """End this process with `status` when all survivors have called this.
 
-        Where `active`, not by way of MPI_Finalize, which may wait for the dead, nor of Python's
-        atexit. Elsewhere returns at once.
+        Skips MPI_Finalize, which may wait for the dead, and Python's atexit. Returns at once if not
+        `active`.
         """
         if not self.active:
             return
@@ -320,11 +319,11 @@ class Recovery:
 
 
 class Undone(DeadRankError):
-    """All that are left know already that the piece has not been done."""
+    """All survivors already know that the piece failed."""
 
 
 def _missing():
-    """Why ULFM cannot be used, or None."""
+    """The reason why ULFM cannot be used, or None."""
     MPI = mpi.load()
     if MPI.COMM_WORLD.size == 1:
         return "this is the only rank"

@@ -1,7 +1,7 @@
-"""Slurm batch scripts for a training that saves when it is told to, and goes on when started again.
+"""Writes Slurm batch scripts for a training that saves on a signal and resumes when restarted.
 
-`script` writes one for any command. jobs/train.sbatch is the same for launch/train.py, with the
-launcher chosen by a variable; its end is the one here, and a test compares the two.
+`script` writes one for any command. jobs/train.sbatch does the same for launch/train.py, with the
+launcher chosen by a variable; a test compares the parts that both have.
 """
 
 import re
@@ -78,9 +78,9 @@ fi
 
 
 def launcher_for(library):
-    """How srun must start ranks of this MPI library, by its MPI_Get_library_version.
+    """The plugin by which srun starts ranks of an MPI library, given MPI_Get_library_version.
 
-    Raises LaunchError where that is not known.
+    Raises LaunchError for an unknown library.
     """
     if "Open MPI" in library:
         return "pmix"
@@ -92,9 +92,9 @@ def launcher_for(library):
 
 def directives(*, name, nodes, ranks_per_node, cpus, gpus_per_node=0, time, warning=180,
                extra=()):
-    """The lines that sbatch reads; `extra` are further options of it, such as --partition=gpu.
+    """The #SBATCH lines; `extra` has further options of sbatch, such as --partition=gpu.
 
-    `time` as Slurm takes it; `warning` is how many seconds before it USR1 comes.
+    `time` is the limit in Slurm's notation; USR1 comes `warning` seconds before it.
     """
     if gpus_per_node and ranks_per_node != gpus_per_node:
         raise LaunchError(f"--gpus-per-node {gpus_per_node} --ranks-per-node {ranks_per_node}: "
@@ -117,7 +117,7 @@ def directives(*, name, nodes, ranks_per_node, cpus, gpus_per_node=0, time, warn
 
 
 def _seconds(time):
-    """Of a time as Slurm takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    """Seconds of a time in Slurm's notation: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if not dash and len(parts) < 3:
@@ -129,10 +129,10 @@ def _seconds(time):
 def script(command, *, mpi, made_by="mpicomp.slurm", setup=(), finished="", **resources):
     """The text of a batch script that runs `command` (a list of words) on every rank.
 
-    `mpi` is a key of LAUNCHERS, `setup` lines of shell that go before (module load ...), `finished`
-    a file that the command leaves when all is done; `resources` as for `directives`. The command
-    must save and end with status 75 on SIGUSR1 and SIGTERM (mpicomp.checkpoint.Signals), and when
-    started again go on from there. Raises LaunchError.
+    `mpi` is a key of LAUNCHERS, `setup` has lines of shell to run first (module load ...),
+    `finished` is a file that the command leaves when it is done; `resources` as for `directives`.
+    The command must save and end with status 75 on SIGUSR1 and SIGTERM (mpicomp.checkpoint.Signals)
+    and resume when started again. Raises LaunchError.
     """
     if not command:
         raise LaunchError("nothing to run; put your command after --, for example  "

@@ -20,7 +20,7 @@ from mpicomp import NonFiniteError
 from mpicomp.kernels.gpu import device
 from mpicomp.averager import memory
 from mpicomp.transport import packet, staging
-from mpicomp.transport.calls import Wire
+from mpicomp.transport.calls import Calls
 
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(
     COMPILER is None, reason="no C++ compiler (c++, g++ or clang++): the CUDA source cannot be "
@@ -101,7 +101,7 @@ def test_mpi_that_takes_device_pointers(spec, comm, gpu, monkeypatch):
 
     def call(function, sent, *buffers):
         parts = [part[0] if isinstance(part, list) else part for part in buffers]
-        seen.append((function.__name__, [isinstance(p, staging.Room) and p.memory.direct
+        seen.append((function.__name__, [isinstance(p, staging.MirroredBuffer) and p.memory.direct
                                          for p in parts[:2]]))
         return honest(function, sent, *buffers)
 
@@ -119,14 +119,14 @@ def test_mpi_that_takes_device_pointers(spec, comm, gpu, monkeypatch):
 @pytest.mark.parametrize("way", ["mirror", "direct"])
 def test_reductions_are_made_in_host_memory(way, comm, gpu, monkeypatch):
     staging.use_direct(way == "direct")
-    honest = Wire.allreduce
+    honest = Calls.allreduce
 
     def allreduce(self, stage, send, receive, op):
-        assert not getattr(send, "memory", None) or isinstance(send.wire, np.ndarray)
-        assert not getattr(receive, "memory", None) or isinstance(receive.wire, np.ndarray)
+        assert not getattr(send, "memory", None) or isinstance(send.for_mpi, np.ndarray)
+        assert not getattr(receive, "memory", None) or isinstance(receive.for_mpi, np.ndarray)
         return honest(self, stage, send, receive, op)
 
-    monkeypatch.setattr(Wire, "allreduce", allreduce)
+    monkeypatch.setattr(Calls, "allreduce", allreduce)
     same_as_on_the_cpu("terngrad", comm, gpu, way)
     same_as_on_the_cpu("terngrad:packing=int8,exchange=allreduce", comm, gpu, way)
 
@@ -242,7 +242,7 @@ def test_exchanges_that_work_in_host_memory_say_so(spec, comm, gpu):
 
 def test_a_wait_that_is_left_out_is_found(comm, gpu, monkeypatch):
     """The test of the tests: MPI calls made before the packet has left the device."""
-    monkeypatch.setattr(staging.Later, "ready", property(lambda self: True))
+    monkeypatch.setattr(staging.DeferredCall, "ready", property(lambda self: True))
     with pytest.raises(AssertionError):
         same_as_on_the_cpu("bf16:exchange=allgather", comm, gpu)
 

@@ -25,7 +25,7 @@ def test_each_call_is_tried(call, comm):
 
 
 def test_the_calls_are_those_that_exchanges_make():
-    source = (device.FOLDER.parent / "exchange" / "wire.py").read_text()
+    source = (device.FOLDER.parent / "transport" / "calls.py").read_text()
     made = {name for name in ("Iallgather", "Iallgatherv", "Ialltoallv", "Isend", "Iallreduce")
             if f"].{name}," in source}
     assert made - {"Iallreduce"} == set(probe.CALLS)
@@ -38,10 +38,10 @@ JOBS = {
     RIGHT + "echo device right; kill -11 $$": "no: signal 11",
     RIGHT + "echo '[vm] *** Process received signal 11 (Segmentation fault)' >&2; exit 139":
         "no: signal 11 (Segmentation fault)",
-    RIGHT + "echo device right; echo device right; exit 3": "no: it ended without a word",
+    RIGHT + "echo device right; echo device right; exit 3": "no: it ended without a message",
     "echo 'no slots' >&2; exit 1": "not known: the probe did not run (no slots)",
     "echo host right; echo host wrong; exit 1":
-        "not known: the probe did not run (it ended without a word)",
+        "not known: the probe did not run (it ended without a message)",
 }
 
 

@@ -134,4 +134,4 @@ def test_a_killed_rank(chaos, tmp_path, method, phase, step, outcome):
     assert row["outcome"] == outcome, (row, text)
     assert status == (69 if outcome == "named error" else 0)
     if outcome == "named error":
-        assert re.search("rank 1 died in step .*newest checkpoint goes on", row["why"]), row
+        assert re.search("rank 1 died in step .*Restart from the newest", row["why"]), row

@@ -15,7 +15,7 @@ from mpicomp.kernels import gpu, reference
 from mpicomp.kernels.gpu import device
 from mpicomp.layout import Layout
 from mpicomp.philox import Key
-from mpicomp.transport.calls import Wire
+from mpicomp.transport.calls import Calls
 from mpicomp.transport.meter import Meter
 
 SIZES = (100_000, 100_001, 150_000, 199_999, 250_001, 1_000_003)
@@ -138,7 +138,7 @@ def test_a_bucket_draws_for_a_shard_what_no_other_does(comm):
     layout = Layout.of([("w", (64,))])
     seen = set()
     for index in (0, 1, 2**16, 2**16 + 1, 2**17):
-        exchange = sharded.Sharded(Wire(comm, Meter()))
+        exchange = sharded.Sharded(Calls(comm, Meter()))
         grad = np.zeros(64, np.float32)
         bucket = exchange.open(from_spec("terngrad"), layout, index, grad, 5, 6)
         keys = [m.key(3, 0) for m in (*bucket.first, bucket.second)]

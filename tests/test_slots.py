@@ -82,7 +82,7 @@ def test_sharded_takes_one_call_each_way(comm, monkeypatch):
 
 
 def test_slots_shrink_slowly_and_grow_at_once():
-    slot = slots.Slot(10_000)
+    slot = slots.SlotSize(10_000)
     slot.learn(slot.wanted(400))
     assert slot.size == 512
     slot.learn(slot.wanted(0))

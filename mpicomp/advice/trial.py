@@ -12,7 +12,7 @@ from mpicomp.errors import SpecError
 from mpicomp.layout import Layout
 from mpicomp.philox import Key
 from mpicomp.transport import ring
-from mpicomp.transport.calls import Wire
+from mpicomp.transport.calls import Calls
 from mpicomp.transport.meter import Meter
 from mpicomp.transport.pipeline import Pipeline
 
@@ -165,7 +165,7 @@ def measure_links(comm, n, methods=(), codecs=None) -> dict:
     its own (`reduction`), less what its codec takes. n: elements of the gradient; a sum is timed at
     its size. One rank receives nothing: its links tell what a call takes and nothing about bytes.
     """
-    wire, pipeline = Wire(comm, Meter()), Pipeline(comm, mpi.limit(comm))
+    wire, pipeline = Calls(comm, Meter()), Pipeline(comm, mpi.limit(comm))
     sums = {reduction(m): m for m in (catalogue.method("dense"), *methods)
             if m.exchange == "allreduce"}
     large = min(MOST, max(1 << 16, 4 * n))

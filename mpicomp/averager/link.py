@@ -4,7 +4,7 @@ import numpy as np
 
 from mpicomp import catalogue, mpi
 from mpicomp.errors import SpecError
-from mpicomp.transport.calls import Wire
+from mpicomp.transport.calls import Calls
 from mpicomp.transport.pipeline import Pipeline
 
 
@@ -18,7 +18,7 @@ class Link:
 
     def __init__(self, comm, method, settings, stats, memory, pipeline=None):
         self.comm, self.method, self.stats, self.seed = comm, method, stats, settings.seed
-        self._calls = Wire(comm, stats)
+        self._calls = Calls(comm, stats)
         self.pipeline = pipeline or Pipeline(comm, settings.stall_timeout, settings.progress,
                                              memory.again)
         self.exchange = self._open(method)

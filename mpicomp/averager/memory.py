@@ -13,7 +13,7 @@ from mpicomp.errors import DeviceError, SpecError
 from mpicomp.kernels.gpu import device
 from mpicomp.transport import probe, staging
 
-ON_DEVICE = ("allgather", "allreduce", "sharded", "silent")  # exchanges that know rooms
+ON_DEVICE = ("allgather", "allreduce", "sharded", "silent")  # exchanges that take device arrays
 WAYS = ("auto", "host", "mirror", "direct")
 
 

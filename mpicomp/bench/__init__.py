@@ -1,5 +1,5 @@
-"""`mpicomp bench`: what the codecs cost, what an exchange takes, what a training step takes.
+"""`mpicomp bench`: times codecs, exchanges and training steps.
 
-Contenders take turns within one run, round after round, so that a machine that slows down slows
-all of them; figures are medians with the quartiles, and ratios are taken round by round.
+Contenders take turns within one run, so that a slower machine slows all of them; figures are
+medians with quartiles, and ratios are taken round by round.
 """

@@ -1,22 +1,22 @@
-"""`mpicomp bench allreduce`: the mean of N floats over the ranks present, compressed and by MPI."""
+"""`mpicomp bench allreduce`: times the mean of N floats, compressed and by MPI's own calls."""
 
 import numpy as np
 
 from mpicomp import catalogue, mpi
 from mpicomp.bench.timing import in_turn, noise_warning, ratios, summary, table
 from mpicomp.layout import Layout
-from mpicomp.transport.calls import Wire
+from mpicomp.transport.calls import Calls
 from mpicomp.transport.meter import Meter
 from mpicomp.transport.pipeline import Pipeline
 
 
 class Mean:
-    """One gradient of [rows, n / rows] elements, exchanged again and again by one method."""
+    """Exchanges one gradient of [rows, n / rows] elements repeatedly by one method."""
 
     def __init__(self, spec, n, comm, rows=1024):
         self.method = catalogue.method(spec)
         self.meter = Meter()
-        wire = Wire(comm, self.meter)
+        wire = Calls(comm, self.meter)
         self.pipeline = Pipeline(comm, 600.0)
         rows = min(rows, n)
         layout = Layout.of([("gradient", (rows, n // rows))])
@@ -38,7 +38,7 @@ class Mean:
 
 
 class MpiAllreduce:
-    """What MPI itself takes: `Allreduce` in one call, or Iallreduce with Test and sleep."""
+    """The same by MPI: `Allreduce` in one call, or Iallreduce with Test and sleep."""
 
     def __init__(self, n, comm, blocking):
         self.comm, self.blocking = comm, blocking
@@ -54,7 +54,7 @@ class MpiAllreduce:
 
 
 def run(methods, sizes, rounds) -> dict:
-    """{"sizes": {n: {contender: {...}}}}; prints a table for each size on rank 0."""
+    """Print a table for each size on rank 0; returns {"sizes": {n: {contender: {...}}}}."""
     comm = mpi.communicator()
     result = {"ranks": comm.size, "sizes": {}}
     for n in sizes:

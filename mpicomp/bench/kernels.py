@@ -1,9 +1,9 @@
-"""`mpicomp bench kernels`: what each codec costs, against memcpy of the same gradient.
+"""`mpicomp bench kernels`: times each codec against memcpy of the same gradient.
 
-encode is what a step asks of the compressor: owed + gradient, selection or quantisation, packing
-and the new residual, where the method has one, which is as many steps have left it (settled.py);
-measure what ranks agree on first; decode the sum of
-four peers' packets. memcpy takes turns with each of them; ratio = memcpy / case, turn by turn.
+encode: owed + gradient, selection or quantisation, packing, and the new residual if the method has
+one, starting from the residual that many steps leave (settled.py). measure: the scales that ranks
+agree on first. decode: the sum of four peers' packets. Each takes turns with memcpy;
+ratio = memcpy / case, turn by turn.
 """
 
 from time import perf_counter
@@ -27,7 +27,7 @@ HEAD = ("", "", "bytes", "ms", "quartiles", "GB/s", "ratio", "quartiles")
 
 
 class Case:
-    """One method on one layout of n elements, with everything that it needs already in memory."""
+    """One method on one layout of n elements, with all buffers allocated."""
 
     def __init__(self, spec, shape, n, rng):
         rows = n if shape == "vector" else int(shape.split()[0])
@@ -56,7 +56,7 @@ class Case:
         self.compressor.decode_sum(self.packets, self.out, self.layout, [Key(1)] * PEERS, 0.25)
 
     def actions(self):
-        """{what: function} of what a step asks of this codec."""
+        """{what: function} for each part of a step that this codec does."""
         found = {"encode": self.encode, f"decode {PEERS}": self.decode}
         if self.measures:
             found["measure"] = self.measure
@@ -64,13 +64,13 @@ class Case:
 
 
 class Memcpy:
-    """Copies an array of n elements; the time is told for `part` of them."""
+    """Copies an array of n elements."""
 
     def __init__(self, n, rng):
         self.source, self.target = rng.standard_normal(n, np.float32), np.ones(n, np.float32)
 
     def of(self, part):
-        """A contender for `in_turn`."""
+        """A contender for `in_turn`: a copy, with its seconds scaled to `part` elements."""
         def copy():
             start = perf_counter()
             np.copyto(self.target, self.source)
@@ -80,7 +80,7 @@ class Memcpy:
 
 
 def time_case(case, memcpy, rounds):
-    """({what: figures}, [warning or None, ...]) of one case."""
+    """Times one case; ({what: figures}, [warning or None, ...])."""
     figures, warnings, n = {}, [], case.layout.size
     for what, action in case.actions().items():
         turns = {"memcpy": memcpy.of(n), what: lambda action=action: action() and None}
@@ -94,7 +94,7 @@ def time_case(case, memcpy, rounds):
 
 
 def run_backend(name, n, rounds, only, memcpy):
-    """({"elements", "rounds", "cases"}, warnings) of one backend; prints a table."""
+    """Time one backend and print a table; ({"elements", "rounds", "cases"}, warnings)."""
     rng = np.random.default_rng(0)
     cases, rows, warnings = {}, [], []
     for spec, shape in CASES:
@@ -116,7 +116,7 @@ def run_backend(name, n, rounds, only, memcpy):
 
 
 def row(label, what, size, figures):
-    """One line of the table."""
+    """A case's line of the table."""
     time, ratio = figures["seconds"], figures["ratio_to_memcpy"]
     return (label, what, f"{size:,}", f"{1e3 * time['median']:.2f}",
             f"{1e3 * time['low']:.2f} .. {1e3 * time['high']:.2f}",
@@ -125,11 +125,11 @@ def row(label, what, size, figures):
 
 
 def run(n, rounds, backend=None, only="", plot=None) -> dict:
-    """{"backends": {name: {"elements", "rounds", "small", "cases": {label: {what: {...}}}}}}.
+    """Time every backend that is present, or the one named, the fastest first.
 
-    Every backend that is present, or the one named, the fastest first; `plot` is a file for a
-    picture, which needs matplotlib. Raises SpecError for a backend that is not here, and where
-    there is nothing to measure.
+    Returns {"backends": {name: {"elements", "rounds", "small", "cases": {label: {what: {...}}}}}}.
+    `plot` is a file for a picture, which needs matplotlib. Raises SpecError if the backend is not
+    present or there is nothing to measure.
     """
     names = dict.fromkeys(spec for spec, _ in CASES)
     if not any(only in spec for spec in names):
@@ -160,7 +160,7 @@ def _threads():
 
 
 def draw(backends, path):
-    """A picture of the ratios to memcpy, encode and decode; says so where matplotlib is missing."""
+    """Draw the ratios to memcpy of encode and decode; prints a line if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:

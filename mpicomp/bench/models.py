@@ -1,4 +1,4 @@
-"""The networks that `mpicomp bench step` trains, on random inputs: only time counts there."""
+"""The networks that `mpicomp bench step` trains, with random inputs, since only time counts."""
 
 import torch
 from torch import nn

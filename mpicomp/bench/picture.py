@@ -1,4 +1,4 @@
-"""The picture of `mpicomp bench step`: where the time of a step goes, one bar a contender."""
+"""The picture of `mpicomp bench step`: the stages of a step, one bar per contender."""
 
 from pathlib import Path
 
@@ -7,8 +7,10 @@ COLOURS = {"forward": "#bbbbbb", "backward": "#888888", "encode": "#E69F00", "po
 
 
 def draw(result, path) -> str:
-    """Write a PNG, SVG or PDF file of what `step.run` returned; says what was done, or what to type
-    where matplotlib is missing."""
+    """Write a PNG, SVG or PDF file of what `step.run` returned.
+
+    Returns a line for the user: what was written, or what to type if matplotlib is missing.
+    """
     try:
         import matplotlib
     except ImportError:

@@ -1,4 +1,4 @@
-"""`mpicomp plan`: what each method would take here, for how many ranks, and what to use."""
+"""`mpicomp plan`: predicts each method's time per step here, and recommends one."""
 
 from mpicomp import catalogue, mpi
 from mpicomp.advice import advise, predict
@@ -14,7 +14,7 @@ def run(gradient, hidden, candidates, ranks) -> dict:
     n, file = (None, gradient) if isinstance(gradient, str) else (gradient, None)
     advice = advise(comm, n, candidates, hidden, gradient=file)
     n = advice.elements
-    alone = comm.size == 1  # no link: nothing can be told of other numbers of ranks
+    alone = comm.size == 1  # no link, so no prediction for other numbers of ranks
     counts = [] if alone else sorted({*ranks, comm.size} - {1})
     rows = []
     for p in advice.predictions:

@@ -1,10 +1,9 @@
-"""What a method owes after many steps: the state in which training keeps a codec.
+"""Residuals as many steps of training leave them, for timing codecs in their usual state.
 
-A residual of zeros flatters some methods and wrongs others: AdaComp sends nine times more in its
-first step than after fifty, Strom's method sends one element in a thousand of what has long been
-near its threshold. So a few columns are trained for STEPS steps on normal gradients, and what they
-owe is laid out again and again over the whole residual. Without compiled kernels it takes SLOW
-steps only.
+A residual of zeros makes some methods look too good and others too bad: AdaComp sends nine times
+more in its first step than after fifty, and Strom's method sends one element in a thousand of those
+near its threshold. So a few columns take STEPS steps on normal gradients, and their residual is
+repeated over the whole array. Without compiled kernels they take SLOW steps only.
 """
 
 import numpy as np
@@ -19,7 +18,7 @@ POOL = 2**22               # normal numbers, of which each step takes PART from 
 
 
 def settle(compressor, layout, state, rng):
-    """Fills the residuals in `state`, of a layout of one layer, as STEPS steps leave them.
+    """Fill the residuals in `state`, of a layout of one layer, as STEPS steps leave them.
 
     Gradients are independent and normal with variance 1. Methods without a residual stay as they
     are.
@@ -39,7 +38,7 @@ def settle(compressor, layout, state, rng):
 
 
 def train(compressor, layout, rng):
-    """What `compressor` owes for each element of `layout` after STEPS steps, as flat arrays."""
+    """The residuals of `compressor` on `layout` after STEPS steps, as flat arrays."""
     pool = rng.standard_normal(layout.size + POOL, np.float32)
     grad = pool[:layout.size].copy()
     state = compressor.init(layout, grad)

@@ -1,13 +1,13 @@
 """`mpicomp bench step`: seconds per training step, against DistributedDataParallel on gloo.
 
-Contenders, in turn: the step with no communication at all (the floor); DDP on gloo without a hook,
-with the fp16 hook, with PowerSGD; and mpicomp's methods, split into stages. All train the same
-network on the same batches with SGD and momentum.
+Contenders, in turn: the step without communication (the floor); DDP on gloo without a hook, with
+the fp16 hook, with PowerSGD; and mpicomp's methods, split into stages. All train the same network
+on the same batches with SGD and momentum.
 
-Stages of a step, which add up to it: forward, backward (less what follows inside of it), encode,
-post (MPI calls and polling), wait (for what backward did not hide), decode, optimizer. DDP hides
-its communication in backward. wire is beside them: the seconds in which a call was under way. With
-a progress thread encode runs beside backward, and the sum exceeds the step.
+The stages add up to the step: forward, backward (without the stages that run inside it), encode,
+post (MPI calls and polling), wait (for what backward did not hide), decode, optimizer. DDP's
+communication is part of its backward. `wire` is reported separately: the seconds during which a
+call was open. With a progress thread encode runs beside backward, and the sum exceeds the step.
 """
 
 import gc
@@ -41,7 +41,7 @@ class Contender:
 
     @property
     def stages(self):
-        """{stage: median over rounds of the mean seconds a step}, on this rank."""
+        """{stage: seconds per step, the median over rounds}, on this rank."""
         names = self.rounds[0] if self.rounds else ()
         return {name: summary([r[name] for r in self.rounds])["median"] for name in names}
 
@@ -56,7 +56,7 @@ class Contender:
         times, split = [], Counter()
 
         def booked():
-            """The Reducer's clocks."""
+            """The seconds that the Reducer has booked, by stage."""
             return Counter({s: reducer.stats.seconds[s] for s in INNER} |
                            {"wire": pipeline.under_way} if reducer else {})
 
@@ -85,9 +85,9 @@ class Contender:
 
 
 def distribute(name, model, optimizer, progress="auto"):
-    """(what forward calls, optimizer, Reducer or None): `model` made parallel as `name` says.
+    """Make `model` parallel; returns (the model to call, optimizer, Reducer or None).
 
-    name: FLOOR (not parallel at all), one of PEERS, else a method of this package.
+    name: FLOOR (not parallel), one of PEERS, or a method of this package.
     """
     if name == FLOOR:
         return model, optimizer, None
@@ -110,7 +110,7 @@ def distribute(name, model, optimizer, progress="auto"):
 
 
 def _split(split, marks, threaded):
-    """Add the parts of one step, of which `marks` has clock and booked seconds at the borders."""
+    """Add one step's seconds by stage; `marks` has clock and booked seconds between stages."""
     for name, (start, before), (end, after) in zip(("forward", "backward", "optimizer"), marks,
                                                    marks[1:]):
         inside = 0.0
@@ -123,7 +123,7 @@ def _split(split, marks, threaded):
 
 
 def join_gloo(comm):
-    """Make torch's process group of these ranks; rank 0's address unless MASTER_ADDR says other."""
+    """Make torch's process group of these ranks, at MASTER_ADDR or else rank 0's address."""
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     with socket.socket() as free:
         free.bind(("", 0))
@@ -133,10 +133,10 @@ def join_gloo(comm):
 
 
 def run(model, methods, rounds, steps, peers=True, progress=("auto",)) -> dict:
-    """{"contenders": {name: {...}}}; prints a table on rank 0.
+    """Print a table on rank 0; returns {"contenders": {name: {...}}}.
 
-    Each method runs with each way of `progress` (Reducer's option), which a name tells where there
-    are several.
+    Each method runs with each value in `progress` (the Reducer's option); if there are several, the
+    names show it.
     """
     comm = mpi.communicator()
     if peers:

@@ -1,4 +1,4 @@
-"""Contenders in turn: medians, quartiles, ratios by round, and a warning about a noisy machine."""
+"""Times contenders in turn: medians, quartiles, ratios by round, and a warning if it is noisy."""
 
 import json
 import os
@@ -10,11 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter, sleep
 
-NOISY = 0.25  # quartile distance over median from which figures are not to be trusted
+NOISY = 0.25  # quartile distance over median; from here on figures are not reliable
 
 
 def quiet_barrier(comm):
-    """A barrier that does not spin: ranks may share cores with those who still work."""
+    """A barrier that sleeps instead of spinning, since other ranks may need the core."""
     request = comm.Ibarrier()
     while not request.Test():
         sleep(1e-4)
@@ -23,9 +23,8 @@ def quiet_barrier(comm):
 def in_turn(contenders, rounds, comm=None):
     """Seconds of each contender in each round: {name: [seconds, ...]}.
 
-    `contenders` maps names to functions that do the work once and return nothing, or return the
-    seconds that count. With a communicator all ranks start together and the slowest rank's
-    time is taken.
+    `contenders` maps names to functions that do the work once and return None, or the seconds to
+    count. With a communicator all ranks start together, and the slowest rank's time counts.
     """
     seconds = {name: [] for name in contenders}
     for _ in range(rounds):
@@ -42,7 +41,7 @@ def in_turn(contenders, rounds, comm=None):
 
 
 def summary(values):
-    """{"median", "low", "high", "spread"}: the quartiles, and their distance over the median."""
+    """{"median", "low", "high", "spread"}; spread is the quartile distance over the median."""
     low, middle, high = (statistics.quantiles(values, n=4, method="inclusive")
                          if len(values) > 1 else values * 3)
     return {"median": middle, "low": low, "high": high,
@@ -55,7 +54,7 @@ def ratios(over, under):
 
 
 def noise_warning(seconds):
-    """A sentence if any contender's rounds differ too much, or None."""
+    """A warning if any contender's spread exceeds NOISY, or None."""
     worst = max(seconds, key=lambda name: summary(seconds[name])["spread"])
     spread = summary(seconds[worst])["spread"]
     if spread > NOISY:
@@ -64,7 +63,7 @@ def noise_warning(seconds):
 
 
 def surroundings():
-    """What a result file must say about where it was measured."""
+    """The facts about this machine that belong into a result file."""
     def installed(name):
         try:
             return version(name)

@@ -1,13 +1,13 @@
-"""Checkpoints of all ranks in one folder, which appears by a rename when all of it is on disk.
+"""Checkpoints: one folder for all ranks, renamed into place once all of it is on disk.
 
-    FOLDER/step-N/shared.pt        what the ranks have in common: model, optimizer
-                  rank-R.pt        what only rank R knows: what it still owes
+    FOLDER/step-N/shared.pt        what all ranks have in common: model, optimizer
+                  rank-R.pt        rank R's own: its residuals
                   manifest.json    step, ranks, sha256 of each file, and what the caller adds
     FOLDER/lock.json               which job saves here (folder_lock.py)
 
-A folder is written aside and renamed last, so the newest one is whole whatever happens while the
-next is written. With ranks on several hosts it must lie on a file system that all of them share.
-docs/checkpoints.md shows a training loop with all of this.
+A checkpoint is written under another name and renamed last, so the newest one is always complete.
+With ranks on several hosts, FOLDER must be on a file system that all of them share.
+docs/checkpoints.md shows a training loop.
 """
 
 import errno
@@ -31,18 +31,18 @@ from mpicomp.errors import CheckpointError
 __all__ = ["RESUME", "Signals", "each_rank", "folders", "load", "newest", "objection",
            "repartition", "save", "write"]
 
-SLOWEST = 1e6  # bytes a second: time is given to write at this speed before it is a StallError
-_said = []  # not empty: this process has said that folders cannot be flushed
+SLOWEST = 1e6  # bytes per second; slower writing is a StallError
+_said = []  # not empty: this process has printed that folders cannot be flushed
 
 
 def save(folder, comm, step, shared, mine, about=None, keep=2, stall_timeout=None):
-    """All ranks together: `shared` of rank 0 and `mine` of each rank, to folder/step-N.
+    """Write rank 0's `shared` and each rank's `mine` to folder/step-N. Collective.
 
     Both are dictionaries of tensors, numbers and plain containers, as state_dict() gives them;
     `about`, for JSON, goes into the manifest. The newest `keep` checkpoints stay: this one and
-    those of the steps before it; those of later steps are of an older history and go first. Raises
-    CheckpointError on all ranks if any could not write, or if another job saves into this folder;
-    the checkpoints before are then as before. StallError where a rank does not come within
+    those of the steps before it. Those of later steps, left by an earlier run, are deleted first.
+    Raises CheckpointError on all ranks if any could not write, or if another job saves into this
+    folder; earlier checkpoints are then unchanged. StallError if a rank does not come within
     `stall_timeout` seconds, by default those of MPICOMP_STALL_TIMEOUT, or 600; while files are
     written, a second more for each megabyte of the largest part.
     """
@@ -69,14 +69,14 @@ def save(folder, comm, step, shared, mine, about=None, keep=2, stall_timeout=Non
         _together(comm, lambda: _publish(folder, aside, final, manifest, keep)
                   if comm.rank == 0 else None, timeout)
     except CheckpointError:
-        _together(comm, lambda: folder_lock.held(folder), timeout)  # says so where another job came
-        if comm.rank == 0:      # no rank writes any more; on a full disk the next save needs this
+        _together(comm, lambda: folder_lock.held(folder), timeout)  # raises if another job came
+        if comm.rank == 0:      # no rank writes any more; on a full disk the next save needs space
             shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
 def _checked(step, about, keep, ranks):
-    """(step as an int, the manifest but for its files), or an error before anything is written."""
+    """(step as an int, the manifest without files); CheckpointError for unusable arguments."""
     step = operator.index(step)
     if step < 0 or operator.index(keep) < 1:
         raise CheckpointError(f"step={step}, keep={keep}: expected a step of 0 or more, and at "
@@ -89,9 +89,9 @@ def _checked(step, about, keep, ranks):
 
 
 def _clear(folder, aside, ours):
-    """Rank 0: what a run that was killed had not finished goes, then there is room for this one.
+    """Rank 0: lock the folder, delete what a killed run left unfinished, and make `aside`.
 
-    `ours`: a rank holds the folder already.
+    `ours`: a rank holds the lock already.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not ours:
@@ -103,7 +103,7 @@ def _clear(folder, aside, ours):
 
 
 def _publish(folder, aside, final, manifest, keep):
-    """Rank 0: the manifest, then the rename that makes it a checkpoint, then older ones go."""
+    """Rank 0: write the manifest, rename the checkpoint into place, then delete older ones."""
     write(aside / "manifest.json", json.dumps(manifest, indent=1).encode())
     _sync(aside)
     if final.exists():      # the same step again: the old one stays until the new one is in place
@@ -121,8 +121,8 @@ def _publish(folder, aside, final, manifest, keep):
 
 
 def _drop(path):
-    """Delete a checkpoint that is not needed any more; where that fails, the next save tries."""
-    aside = path.with_name(f"step-{_step(path)}.part")  # at once, or its half would look damaged
+    """Delete a checkpoint that is not needed any more; if that fails, the next save tries again."""
+    aside = path.with_name(f"step-{_step(path)}.part")  # half deleted it would look damaged
     try:
         path.rename(aside)
         shutil.rmtree(aside)
@@ -138,7 +138,7 @@ def _together(comm, work, timeout):
         mine = work(), None
     except CheckpointError as error:
         mine, cause = (None, str(error)), error
-    except Exception as error:      # whatever it is, the others wait to hear of it
+    except Exception as error:      # of any kind, since the others wait for the result
         mine, cause = (None, f"{type(error).__name__}: {error}"), error
     everyone = mpi.allgather(comm, mine, "saving a checkpoint (all ranks must call "
                              "checkpoint.save, not rank 0 alone)", timeout)
@@ -150,10 +150,10 @@ def _together(comm, work, timeout):
 
 
 def newest(folder):
-    """(path, manifest) of the newest checkpoint whose files are as its manifest says, or None.
+    """(path, manifest) of the newest checkpoint whose files match its manifest, or None.
 
-    None also where there are `folders` and all are damaged. CheckpointError where a file is there
-    and cannot be read, for it may be whole.
+    None, too, if there are `folders` and all are damaged. CheckpointError if a file exists and
+    cannot be read, since it may be undamaged.
     """
     for path in folders(folder):
         try:
@@ -171,7 +171,7 @@ def newest(folder):
 
 
 def _manifest(path):
-    """The manifest of a checkpoint; ValueError if it is none that `save` wrote."""
+    """The manifest of a checkpoint; ValueError if `save` did not write it."""
     manifest = json.loads((Path(path) / "manifest.json").read_bytes())
     files, ranks, step = (manifest.get(key) if isinstance(manifest, dict) else None
                           for key in ("files", "ranks", "step"))
@@ -188,9 +188,10 @@ def _sha256(path):
 
 
 def objection(manifest, config):
-    """Why a run with this configuration cannot go on from that checkpoint, or None.
+    """Why a run with this configuration cannot resume from a checkpoint, or None if it can.
 
-    `config` is compared as JSON gives it back: with lists for tuples, and names for numbers.
+    `config` is compared after a round trip through JSON, which makes lists of tuples and strings
+    of keys.
     """
     there, here = manifest.get("config"), json.loads(json.dumps(config))
     if not isinstance(there, dict):
@@ -205,8 +206,8 @@ def objection(manifest, config):
 def load(path, rank, ranks=None):
     """(shared, mine) as they were given to save. Nothing in the files is executed.
 
-    With `ranks`, how many there are now, CheckpointError if it was written by another number: what
-    the others owe would be dropped, or be owed twice. `each_rank` and `repartition` divide it.
+    `ranks` is the number of ranks now: CheckpointError if another number wrote the checkpoint,
+    since residuals would be lost or counted twice. `each_rank` and `repartition` divide them.
     """
     before = _read_manifest(path)["ranks"]
     if not 0 <= rank < before or ranks not in (None, before):
@@ -218,7 +219,7 @@ def load(path, rank, ranks=None):
 
 
 def each_rank(path):
-    """What every rank gave as `mine`, in the order of the ranks: for another number of them."""
+    """What every rank gave as `mine`, in rank order: for resuming on another number of ranks."""
     return [_read(path, f"rank-{rank}.pt") for rank in range(_read_manifest(path)["ranks"])]
 
 
@@ -234,7 +235,7 @@ def _read(path, name):
 
 
 def write(path, content):
-    """Bytes to a file, on disk when it returns; gives back their sha256."""
+    """Write bytes to a file and flush it to disk; returns their sha256."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
@@ -243,7 +244,7 @@ def write(path, content):
 
 
 def _content(name, state):
-    """The bytes of a file."""
+    """The bytes of `state` as a file; CheckpointError if `load` would refuse them."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     _readable(buffer, name)
@@ -251,8 +252,8 @@ def _content(name, state):
 
 
 def _readable(buffer, name):
-    """CheckpointError if `load` would refuse it: now its owner can still be asked for another."""
-    for device in "meta", "cpu":    # meta: no tensor is copied, which is all but free
+    """CheckpointError if `load` would refuse these bytes: now, while the caller can mend them."""
+    for device in "meta", "cpu":    # meta copies no tensor, so it costs next to nothing
         try:
             buffer.seek(0)
             torch.load(buffer, map_location=device, weights_only=True)
@@ -266,7 +267,7 @@ def _readable(buffer, name):
 
 
 def _sync(folder):
-    """A new name in a folder is on disk only when the folder is, if its file system can say so."""
+    """Flush a folder to disk, and with it new names; print once if its file system cannot."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -282,9 +283,10 @@ def _sync(folder):
 
 
 def folders(folder):
-    """The folders of checkpoints in `folder`, whole or not, that of the highest step first.
+    """The folders of checkpoints in `folder`, damaged or not, highest step first.
 
-    One that a new one of the same step was to replace counts where the new one is missing.
+    An old checkpoint that was being replaced by one of the same step counts if the new one is
+    missing.
     """
     folder = Path(folder)
     try:

@@ -43,7 +43,7 @@ def held(folder) -> bool:
 
 
 def take(folder) -> None:
-    """Lock the folder until this process ends. CheckpointError says who holds it if not we."""
+    """Lock the folder until this process ends; CheckpointError names any other holder."""
     if held(folder):
         return
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()),
@@ -116,7 +116,7 @@ def _who(there):
 
 
 def _read(folder):
-    """What the file says; {} where it says nothing, None where there is none."""
+    """The contents of the lock file; {} if it has none that can be used, None without a file."""
     try:
         there = json.loads((Path(folder) / NAME).read_bytes())
         return there if isinstance(there, dict) and isinstance(there.get("pid"), int) else {}
@@ -136,7 +136,7 @@ def _give_back(key):
     try:
         if (_read(key) or {}).get("token") == token:
             (Path(key) / NAME).unlink()
-    except OSError:  # it stays, and says who saved there last
+    except OSError:  # the file stays, and names who saved there last
         pass
     os.close(handle)
 

@@ -1,4 +1,4 @@
-"""What P ranks owe, divided among another number of ranks, with nothing lost and nothing added."""
+"""Divides the residuals of P ranks among another number of ranks; their sum stays the same."""
 
 import numpy as np
 import torch
@@ -9,22 +9,22 @@ from mpicomp.layout import Layout
 
 
 def repartition(states, ranks, *, keep="sum", holders=None) -> list[dict]:
-    """The states of `ranks` Reducers that go on from those of len(states) others.
+    """The states for `ranks` Reducers that go on from those of len(states) others.
 
-    states   Reducer.state_dict() of every rank that there was, in the order of the ranks
-    keep     "sum": the sum over ranks of "error" and "error2" stays, element by element. "mean":
-             the sum divided by the number of ranks does, which is what a Reducer with average=True
-             will still add to the parameters; the sum then changes by ranks / len(states)
+    states   Reducer.state_dict() of every former rank, in rank order
+    keep     "sum" keeps the sum over ranks of "error" and of "error2", element by element. "mean"
+             keeps that sum divided by the number of ranks, which is what a Reducer with
+             average=True will still add to the parameters; the sum changes by ranks / len(states)
     holders  the ranks that have residuals: all, or with exchange=hierarchical the first of each
-             node, whose state_dict() tells
+             node, as its state_dict() shows
 
-    First-stage residuals are shared out evenly. Each share is rounded to float32, and each knows
-    what the ones before it lost, so that a sum is off by less than one unit in the last place of
-    the largest residual involved. Second-stage residuals go, unrounded where keep="sum", to the
-    rank that owns the element (exchange/shards.py). AdaGrad's history goes to all: each loads the
-    part that it owns. Pure: the states are left as they are. The same P is no special case, so
-    load the states themselves then: only that continues to the bit. MismatchError if the states
-    are of different steps or parameters.
+    First-stage residuals are shared out evenly. Each share is rounded to float32 and makes up for
+    the rounding of those before it, so a sum is off by less than one unit in the last place of the
+    largest residual involved. Second-stage residuals go, with keep="sum" unrounded, to the rank
+    that owns the element (exchange/shards.py). AdaGrad's sums of squares go to all ranks, each of
+    which loads the part that it owns. The given states do not change. If the number of ranks is
+    the same, load the states themselves: only that continues to the bit. MismatchError if the
+    states are of different steps or parameters.
     """
     if keep not in ("sum", "mean"):
         raise ValueError(f"keep={keep!r}: expected 'sum' or 'mean'")
@@ -44,7 +44,7 @@ def repartition(states, ranks, *, keep="sum", holders=None) -> list[dict]:
         if kind == "error":
             shares = _even(total * factor, len(holders))
         elif kind == "error2":
-            # behind AdaGrad it is a piece of a step, which does not grow with the number of ranks
+            # after AdaGrad it is part of a step, which does not grow with the number of ranks
             second = (total * (1.0 if stepped else factor)).float()
             shares = [torch.where(owners[name] == rank, second, 0.0) for rank in holders]
         else:
@@ -55,7 +55,7 @@ def repartition(states, ranks, *, keep="sum", holders=None) -> list[dict]:
 
 
 def _common(states):
-    """(step, {key: shape}) of all states. A rank that is no leader of its node has no residuals."""
+    """(step, {key: shape}) of all states; only leaders of nodes have residuals in some."""
     if any("shard" in state for state in states):
         raise MismatchError(f"exchange=server keeps the optimizer's state of a shard with its "
                             f"owner, which cannot be divided: go on with {len(states)} ranks")
@@ -76,7 +76,7 @@ def _common(states):
 
 
 def _even(total, count):
-    """`total` (float64) as so many float32 shares, equal but for rounding."""
+    """`total` (float64) as `count` float32 shares, equal but for rounding."""
     shares = []
     for left in range(count, 0, -1):
         shares.append((total / left).float())
@@ -87,8 +87,8 @@ def _even(total, count):
 def _owners(shapes, ranks):
     """{name: int tensor, the owner of each element} of parameters with second-stage residuals.
 
-    A state lists bucket after bucket, and in each all of "error" before all of "error2": that
-    tells where a bucket ends, and with it how `cut` divides it.
+    A state lists its keys bucket by bucket, in each all of "error" before all of "error2": this
+    shows where a bucket ends, and so how `cut` divides it.
     """
     owners, bucket, before = {}, {}, None
     for key in [*shapes, None]:

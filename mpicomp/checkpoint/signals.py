@@ -1,4 +1,4 @@
-"""A signal to one rank becomes a decision of all ranks, in the same step."""
+"""Makes a signal to one rank a decision of all ranks, in the same step."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ SAME = 5.0  # seconds; Slurm ends a job with two SIGTERM: one to its steps, one 
 
 
 class Signals:
-    """SIGTERM and SIGUSR1 ask a training to save and end: all ranks do so after the same step.
+    """Tells all ranks, after the same step, that one of them was sent SIGTERM or SIGUSR1.
 
         signals = mpicomp.checkpoint.Signals(comm)
         for step in ...:
@@ -23,17 +23,16 @@ class Signals:
                 ...                                # checkpoint.save, leave the loop
         MPI.Finalize(); sys.exit(mpicomp.checkpoint.RESUME)
 
-    `post` starts a MAX over ranks of 8 bytes that travels while the step is computed, so that
-    `agreed` finds it done. Signals that come after `post` count in the next step. From then on
-    every `agreed` gives the signal: it is meant to be acted on once, by ending. A second signal of
-    the same kind, after 5 seconds or more, does what it did before: it ends the process. So does
-    the first in a process that was forked from this one, such as a loader of data. Uses a duplicate
-    of `comm`.
+    `post` starts a MAX allreduce of 8 bytes that runs while the step is computed, so that `agreed`
+    need not wait. Signals that come after `post` count in the next step. Once there was a signal,
+    every later `agreed` returns it, since it is meant to end the loop. A second signal of the same
+    kind, 5 seconds or more after the first, has the effect that it had before: it ends the process.
+    So does the first one in a forked process, such as a data loader. Uses a duplicate of `comm`.
     """
 
     def __init__(self, comm, signals=(signal.SIGTERM, signal.SIGUSR1)):
         self.comm = mpi.communicator(comm, what="starting Signals")
-        # None: a handler of C's, which Python cannot put back
+        # None: a handler installed from C, which Python cannot restore
         self._before = {number: signal.signal(number, self._heard) or signal.SIG_DFL
                         for number in signals}
         self._process = os.getpid()
@@ -41,7 +40,7 @@ class Signals:
         self._seen, self._request, self._since = 0, None, {}
 
     def _heard(self, number, frame):
-        if os.getpid() != self._process:    # a child of ours, whose parent wants it to end
+        if os.getpid() != self._process:    # a forked child, which its parent wants to end
             return self._as_before(number)
         self._seen = number
         if time.monotonic() - self._since.setdefault(number, time.monotonic()) >= SAME:
@@ -52,14 +51,14 @@ class Signals:
         signal.raise_signal(number)
 
     def post(self):
-        """Tell the others what this rank has heard so far. Collective."""
+        """Start telling the other ranks which signal this rank has received. Collective."""
         from mpi4py import MPI
 
         self._mine[0] = self._seen
         self._request = self.comm.Iallreduce(self._mine, self._all, MPI.MAX)
 
     def agreed(self) -> int:
-        """The signal that any rank had heard when it posted, the same on all ranks, or 0."""
+        """The signal that any rank had received when it posted, the same on all ranks, or 0."""
         if self._request is None:
             raise RuntimeError("agreed() without post(): call signals.post() before it in every "
                                "step, on all ranks")
@@ -67,12 +66,12 @@ class Signals:
         return int(self._all[0])
 
     def move(self, comm):
-        """Go on over another communicator, whose duplicate it returns; what was heard counts."""
+        """Go on over a duplicate of another communicator, which is returned; keeps the signal."""
         self.comm, self._request = mpi.communicator(comm, what="moving Signals"), None
         return self.comm
 
     def close(self):
-        """Signals do again what they did before."""
+        """Restore the handlers that the signals had before."""
         for number, before in self._before.items():
             signal.signal(number, before)
         if self._request is None or self._request.Test():

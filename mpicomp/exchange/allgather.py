@@ -21,7 +21,8 @@ class Allgather(Exchange):
         if mail.compressor.fixed:
             if not ring.passes_on(self.wire, mail.outbox.size):
                 self.wire.fits(mail.outbox.size)
-            mail.inbox = staging.rooms(mail.grad)(mail.outbox.size * self.wire.size, np.uint8)
+            zeros = staging.buffers_for(mail.grad)
+            mail.inbox = zeros(mail.outbox.size * self.wire.size, np.uint8)
         else:
             mail.gather = Gather(self.wire, mail.outbox.size, mail.grad)
 

@@ -27,7 +27,7 @@ class Allreduce(Exchange):
                     f"has {self.wire.size}: use wider codes (packing=) or exchange=allgather")
 
     def prepare(self, mail):
-        zeros = staging.rooms(mail.grad, reduced=True)
+        zeros = staging.buffers_for(mail.grad, reduced=True)
         alias = mail.compressor.alias(mail.grad)
         mail.alias = None if alias is None else staging.mirror(alias)
         mail.outbox = zeros(mail.outbox.size if alias is None else packet.SIZE, np.uint8)

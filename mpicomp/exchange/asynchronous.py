@@ -9,7 +9,7 @@ from mpicomp.errors import MismatchError, PacketError, StallError
 from mpicomp.exchange.base import Exchange
 from mpicomp.mpi import ranks_text
 from mpicomp.transport import packet
-from mpicomp.transport.messages import Post
+from mpicomp.transport.messages import Mailbox
 from mpicomp.transport.packet import Header
 
 
@@ -41,7 +41,7 @@ class Asynchronous(Exchange):
 
     def __init__(self, wire):
         super().__init__(wire)
-        self.post = Post(wire, np.zeros)
+        self.post = Mailbox(wire, np.zeros)
         self.lock = threading.RLock()
         self.settled, self.plan = True, None
         self._base, self._next, self._last = 0, {}, {}
@@ -128,7 +128,7 @@ class Asynchronous(Exchange):
     def _mark(self, step):
         """Tell all others that nothing more comes from this rank."""
         with self.lock:
-            marker = self.post.parcel(packet.SIZE)
+            marker = self.post.new_message(packet.SIZE)
             Header(step, 0, self.plan, 0, packet.LAST).write(marker.data)
             for rank in self.post.others:
                 self.post.send(marker, rank, 0)

@@ -26,7 +26,7 @@ class Mail:
         self.compressor, self.layout, self.index = compressor, layout, index
         self.grad, self.plan, self.seed = grad, plan, seed
         self.state = compressor.init(layout, grad)
-        zeros = staging.rooms(grad)
+        zeros = staging.buffers_for(grad)
         self.outbox = zeros(packet.SIZE + compressor.capacity(layout), np.uint8)
         self.shared = compressor.measure(grad, layout, self.state)
         self.asked, self.agreed = to_agree(grad, self.shared)
@@ -103,7 +103,8 @@ def to_agree(grad, shared):
     """MPI's buffers of what ranks agree on: this rank's `shared`, and the maximum over ranks."""
     if shared is None:
         return None, None
-    return staging.mirror(shared), staging.rooms(grad, reduced=True)(shared.size, shared.dtype)
+    zeros = staging.buffers_for(grad, reduced=True)
+    return staging.mirror(shared), zeros(shared.size, shared.dtype)
 
 
 class Exchange(ABC):

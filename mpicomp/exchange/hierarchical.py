@@ -12,7 +12,7 @@ from mpicomp.errors import MismatchError
 from mpicomp.exchange.allgather import Allgather
 from mpicomp.exchange.base import Exchange, Mail
 from mpicomp.transport import packet, ring
-from mpicomp.transport.calls import Wire
+from mpicomp.transport.calls import Calls
 from mpicomp.transport.packet import Header
 
 node_of = mpi.node  # the ranks that share memory with this one, as a communicator
@@ -26,10 +26,10 @@ class Hierarchical(Exchange):
     def __init__(self, wire):
         super().__init__(wire)
         node = node_of(wire.comm)
-        self.node = Wire(node, wire.meter, within=True)
+        self.node = Calls(node, wire.meter, within=True)
         self.node.open(4)
         leaders = mpi.split(wire.comm, "leaders", 0 if node.rank == 0 else 1)
-        self.inner = Allgather(Wire(leaders, wire.meter)) if node.rank == 0 else None
+        self.inner = Allgather(Calls(leaders, wire.meter)) if node.rank == 0 else None
         self.nodes = mpi.bcast(node, leaders.size, "counting nodes")
 
     def open(self, compressor, layout, index, grad, plan, seed):

@@ -31,7 +31,7 @@ class Peers(Asynchronous):
         with self.wire.meter.stage("encode"):
             used = mail.say(step, flags)
         with self.lock:
-            parcel = self.post.parcel(packet.SIZE + used)
+            parcel = self.post.new_message(packet.SIZE + used)
             parcel.data[:] = mail.outbox[:parcel.size]
             for rank in self.post.others:
                 self.post.send(parcel, rank, mail.index)

@@ -136,7 +136,7 @@ class Server(Asynchronous):
                        lambda: [r for r in self.post.others if self.awaited(r, PULL) <= step])]
 
     def _send(self, rank, tag, step, payload, flags=0):
-        parcel = self.post.parcel(packet.SIZE + len(payload))
+        parcel = self.post.new_message(packet.SIZE + len(payload))
         Header(step, 0, self.plan, len(payload), flags).write(parcel.data)
         parcel.data[packet.SIZE:] = payload
         self.post.send(parcel, rank, tag)

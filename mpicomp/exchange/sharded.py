@@ -140,7 +140,7 @@ class _Bucket:
 
     def _take_buffers(self, size):
         """One outbox for all first packets, and room for what comes back."""
-        zeros = staging.rooms(self.grad)
+        zeros = staging.buffers_for(self.grad)
         self.out_starts = [0]
         for m in self.first:
             end = self.out_starts[-1] + m.outbox.size

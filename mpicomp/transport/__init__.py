@@ -1,1 +1,1 @@
-"""How bytes travel: packets, MPI calls, messages, and who moves them on."""
+"""How bytes travel: packets, MPI calls and messages, buffers on devices, and progress."""

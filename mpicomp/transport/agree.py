@@ -1,4 +1,4 @@
-"""Do all ranks mean the same thing? If not, the same error everywhere, naming who and what."""
+"""Compare the ranks' configurations; if they differ, raise the same error on every rank."""
 
 from hashlib import blake2b
 
@@ -9,7 +9,7 @@ from mpicomp.errors import MismatchError, SpecError
 
 
 def digest(text: str) -> int:
-    """64 bits of a text."""
+    """A 64-bit hash of a text."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
@@ -18,10 +18,10 @@ def agree(comm, facts: dict, hint="every rank must be started with the same argu
     """Compare `facts` (name -> value or list of lines) over all ranks; returns their digest.
 
     Raises MismatchError on every rank, naming the first rank and fact that differ from rank 0's.
-    A rank that found a problem of its own puts it under "problem", so that nobody waits for it; a
-    problem that all share is a SpecError. StallError after `timeout` seconds (None:
-    the communicator's limit) without the others.
-    Collective; 16 bytes a rank where all is well.
+    A rank that has found an error of its own passes it as the fact "problem", so that the others do
+    not wait for it; if all ranks have the same problem it is a SpecError. Raises StallError if the
+    others do not come within `timeout` seconds (None: the communicator's limit).
+    Collective; 16 bytes per rank if all agree.
     """
     mine = digest("\n".join(f"{name}: {value}" for name, value in facts.items()))
     timeout = mpi.limit(comm) if timeout is None else timeout
@@ -41,13 +41,14 @@ def agree(comm, facts: dict, hint="every rank must be started with the same argu
         difference = first_difference(everyone[0], theirs)
         if difference:
             raise MismatchError(f"rank {rank} and rank 0 differ in {difference}; {hint}")
-    raise MismatchError("the ranks disagree")  # two texts with one digest: not in this universe
+    raise MismatchError(f"rank {comm.rank}: all facts agree, but the ranks' digests of them differ "
+                        f"(here {mine:016x}): please report this")  # unreachable but for a bug
 
 
 def first_difference(zero: dict, other: dict) -> str | None:
-    """The first fact in which `other` differs from rank 0's, in words.
+    """Describe the first fact in which `other` differs from rank 0's; None if none does.
 
-    Ranks with other versions of this package may have other facts, and facts of other kinds.
+    Ranks with another version of this package may have other facts, or facts of other types.
     """
     for name in [*zero, *(name for name in other if name not in zero)]:
         expected, found = zero.get(name, "nothing"), other.get(name, "nothing")
@@ -64,5 +65,5 @@ def first_difference(zero: dict, other: dict) -> str | None:
 
 
 def _in_words(value):
-    """A list where the other rank has none is not printed in full."""
+    """The value for an error message: of a list, only its length."""
     return f"a list of {len(value)}" if isinstance(value, (list, tuple)) else value

@@ -1,17 +1,17 @@
-"""Nonblocking MPI calls that are counted, each stage on a communicator of its own."""
+"""Nonblocking MPI calls with byte counting; each stage has a communicator of its own."""
 
 from mpicomp import mpi
 from mpicomp.errors import SpecError
 from mpicomp.transport import staging
 
 
-class Wire:
-    """Posts collectives and books their bytes.
+class Calls:
+    """Posts MPI calls, books their bytes in `meter`, and returns the requests.
 
-    Collectives on one communicator must be posted in the same order on all ranks, but a bucket's
-    second call goes out when its first has arrived, which happens at other times on other ranks.
-    So the k-th call of every bucket has the k-th duplicate of the communicator to itself, and on
-    each of them buckets go in plan order (see pipeline.py).
+    Collectives on one communicator must be posted in the same order on all ranks. But a bucket
+    posts its second call when its first has completed, and that moment differs between ranks. So
+    the k-th call of every bucket uses the k-th duplicate of the communicator (a stage), and on each
+    duplicate buckets post in launch order (see pipeline.py).
     """
 
     def __init__(self, comm, meter, within=False):
@@ -22,17 +22,17 @@ class Wire:
         self._stages = []
 
     def open(self, stages):
-        """Have at least this many stages. Collective: call it when all ranks do."""
+        """Make sure that there are at least this many stages. Collective."""
         while len(self._stages) < stages:
             self._stages.append(mpi.part(self.comm, f"stage {len(self._stages)}"))
 
     @property
     def communicators(self) -> list:
-        """All that are used here, to revoke them where a rank has died."""
+        """All communicators that are used here; Recovery revokes them when a rank has died."""
         return mpi.family(self.comm)
 
     def fits(self, count, what="bytes"):
-        """Raise SpecError where MPI cannot count so many elements in one call."""
+        """Raise SpecError if MPI cannot count `count` elements in one call."""
         if count > self.most:
             raise SpecError(
                 f"a bucket needs an MPI call of {count:,} {what}, this MPI counts to "
@@ -41,28 +41,28 @@ class Wire:
                 "floats, or an MPI with large counts (MPI 4, as MPICH 4 is)")
 
     def book(self, call, sent, received):
-        """Count bytes; `call` is one of MPI's, or says what stands for it."""
+        """Count bytes under the name of an MPI call, or of what replaces that call."""
         self.meter.count(call, sent, received, self.within)
 
     def allgather(self, stage, send, receive):
-        """Every rank's `send` (equal lengths) side by side in `receive`; both uint8."""
+        """Gather every rank's `send` (equal lengths) into `receive`, in rank order; both uint8."""
         self.fits(send.size)
         self.book("Iallgather", send.nbytes, receive.nbytes - send.nbytes)
         return staging.call(self._stages[stage].Iallgather, send, send, receive)
 
     def allgatherv(self, stage, send, receive, lengths):
-        """Every rank's `send`, of the given lengths in bytes, side by side in `receive`."""
+        """Gather every rank's `send`, of `lengths` bytes, into `receive`, in rank order."""
         self.fits(sum(lengths))
         self.book("Iallgatherv", send.nbytes, sum(lengths) - send.nbytes)
         return staging.call(self._stages[stage].Iallgatherv, send, send, [receive, lengths])
 
     def allreduce(self, stage, send, receive, op):
-        """The sum or maximum of every rank's `send` in `receive`."""
+        """Reduce every rank's `send` into `receive` on all ranks; `op` is MPI's."""
         self.book("Iallreduce", send.nbytes, receive.nbytes)
         return staging.call(self._stages[stage].Iallreduce, send, send, receive, op)
 
     def reduce(self, stage, send, receive):
-        """The sum of every rank's `send` in rank 0's `receive` (None elsewhere)."""
+        """Sum every rank's `send` into rank 0's `receive` (None on the others)."""
         from mpi4py import MPI
 
         self.book("Ireduce", send.nbytes if self.rank else 0,
@@ -70,25 +70,28 @@ class Wire:
         return self._stages[stage].Ireduce(send, receive, MPI.SUM, 0)
 
     def bcast(self, stage, buffer):
-        """Rank 0's `buffer` in everybody's."""
+        """Copy rank 0's `buffer` into every rank's `buffer`."""
         self.book("Ibcast", 0 if self.rank else buffer.nbytes,
                          buffer.nbytes if self.rank else 0)
         return self._stages[stage].Ibcast(buffer, 0)
 
     def send(self, stage, array, rank, tag=0, booked=True):
-        """`array` to one rank, which must `receive` it; messages keep their order."""
+        """Send `array` to one rank, which must `receive` it; messages keep their order."""
         if booked:
             self.book("Isend", array.nbytes, 0)
         return staging.call(self._stages[stage].Isend, array, array, rank, tag)
 
     def receive(self, stage, array, rank, tag=0, booked=True):
-        """What one rank sends, into `array`, which must have its size."""
+        """Receive what one rank sends into `array`, which must have the size of the message."""
         if booked:
             self.book("Isend", 0, array.nbytes)
         return staging.call(self._stages[stage].Irecv, None, array, rank, tag)
 
     def alltoallv(self, stage, send, receive):
-        """`send` and `receive` are (uint8 array, lengths, starts), one length and start a rank."""
+        """Send one part of `send` to each rank and receive one part from each rank.
+
+        Both are (uint8 array, lengths, starts), with one length and one start per rank.
+        """
         self.book("Ialltoallv", sum(send[1]), sum(receive[1]))
         return staging.call(self._stages[stage].Ialltoallv, send[0], [send[0], send[1:]],
                             [receive[0], receive[1:]])

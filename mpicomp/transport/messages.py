@@ -1,15 +1,15 @@
-"""Point-to-point messages: sent without waiting, taken in as they arrive, memory used again."""
+"""Point-to-point messages for asynchronous exchanges, in blocks of memory that are reused."""
 
 from collections import defaultdict, deque
 
 from mpicomp import mpi
 
 
-class Parcel:
-    """A message of `size` bytes in a block of memory that goes back when nobody holds it."""
+class Message:
+    """A message of `size` bytes; its block returns to the mailbox with the last `release`."""
 
-    def __init__(self, post, block, size):
-        self._post, self.block, self.size = post, block, size
+    def __init__(self, mailbox, block, size):
+        self._mailbox, self.block, self.size = mailbox, block, size
         self.holders = 1
 
     @property
@@ -18,82 +18,82 @@ class Parcel:
         return self.block[:self.size]
 
     def hold(self):
-        """One holder more."""
+        """Add a holder; returns the message."""
         self.holders += 1
         return self
 
     def release(self):
-        """One holder less; the last one gives the memory back."""
+        """Remove a holder; the last one returns the block."""
         self.holders -= 1
         if not self.holders:
-            self._post.take_back(self.block)
+            self._mailbox.take_back(self.block)
 
 
-class Post:
-    """Sends and receives on a communicator of its own; books bytes; never waits.
+class Mailbox:
+    """Sends and receives messages on a communicator of its own; books bytes; never waits.
 
-    Messages of one sender are handed out in the order in which they were sent, also where a large
-    one is still on its way when a small one behind it is here. Blocks are powers of two, kept for
-    the next message: after the first steps nothing is allocated. Not safe for threads.
+    Messages of one sender are delivered in the order in which they were sent, even if a large one
+    is still arriving when a small one behind it is complete. Block sizes are powers of two, and
+    blocks are kept, so that nothing is allocated after the first steps. Not thread-safe.
     """
 
-    def __init__(self, wire, zeros):
-        self.meter, self.rank, self._fits = wire.meter, wire.rank, wire.fits
-        self.comm = mpi.part(wire.comm, "post")
-        self.others = [r for r in range(wire.size) if r != wire.rank]
+    def __init__(self, calls, zeros):
+        self.meter, self.rank, self._fits = calls.meter, calls.rank, calls.fits
+        self.comm = mpi.part(calls.comm, "mailbox")
+        self.others = [r for r in range(calls.size) if r != calls.rank]
         self.blocks = 0  # made so far
         self._zeros, self._free = zeros, defaultdict(list)
-        self._leaving = []  # (request, parcel)
-        self._arriving = [deque() for _ in range(wire.size)]  # (request, tag, parcel)
+        self._leaving = []  # (request, message)
+        self._arriving = [deque() for _ in range(calls.size)]  # (request, tag, message)
 
-    def parcel(self, size) -> Parcel:
-        """Room for a message of so many bytes."""
+    def new_message(self, size) -> Message:
+        """An empty message of `size` bytes. SpecError if MPI cannot count so many."""
         self._fits(size)
         room = 1 << max(6, (size - 1).bit_length())
         free = self._free[room]
         if not free:
             self.blocks += 1
             free.append(self._zeros(room, "uint8"))
-        return Parcel(self, free.pop(), size)
+        return Message(self, free.pop(), size)
 
     def take_back(self, block):
-        """A block that nobody holds any more."""
+        """Keep a block that has no holder left for later messages."""
         self._free[block.size].append(block)
 
-    def send(self, parcel, rank, tag):
-        """Post a parcel to a rank. Its bytes must stay as they are until it is released."""
-        self.meter.count("Isend", parcel.size, 0)
-        self._leaving.append((self.comm.Isend(parcel.data, rank, tag), parcel.hold()))
+    def send(self, message, rank, tag):
+        """Start sending. The bytes must not change until the message is released."""
+        self.meter.count("Isend", message.size, 0)
+        self._leaving.append((self.comm.Isend(message.data, rank, tag), message.hold()))
 
     def receive(self):
-        """[(rank, tag, parcel)] of what has arrived; the receiver is its one holder."""
+        """[(rank, tag, message)] of all that have arrived; the caller is their only holder."""
         from mpi4py import MPI
 
         self._sweep()
         status = MPI.Status()
-        while message := self.comm.Improbe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
-            parcel = self.parcel(status.Get_count(MPI.BYTE))
+        while matched := self.comm.Improbe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
+            message = self.new_message(status.Get_count(MPI.BYTE))
             self._arriving[status.source].append(
-                (message.Irecv(parcel.data), status.tag, parcel))
+                (matched.Irecv(message.data), status.tag, message))
         here = []
         for rank, queue in enumerate(self._arriving):
             while queue and queue[0][0].Test():
-                _, tag, parcel = queue.popleft()
-                self.meter.received += parcel.size
-                here.append((rank, tag, parcel))
+                _, tag, message = queue.popleft()
+                self.meter.received += message.size
+                here.append((rank, tag, message))
         return here
 
     def _sweep(self):
-        """Let go of what has left."""
+        """Release the messages whose sends have completed."""
         still = []
-        for request, parcel in self._leaving:
+        for request, message in self._leaving:
             if request.Test():
-                parcel.release()
+                message.release()
             else:
-                still.append((request, parcel))
+                still.append((request, message))
         self._leaving = still
 
     @property
     def idle(self) -> bool:
-        """Has everything that was sent left?"""
+        """Have all sends completed?"""
         return not self._leaving

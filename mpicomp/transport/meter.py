@@ -1,4 +1,4 @@
-"""Wire receipts: bytes counted where they are handed to MPI, and seconds by stage."""
+"""Counts the bytes handed to MPI and the seconds spent in each stage of a step."""
 
 from collections import Counter
 from contextlib import contextmanager
@@ -7,20 +7,20 @@ from time import perf_counter
 
 
 class Meter:
-    """What this rank sent and what it took; totals since the Reducer was made.
+    """This rank's traffic and time: totals since the Reducer was made.
 
-    sent        bytes of the buffers handed to MPI calls: headers, scales and lengths included
+    sent        bytes of the buffers handed to MPI calls, with headers, scales and lengths
     received    bytes that those calls delivered here from other ranks, or as a reduced result
-    dense       bytes that float32 gradients would have been: 4 a parameter and step
+    dense       bytes of the same gradients in float32: 4 per parameter and step
     ratio       dense / sent
-    within      bytes handed to calls among the ranks of one node (hierarchical), in no other figure
+    within      bytes of calls among the ranks of one node (hierarchical), in no other figure
     calls       bytes sent by MPI call, {"Iallgather": ..., "Iallreduce": ...}
     steps       steps that were exchanged; `skipped` of them had a gradient that was not finite
     seconds     by stage: encode, post (MPI calls and polling), wait, decode
     last        sent, received and dense of the last step
     reasons     bytes sent by reason: the method's name, "warm-up", "flush", "rule CASE" for each
                 case of a rule, "padding", "receipt"; last_reasons: of the last step
-    notes       what is slower or larger than asked for, and why: no fallback is silent
+    notes       every fallback to something slower or larger than asked for, and its cause
     """
 
     def __init__(self):
@@ -30,7 +30,7 @@ class Meter:
         self.last = {"sent": 0, "received": 0, "dense": 0}
         self.last_reasons = Counter()
         self._before, self._reasons_before = (0, 0, 0), Counter()
-        self._here = local()  # stages nest within one thread
+        self._here = local()  # stages nest per thread
 
     @property
     def ratio(self) -> float:
@@ -47,13 +47,13 @@ class Meter:
         self.received += received
 
     def move(self, reason, size):
-        """Book `size` of the bytes that are or will be counted for the present reason elsewhere."""
+        """Book `size` bytes under `reason` instead of the present reason, which counts them."""
         self.reasons[reason] += size
         self.reasons[self.reason] -= size
 
     @contextmanager
     def stage(self, name):
-        """Book the seconds of a `with` block, less those of the stages inside of it."""
+        """Book the seconds of a `with` block, less those of stages nested in it."""
         here = self._here
         start, outer, here.inner = perf_counter(), getattr(here, "inner", 0.0), 0.0
         try:
@@ -64,7 +64,7 @@ class Meter:
             here.inner = outer + elapsed
 
     def step(self, dense, skipped=False):
-        """Close a step in which `dense` bytes of float32 gradient were exchanged."""
+        """End a step that exchanged gradients of `dense` bytes in float32."""
         self.steps += 1
         self.skipped += bool(skipped)
         self.dense += dense

@@ -7,14 +7,14 @@
                   4 = this rank has sent everything (asynchronous exchanges),
                   8 = the ranks of this node disagree (hierarchical),
                   16 = this rank is out of examples and does not count in the mean (DDP.join);
-                  the upper byte: the size class of the slot that an owner asks for (sharded)
+                  upper byte: the size class of the slots that an owner asks for (sharded)
     8       4     step, modulo 2**32
     12      4     bucket
-    16      8     plan: digest of the layout, the method and everything else ranks must agree on
+    16      8     plan digest: of the layout, the method and all else that ranks must agree on
     24      8     length of the payload in bytes
 
-The compressor is part of the plan digest: a packet is only ever decoded by the configuration
-that wrote it. Headers are compared before anything is decoded.
+The plan digest covers the compressor, so a packet is only decoded by the configuration that wrote
+it. Headers are compared before anything is decoded.
 """
 
 import struct
@@ -36,7 +36,7 @@ SIZE = _FORMAT.size
 
 @dataclass(frozen=True)
 class Header:
-    """Who sent what: see the table above. `length` counts the payload only."""
+    """The fields of the table above. `length` is that of the payload alone."""
 
     step: int
     bucket: int
@@ -51,7 +51,7 @@ class Header:
 
     @classmethod
     def read(cls, buffer) -> "Header":
-        """The header at the front of `buffer`. Raises PacketError where there is none."""
+        """The header at the front of `buffer`. Raises PacketError if there is none."""
         if len(buffer) < SIZE:
             raise PacketError(f"a packet begins with {SIZE} bytes of header, found {len(buffer)}")
         magic, version, flags, step, bucket, plan, length = _FORMAT.unpack_from(buffer)

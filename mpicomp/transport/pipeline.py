@@ -1,4 +1,4 @@
-"""Drives the exchanges of many buckets at once, MPI calls in the order that all ranks share."""
+"""Drives the exchanges of several buckets at once, posting MPI calls in one order on all ranks."""
 
 import os
 from contextlib import nullcontext
@@ -7,40 +7,42 @@ from time import perf_counter, sleep
 from mpicomp import mpi
 from mpicomp.errors import SpecError, StallError
 from mpicomp.transport.progress import Progress
-from mpicomp.transport.ring import Onward
-from mpicomp.transport.staging import Later
+from mpicomp.transport.ring import SameCall
+from mpicomp.transport.staging import DeferredCall
 
 WAYS = ("auto", "poll", "thread")
-SPIN = 5  # looks without a sleep between them
-QUIET = 0.5  # seconds of waiting between two questions whether it is in vain
+SPIN = 5  # polls without a sleep between them
+QUIET = 0.5  # seconds without progress between two calls of `on_quiet`
 AUTO = "poll"  # docs/results.md says what was measured
 
 
 class Pipeline:
-    """Buckets in flight: each is a generator that yields lists of MPI requests.
+    """The buckets in flight: each is a generator that yields lists of MPI requests.
 
-    A generator is resumed when its requests are done. The one rule that keeps ranks from posting
-    in different orders: a bucket makes its n-th posting only after the bucket before it has made
-    its own n-th; what two ranks send each other between postings (`Onward`) is not counted.
-    (Packets of a GPU are posted when they have left it, see staging.py; a bucket that waits for
-    that lets the next one encode.) Nonblocking collectives move only while somebody calls Test.
-    progress="poll": `poll` is called from the gradient hooks; "thread": a thread looks every
-    millisecond, and encodes, too, in a block `within()`; "auto", or the environment variable
-    MPICOMP_PROGRESS, chooses. `drain` is done by the caller either way, and sleeps between two
-    looks where ranks share cores.
+    A generator is resumed when its requests are complete. One rule keeps all ranks posting in the
+    same order: a bucket makes its n-th posting only after the bucket before it has made its own
+    n-th. Point-to-point requests inside one collective (`SameCall`) are not counted as postings.
+    A packet on a GPU is posted when it has been copied to the host (see staging.py); while one
+    bucket waits for that, the next may encode.
+
+    Nonblocking collectives advance only while somebody calls Test. progress="poll": the gradient
+    hooks call `poll`. "thread": a thread polls every millisecond, and encodes, too, in a
+    `with within()` block. "auto": what the environment variable MPICOMP_PROGRESS says, else poll.
+    `drain` runs in the caller either way, and sleeps between polls if ranks share cores.
+    `timeout` is in seconds.
     """
 
     def __init__(self, comm, timeout, progress="auto", within=nullcontext):
         self.comm, self.timeout, self.within = comm, timeout, within
-        self._flights, self._over = [], 0  # the first so many are through
-        self.under_way, self._since = 0.0, None  # seconds with a call open, as seen by looking
+        self._flights, self._over = [], 0  # the first `_over` of them are complete
+        self.under_way, self._since = 0.0, None  # seconds with a call open, as seen by polling
         self._crowded = mpi.crowded(comm)
         self.progress, self.note = _way(progress)
         self._thread = Progress(self) if self.progress == "thread" else None
-        self.on_quiet = lambda: None  # called in a long wait; may raise
+        self.on_quiet = lambda: None  # called during a long wait; may raise
 
     def launch(self, label, generator):
-        """Add a bucket, after all that were launched before it."""
+        """Start a bucket's exchange, behind all that were launched before it."""
         self._flights.append(_Flight(label, generator))
         if self._thread:
             self._thread.wake()
@@ -48,26 +50,26 @@ class Pipeline:
             self.move()
 
     def poll(self):
-        """Move on whatever can move on, unless a thread does."""
+        """`move`, unless a thread does."""
         if not self._thread:
             self.move()
 
     def only_poll(self):
-        """Have no thread: for exchanges that use MPI between two gradients themselves."""
+        """Use no thread: for exchanges that call MPI themselves between two gradients."""
         self.progress, self._thread = "poll", None
 
     @property
     def busy(self) -> bool:
-        """Is any bucket under way?"""
+        """Is any exchange incomplete?"""
         return not all(flight.done for flight in self._open)
 
     @property
     def _open(self):
-        """The flights from the first on that is not through, in a list of their own."""
+        """A new list of the flights, from the first incomplete one on."""
         return self._flights[self._over:]
 
     def move(self) -> bool:
-        """Move on whatever can move on; True if anything did."""
+        """Post and resume whatever is ready; returns whether anything was."""
         moved = False
         ahead, flights = None, self._open
         for flight in flights:
@@ -82,16 +84,16 @@ class Pipeline:
         return moved
 
     def _clock(self, open_calls):
-        """Count the seconds during which calls are under way."""
+        """Add up the seconds during which MPI calls are open."""
         now = perf_counter()
         if self._since is not None:
             self.under_way += now - self._since
         self._since = now if open_calls else None
 
     def drain(self):
-        """Return when all buckets are through; StallError after `timeout` seconds of nothing."""
+        """Complete all exchanges; StallError after `timeout` seconds without progress."""
         if self._thread:
-            self._thread.rest()
+            self._thread.hand_over()
         quiet, looks, ask = perf_counter(), 0, perf_counter() + QUIET
         most = 1e-3 if self._crowded else 2e-4
         while self.busy:
@@ -103,7 +105,7 @@ class Pipeline:
             elif perf_counter() > ask:
                 self.on_quiet()
                 ask = perf_counter() + QUIET
-            else:  # who spins takes the core from those who send: emulated hosts, other programs
+            else:  # spinning would take the core from whoever sends
                 sleep(min(2e-5 * max(0, looks - SPIN), most))
         self.clear()
 
@@ -113,7 +115,7 @@ class Pipeline:
         self._over = 0
 
     def abandon(self) -> list:
-        """Stop, since a rank has died. What MPI may still write to lives as long as the result."""
+        """Stop, since a rank has died. Keep the result: MPI may still write to its buffers."""
         if self._thread:
             self._thread.stop()
             self._thread.abandon()
@@ -125,7 +127,7 @@ class Pipeline:
         return Pipeline(comm, self.timeout, self.progress, self.within)
 
     def where(self, step) -> str:
-        """What this rank waits for, in words; `step` is the Reducer's."""
+        """Describes what this rank waits for; `step` is the Reducer's."""
         waiting = next((f for f in self._open if not f.done), None)
         if waiting is None:
             return f"in no exchange: {step} steps are done"
@@ -140,17 +142,17 @@ class Pipeline:
 
 
 class _Flight:
-    """One bucket on its way: how often it has posted, and what it waits for."""
+    """One bucket's exchange: how many postings it has made, and the requests it waits for."""
 
     def __init__(self, label, generator):
         self.label, self.generator = label, generator
         self.requests, self.begun, self.posted, self.done = [], 0, 0, False
 
     def post(self, ahead) -> bool:
-        """Make calls that waited for a packet, in turn with `ahead`, the bucket before this one."""
+        """Make the deferred calls if their packets are ready and `ahead`, the bucket before, is."""
         if self.done or self.begun == self.posted or not _before(ahead, "posted", self.posted):
             return False
-        later = [request for request in self.requests if isinstance(request, Later)]
+        later = [request for request in self.requests if isinstance(request, DeferredCall)]
         if not all(request.ready for request in later):
             return False
         for request in later:
@@ -159,7 +161,7 @@ class _Flight:
         return True
 
     def ready(self, ahead) -> bool:
-        """May it go on?"""
+        """May the generator be resumed?"""
         if self.done or self.posted < self.begun or not _before(ahead, "begun", self.begun):
             return False
         while self.requests and self.requests[-1].Test():
@@ -169,16 +171,16 @@ class _Flight:
     def resume(self):
         self.requests = next(self.generator, None)
         self.done = self.requests is None
-        self.begun += not self.done and not isinstance(self.requests, Onward)
+        self.begun += not self.done and not isinstance(self.requests, SameCall)
 
 
 def _before(ahead, what, count) -> bool:
-    """Has the bucket `ahead` done more of this than `count`, or all?"""
+    """Is the count `what` of the bucket `ahead` larger than `count`, or its exchange complete?"""
     return ahead is None or ahead.done or getattr(ahead, what) > count
 
 
 def _way(progress):
-    """("poll" or "thread", a note if it is not what was asked for)."""
+    """("poll" or "thread", a note if this is not what was asked for)."""
     way = os.environ.get("MPICOMP_PROGRESS", "auto") if progress == "auto" else progress
     if way not in WAYS:
         raise SpecError(f"MPICOMP_PROGRESS={way} found, expected one of {', '.join(WAYS)}")

@@ -1,10 +1,10 @@
-"""Does the MPI here take device pointers? Tried in processes of its own, and remembered.
+"""Finds out whether this MPI takes device pointers, in jobs of its own, and keeps the result.
 
-What a library says of itself may be wrong, and a wrong guess ends in a segmentation fault. So each
-kind of call that exchanges make is tried by two ranks on device memory, in a job of its own
-(`python -m mpicomp.transport.probe CALL`), after the same call on host memory, and what came of it
-is kept for this host, library and version in the user's cache directory. A library that says it was
-built without CUDA is believed. Reductions are not tried: they are always made in host memory.
+What a library reports may be wrong, and a wrong guess ends in a segmentation fault. So two ranks
+try each kind of call that exchanges make, first on host memory and then on device memory, in a
+separate job (`python -m mpicomp.transport.probe CALL`). The result is kept in the user's cache
+directory, by host, library and version. A library that reports to be built without CUDA is
+believed. Reductions are not tried: they always use host memory.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ import numpy as np
 
 CALLS = ("Iallgather", "Iallgatherv", "Ialltoallv", "Isend")
 LIMIT = 60  # seconds for one call's job
-SIZES = (1, 1000, 1 << 20)  # bytes a rank: small messages and large ones go other ways
+SIZES = (1, 1000, 1 << 20)  # bytes per rank: libraries send small and large messages differently
 OURS = re.compile(r"OMPI_(?!MCA_|ALLOW_)|PMIX_|PRTE_|PMI_|HYDRA_|MPI_LOCAL|SLURM_")
 
 
@@ -30,9 +30,9 @@ OURS = re.compile(r"OMPI_(?!MCA_|ALLOW_)|PMIX_|PRTE_|PMI_|HYDRA_|MPI_LOCAL|SLURM
 
 
 def direct() -> bool:
-    """May every call of `CALLS` be given device memory? Probes what is not remembered.
+    """May every call of `CALLS` be given device memory? Probes those that have no kept result.
 
-    False, too, where verdicts cannot be kept: every rank would start jobs in every run.
+    False, too, if results cannot be kept, since every rank would then start jobs in every run.
     """
     try:
         return says_cuda() is not False and all(said == "yes" for said in verdicts().values())
@@ -41,9 +41,9 @@ def direct() -> bool:
 
 
 def verdicts() -> dict:
-    """{call: "yes" or why not}, as remembered or, once for all ranks of a host, probed now.
+    """{call: "yes" or why not}, from the cache; missing ones are probed, once per host.
 
-    Raises OSError where they cannot be kept.
+    Raises OSError if they cannot be kept.
     """
     file = cache_file()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def verdicts() -> dict:
 
 
 def cache_file() -> Path:
-    """Where verdicts are remembered; delete it to have them found anew."""
+    """The file that keeps verdicts; delete it to probe again."""
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(folder) / "mpicomp" / "device-pointers.json"
 
@@ -75,7 +75,7 @@ def _read(file) -> dict:
 
 
 def here() -> str:
-    """What verdicts are remembered for: host, MPI library and its version."""
+    """The key of kept verdicts: host, MPI library and its version."""
     from mpi4py import MPI
 
     library = MPI.Get_library_version().split("\0")[0].splitlines()[0].strip()
@@ -83,7 +83,7 @@ def here() -> str:
 
 
 def says_cuda() -> bool | None:
-    """What the library says of itself (MPIX_Query_cuda_support); None where it has no word."""
+    """What the library reports (MPIX_Query_cuda_support); None if it has no such function."""
     from mpi4py import MPI
 
     try:
@@ -96,7 +96,7 @@ def says_cuda() -> bool | None:
 
 
 def ask(call, command=None) -> str:
-    """The verdict of a job of two ranks that tries one call."""
+    """The verdict of a job that tries one call on two ranks."""
     command = command or launcher()
     if not command:
         return "not known: there is no mpirun beside this Python or on PATH"
@@ -113,7 +113,7 @@ def ask(call, command=None) -> str:
     else:
         complaint += f"\nkilled by signal {-job.returncode}" if job.returncode < 0 else ""
     lines = said.split("\n")
-    if lines.count("host right") < 2:  # so it tells nothing of device memory
+    if lines.count("host right") < 2:  # so the job shows nothing about device memory
         return f"not known: the probe did not run ({_last(complaint)})"
     if lines.count("device right") == 2 and job.returncode == 0:
         return "yes"
@@ -121,14 +121,14 @@ def ask(call, command=None) -> str:
 
 
 def _last(text):
-    """The last line that says something, or the signal that ended it."""
+    """The signal that ended the job, else the last line that has a word."""
     signal = re.search(r"[Ss]egmentation fault|signal \d+[^\n]*", text)
     words = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
-    return signal[0] if signal else (words or ["it ended without a word"])[-1]
+    return signal[0] if signal else (words or ["it ended without a message"])[-1]
 
 
 def launcher() -> list:
-    """The words that start two ranks here; [] where there is no mpirun."""
+    """The command line that starts two ranks here; [] if there is no mpirun."""
     mpirun = shutil.which("mpirun", path=_path()) or shutil.which("mpiexec", path=_path())
     if not mpirun:
         return []
@@ -142,7 +142,7 @@ def launcher() -> list:
 
 
 def _path():
-    """PATH with this Python's folder first, as in an activated environment: Intel's mpirun asks."""
+    """PATH with this Python's folder first, which Intel's mpirun needs."""
     return os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
 
 
@@ -150,7 +150,10 @@ def _path():
 
 
 def right(comm, call, size, there, back) -> bool:
-    """Does one call bring the right bytes? there(array): a copy for MPI; back(buffer): NumPy's."""
+    """Does one call deliver the right bytes?
+
+    there(array) is a copy for MPI to use, back(buffer) a NumPy array. `size` is bytes per rank.
+    """
     ranks, me = comm.size, comm.rank
     mine = np.random.default_rng(me).integers(0, 256, size * ranks, np.uint8)
     others = [np.random.default_rng(r).integers(0, 256, size * ranks, np.uint8)
@@ -176,7 +179,7 @@ def right(comm, call, size, there, back) -> bool:
 
 
 def main(call) -> int:
-    """One rank of the job: host memory first, then the GPU's."""
+    """One rank of the job: tries host memory, then the GPU's; returns how many were wrong."""
     from mpicomp.kernels.gpu.device import Cupy
     from mpicomp.mpi.start import local_rank
 

@@ -1,4 +1,4 @@
-"""A thread that moves exchanges on while the main thread computes: it looks, and sleeps."""
+"""A thread that polls exchanges while the main thread computes."""
 
 import threading
 import weakref
@@ -6,15 +6,15 @@ from time import sleep
 
 from mpicomp import mpi
 
-PAUSE = 1e-3  # seconds between two looks: a thread in a blocking MPI call would spin instead
+PAUSE = 1e-3  # seconds between two polls: a thread in a blocking MPI call would spin instead
 
 
 class Progress:
-    """Calls `poll` of a Pipeline again and again between `wake` and `rest`, in a thread of its own.
+    """Calls a Pipeline's `move` repeatedly, in a thread, between `wake` and `hand_over`.
 
-    `rest` returns when the thread is out of `poll`; from then on the caller may use MPI and the
-    pipeline alone. What `poll` raised in the thread is raised by `rest`. The thread starts with the
-    first `wake` and ends with the pipeline, or with the program.
+    `hand_over` returns when the thread is out of `move`; from then on only the caller uses MPI and
+    the pipeline. It raises what `move` raised in the thread. The thread starts with the first
+    `wake` and ends with the pipeline or the program.
     """
 
     def __init__(self, pipeline):
@@ -23,15 +23,15 @@ class Progress:
         self._thread, self._error, self._ended = None, None, False
 
     def wake(self):
-        """There is something to move on."""
+        """Start polling: an exchange has begun."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="mpicomp progress", daemon=True)
             self._thread.start()
             mpi.at_end(self._end)
         self._awake.set()
 
-    def rest(self):
-        """Leave everything to the caller."""
+    def hand_over(self):
+        """Stop polling and leave the pipeline to the caller."""
         self._awake.clear()
         with self._free:
             error, self._error = self._error, None
@@ -39,7 +39,7 @@ class Progress:
             raise error
 
     def abandon(self):
-        """Return when the thread is out of `poll`; what it met there does not matter any more."""
+        """Return when the thread is out of `move`; errors that it raised are dropped."""
         with self._free:
             self._error = None
 
@@ -50,9 +50,9 @@ class Progress:
         mpi.not_at_end(self._end)
 
     def _end(self):
-        """Before MPI is finalized nobody may be in it."""
+        """End the thread before MPI is finalized."""
         self.stop()
-        self._thread.join(60.0)  # it is done after one look, with one encoding at most
+        self._thread.join(60.0)  # it ends after one poll, with at most one encoding
 
     def _run(self):
         while self._awake.wait() and not self._ended:

@@ -1,14 +1,14 @@
-"""Staging: what MPI is given in place of a device array, and how bytes get there and back.
+"""Staging: copies packets between a GPU and the host memory that MPI sends from and receives into.
 
-An exchange makes the buffers of its MPI calls with `rooms`. For a gradient in host memory they are
-NumPy arrays and the functions below do nothing. For one on a GPU they are `Room`s: the same bytes
-on the device, where kernels read and write them, and in page-locked host memory, which MPI is
-given. What kernels wrote goes out on a stream of its own, beside backward, with an event behind
-it; the MPI call is made when that has come (`Later`). What arrives goes in on another stream.
-Headers live on the host, and only bytes that are used cross over.
+An exchange makes the buffers of its MPI calls with `buffers_for`. For a gradient in host memory
+they are NumPy arrays, and the functions below do nothing. For one on a GPU they are
+`MirroredBuffer`s: the same bytes twice, on the device for the kernels and in page-locked host
+memory for MPI. A packet is copied to the host on a stream of its own, during backward, followed by
+an event; the MPI call is made when the event has completed (`DeferredCall`). What arrives is copied
+to the device on a third stream. Headers stay on the host, and only used bytes are copied.
 
-Where MPI takes device pointers (`use_direct`, see probe.py) it is given the device's side, and
-only headers cross over. Reductions, and numbers that are agreed on, always use host memory.
+If MPI takes device pointers (`use_direct`, see probe.py), it gets the device's side, and only
+headers are copied. Reductions, and numbers that ranks agree on, always use host memory.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -22,7 +22,7 @@ _direct = False
 
 
 def use_direct(direct) -> None:
-    """Do rooms made from now on give MPI their device's side?"""
+    """Choose whether buffers made from now on give MPI their device's side."""
     global _direct
     _direct = bool(direct)
 
@@ -34,23 +34,23 @@ def _device():
 
 
 def _is_even(array) -> bool:
-    """Does it begin where kernels can read numbers of four bytes?"""
+    """Is its address a multiple of 4, as kernels that read words need?"""
     from mpicomp.kernels.gpu import device
 
     return not array.size or device.address(array) % 4 == 0
 
 
 def is_device_array(array) -> bool:
-    """Does it lie on a GPU?"""
+    """Is it in the memory of a GPU?"""
     return hasattr(array, "__cuda_array_interface__")
 
 
 class _Memory:
-    """The two sides of a room and all its parts; each is taken when it is first used."""
+    """Both sides of a MirroredBuffer and its slices; each is allocated when first used."""
 
     def __init__(self, size, direct, array=None):
         self.size, self.direct, self._array = size, direct, array
-        self.event = None  # behind the last that left the device
+        self.event = None  # follows the last copy to the host
 
     @cached_property
     def host(self):
@@ -61,12 +61,12 @@ class _Memory:
         return _device().zeros(self.size, np.uint8) if self._array is None else self._array
 
 
-class Room:
-    """A part of a buffer of MPI's for a device array; slices and views as of a NumPy array.
+class MirroredBuffer:
+    """A buffer for MPI and for kernels on a device; has slices and views as a NumPy array has.
 
-    host    NumPy, page-locked        device  the same bytes on the GPU
-    wire    the one of them that MPI is given
-    Assignments copy on the wire's side.
+    host        NumPy, page-locked
+    device      the same bytes on the GPU
+    for_mpi     the one of them that MPI gets; assignments write to it
     """
 
     def __init__(self, memory, start, stop, dtype=np.uint8):
@@ -76,7 +76,7 @@ class Room:
     nbytes = property(lambda self: self.stop - self.start)
     host = property(lambda self: self.memory.host[self.start:self.stop].view(self.dtype))
     device = property(lambda self: self.memory.device[self.start:self.stop].view(self.dtype))
-    wire = property(lambda self: self.device if self.memory.direct else self.host)
+    for_mpi = property(lambda self: self.device if self.memory.direct else self.host)
 
     def __len__(self):
         return self.size
@@ -85,20 +85,20 @@ class Room:
         first, last, _ = index.indices(self.size)
         width = self.dtype.itemsize
         start = self.start + first * width
-        return Room(self.memory, start, max(start, self.start + last * width), self.dtype)
+        return MirroredBuffer(self.memory, start, max(start, self.start + last * width), self.dtype)
 
     def __setitem__(self, index, value):
         part = self if index is Ellipsis else self[index]
-        part.wire[...] = value.wire if isinstance(value, Room) else value
+        part.for_mpi[...] = value.for_mpi if isinstance(value, MirroredBuffer) else value
 
     def view(self, dtype):
-        return Room(self.memory, self.start, self.stop, dtype)
+        return MirroredBuffer(self.memory, self.start, self.stop, dtype)
 
 
-def rooms(array, reduced=False):
-    """zeros(size, dtype=float32) for MPI's buffers of an exchange on this array.
+def buffers_for(array, reduced=False):
+    """A function zeros(size, dtype=float32) that makes MPI's buffers for an exchange of `array`.
 
-    `reduced`: MPI is to add or compare what is in them.
+    `reduced`: the buffers are for reductions, which need host memory.
     """
     if not is_device_array(array):
         return kernels.of(array).zeros
@@ -106,35 +106,36 @@ def rooms(array, reduced=False):
     def zeros(size, dtype=np.float32):
         dtype = np.dtype(dtype)
         size *= dtype.itemsize
-        return Room(_Memory(size, _direct and not reduced), 0, size, dtype)
+        return MirroredBuffer(_Memory(size, _direct and not reduced), 0, size, dtype)
 
     return zeros
 
 
 def mirror(array):
-    """An array of kernels as MPI's buffer for a reduction: itself, or a room around it."""
+    """A buffer for MPI's reduction of `array`: itself, or a MirroredBuffer around it."""
     if not is_device_array(array):
         return array
     memory = _Memory(array.nbytes, False, array.view(np.uint8))
-    return Room(memory, 0, array.nbytes, array.dtype)
+    return MirroredBuffer(memory, 0, array.nbytes, array.dtype)
 
 
 def device(buffer):
-    """The side of a buffer that kernels work on."""
-    return buffer.device if isinstance(buffer, Room) else buffer
+    """The kernels' view of a buffer."""
+    return buffer.device if isinstance(buffer, MirroredBuffer) else buffer
 
 
 def host(buffer):
-    """The side of a buffer that the host writes headers to, and finds them with mirrors."""
-    return buffer.host if isinstance(buffer, Room) else buffer
+    """The host view of a buffer; headers are written here."""
+    return buffer.host if isinstance(buffer, MirroredBuffer) else buffer
 
 
 def leave(buffer, head=0, used=None) -> None:
-    """A packet is written: `head` bytes on the host, and `used` (all) behind them by kernels.
+    """Start copying a finished packet to the host: the first `head` bytes are already there,
+    `used` bytes (default: all) follow on the device.
 
-    MPI calls made with the buffer from now on wait until it is where MPI will look.
+    MPI calls made with the buffer from now on wait for the copy.
     """
-    if not isinstance(buffer, Room):
+    if not isinstance(buffer, MirroredBuffer):
         return
     memory, payload = buffer.memory, buffer.view(np.uint8)[head:]
     payload = payload if used is None else payload[:used]
@@ -148,18 +149,18 @@ def leave(buffer, head=0, used=None) -> None:
 
 
 def read(buffer):
-    """What has arrived in a buffer, for the host to read: headers."""
-    if isinstance(buffer, Room):
+    """Received bytes for the host to read, such as headers."""
+    if isinstance(buffer, MirroredBuffer):
         return _device().host(buffer.device) if buffer.memory.direct else buffer.host
     return buffer
 
 
 def arrive(buffer, now=False):
-    """What has arrived in a buffer, for kernels to read `decoding`; with `now`, at once."""
-    if not isinstance(buffer, Room):
+    """Received bytes for kernels to read in a `decoding` block, or with `now` at once."""
+    if not isinstance(buffer, MirroredBuffer):
         return buffer
     target, direct = buffer.device, buffer.memory.direct
-    if not _is_even(target):  # behind another packet: new memory, which only this stream may use
+    if not _is_even(target):  # behind a packet of odd length: new memory, for this stream only
         target, now = _device().empty(buffer.size, buffer.dtype), True
         if direct:
             target[...] = buffer.device
@@ -170,7 +171,8 @@ def arrive(buffer, now=False):
 
 @contextmanager
 def decoding(array):
-    """In this block kernels find what has arrived; wrong packets are told at its end."""
+    """Wait for received bytes before decoding; raise PacketError on exit if a kernel found a bad
+    packet."""
     if not is_device_array(array):
         yield
         return
@@ -180,7 +182,7 @@ def decoding(array):
 
 
 def encoding(array):
-    """A block in which kernels look at faults once, at its end."""
+    """A block at whose end errors of kernels are looked at once."""
     return kernels.of(array).deferred() if is_device_array(array) else nullcontext()
 
 
@@ -190,14 +192,14 @@ def fetched(array):
 
 
 def fitting(values, array):
-    """NumPy values in the kind of memory that `array` has."""
+    """The values on the device if `array` is there, else as they are."""
     if is_device_array(array) and not is_device_array(values):
         return _device().array(np.ascontiguousarray(values))
     return values
 
 
-class Later:
-    """An MPI call that is made when its packet has left the device; then as its request."""
+class DeferredCall:
+    """An MPI call that waits until its packet has left the device; after that, its request."""
 
     def __init__(self, event, call=lambda: None):
         self._event, self._call, self._posted, self._request = event, call, False, None
@@ -215,23 +217,23 @@ class Later:
 
 
 def departure(buffer) -> list:
-    """[what to wait for until the packet in a buffer has left the device], if there is such."""
-    return [Later(buffer.memory.event)] if isinstance(buffer, Room) else []
+    """Requests that complete when the packet in a buffer has left the device; [] for the host's."""
+    return [DeferredCall(buffer.memory.event)] if isinstance(buffer, MirroredBuffer) else []
 
 
 def call(function, sent, *buffers):
-    """function(*the buffers as MPI takes them), at once or `Later`.
+    """function(*buffers) with the sides that MPI gets; returns its request, or a DeferredCall.
 
-    `sent` is the buffer that the call sends from, None for a receive. Lists in `buffers` are
-    MPI's messages, whose first part is a buffer.
+    `sent` is the buffer that the call sends from, None for a receive. A list in `buffers` is a
+    message specification of MPI's, whose first part is a buffer.
     """
     def real(part):
         if isinstance(part, list):
             return [real(part[0]), *part[1:]]
-        return part.wire if isinstance(part, Room) else part
+        return part.for_mpi if isinstance(part, MirroredBuffer) else part
 
     parts = [part[0] if isinstance(part, list) else part for part in buffers]
-    if not any(isinstance(part, Room) for part in parts):
+    if not any(isinstance(part, MirroredBuffer) for part in parts):
         return function(*buffers)
-    event = sent.memory.event if isinstance(sent, Room) else None
-    return Later(event, lambda: function(*map(real, buffers)))
+    event = sent.memory.event if isinstance(sent, MirroredBuffer) else None
+    return DeferredCall(event, lambda: function(*map(real, buffers)))
