@@ -4,7 +4,8 @@
     python -m pytest -n 2                      the same on two cores (pytest-xdist)
     launch/run -n 3 -m pytest                  three ranks: the tests marked mpi, with min_size <= 3
     ... --slow                                 with the tests that are marked slow
-    ... --spread                               each case of a test on one of 2, 3 and 4 ranks
+    ... --spread                               each case of a test on one of 2, 3 and 4 ranks, and
+                                               one in four alone
     ... --results FILE                         each outcome is written there when it is known
 
     @pytest.mark.mpi                           runs alone and on any number of ranks
@@ -114,7 +115,8 @@ def pytest_runtest_protocol(item, nextitem):
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run what is marked slow, too")
     parser.addoption("--spread", action="store_true",
-                     help="run each case of a test on one of 2, 3 and 4 ranks only")
+                     help="run each case of a test on one of 2, 3 and 4 ranks only, and one in "
+                     "four alone")
     parser.addoption("--results", metavar="FILE", help="write each outcome there as it is known")
 
 
@@ -145,6 +147,13 @@ def pytest_report_header():
     return f"mpi: {SIZE} rank{'s'[:SIZE > 1]} on {socket.gethostname()}, {library}, {packages}"
 
 
+def pytest_ignore_collect(collection_path):
+    """Ranks do not import the files of which they would run nothing."""
+    serial = (SIZE > 1 and collection_path.match("test_*.py")
+              and "mark.mpi" not in collection_path.read_text())
+    return serial or None
+
+
 def pytest_collectreport(report):
     if report.failed:
         broken.append(report.longreprtext)
@@ -159,31 +168,42 @@ def pytest_collection_modifyitems(config, items):
                    for mark in marks)
 
     here = [item for item in items if may_run(item, SIZE)]
-    if config.getoption("spread") and SIZE in SPREAD:
-        others = elsewhere(here, may_run)
+    if config.getoption("spread"):
+        others = elsewhere(items, may_run)
         here = [item for item in here if item not in others]
     kept = set(here)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = here
 
 
-SPREAD = (2, 3, 4)
+SPREAD = (2, 3, 2, 4)  # the number of ranks that each case in turn is run on
 
 
 def elsewhere(items, may_run, here=SIZE):
-    """Of each test with cases for all sizes, those cases that are run on another of them.
+    """What is run on another number of ranks. Of a test's cases half are run on 2 ranks, where they
+    take least, a quarter each on 3 and 4, and a quarter on one rank, too; a test with one case is
+    run on 1, on 2, and on 3 or 4.
 
     Cases are dealt out in the order of a digest, so that none of a test's parameters goes along
     with the number of ranks, and every case stays where it is when another test changes.
     """
+    def digest(text):
+        return zlib.crc32(text.encode())
+
     cases, others = {}, set()
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for group in cases.values():
-        group.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        for number, item in enumerate(group):
-            sizes = [size for size in SPREAD if may_run(item, size)]
-            if len(group) >= len(sizes) and sizes[number % len(sizes)] != here:
+    for test, group in cases.items():
+        alone = len(group) == 1
+        group.sort(key=lambda item: digest(item.nodeid))
+        for number, item in enumerate(group, digest(test)):
+            sizes = [size for size in SPREAD if may_run(item, size) and not (alone and size == 2)]
+            runs = {sizes[number % len(sizes)]} if sizes else {1}
+            if alone or number % 4 == 0:
+                runs.add(1)
+            if alone:
+                runs.add(2)
+            if here not in runs:
                 others.add(item)
     return others
 

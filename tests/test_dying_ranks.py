@@ -69,13 +69,13 @@ def test_a_rank_that_dies_ends_the_job(method, how, tmp_path):
 def test_training_ends_with_equal_replicas(options, tmp_path):
     """launch/train.py: evaluations, checkpoints and resumption with an asynchronous method."""
     train = [LAUNCH / "run", "--python", sys.executable, "-n", 2, "--timeout", ranks.JOB,
-             LAUNCH / "train.py", "--data", "fsdd", "--batch", 64, "--log-every", 10,
-             "--save-every", 20, *options, "--out", "run"]
-    done = finish(*train, "--steps", 40, cwd=tmp_path)
+             LAUNCH / "train.py", "--data", "fsdd", "--batch", 16, "--log-every", 5,
+             "--save-every", 10, *options, "--out", "run"]
+    done = finish(*train, "--steps", 20, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["steps"] == 40 and result["ratio"] > 1 and result["accuracy"] > 0.05
+    assert result["steps"] == 20 and result["ratio"] > 1 and result["accuracy"] > 0.05
     (tmp_path / "run" / "result.json").unlink()
-    (tmp_path / "run" / "checkpoint" / "step-40").rename(tmp_path / "gone")
-    again = finish(*train, "--steps", 40, "--resume", cwd=tmp_path)
-    assert again.returncode == 0 and "from step 20" in again.stdout, again.stdout
+    (tmp_path / "run" / "checkpoint" / "step-20").rename(tmp_path / "gone")
+    again = finish(*train, "--steps", 20, "--resume", cwd=tmp_path)
+    assert again.returncode == 0 and "from step 10" in again.stdout, again.stdout

@@ -81,15 +81,17 @@ def test_what_a_run_has_found_when_its_time_is_over_is_reported(launch_test, tmp
         function(*arguments)
 
     monkeypatch.setattr(launch_test.threading, "Timer", Timer)
-    waiting = threading.Thread(target=end)
+    waiting = threading.Thread(target=end, daemon=True)
     waiting.start()
-    code = launch_test.run(
+    ended = launch_test.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path),
-         f"--results={results}", str(tmp_path)], tmp_path / "ranks-1.log", limit=7)
+         f"--results={results}", str(tmp_path)], tmp_path / "ranks-1.log", limit=7,
+        show=False)
     waiting.join()
     assert [seconds for seconds, *_ in timers] == [12, 37]
-    suite = launch_test.read(1, code)
-    assert code == 128 + signal.SIGTERM and launch_test.count(suite) == (1, 1, 0)
+    suite = launch_test.read(1, ended.code)
+    assert ended.code == 128 + signal.SIGTERM and launch_test.count(suite) == (1, 1, 0)
+    assert 0 < ended.cpu < 60 and ended.seconds > 0.5
     assert suite.find("testcase").get("name") == "test_first"
     assert "test_second was ended here:" in (tmp_path / "ranks-1.log").read_text()
 
@@ -110,27 +112,30 @@ def test_files_whose_tests_share_something_stay_together():
     assert scope("tests/test_ring.py::test_a[1::2]") != scope("tests/test_ring.py::test_a[2]")
 
 
-def test_cases_are_spread_over_2_3_and_4_ranks():
-    """Each case runs on one of the sizes that it may run on, each size gets its share; a test with
-    fewer cases than sizes runs on all."""
+def test_cases_are_spread_over_the_numbers_of_ranks():
+    """Each case of many runs on one of the sizes that it may run on, half of them on 2, a quarter
+    alone, too; a test with one case on 1, 2, and 3 or 4; a serial test where it can."""
     class Item:
         def __init__(self, nodeid):
             self.nodeid = nodeid
 
     def may_run(item, size):
-        return size in (3, 4) or not item.nodeid.startswith("odd")
+        return size in dict(odd=(1, 3, 4), serial=(1,)).get(item.nodeid.partition("[")[0],
+                                                            (1, 2, 3, 4))
 
-    everything = [Item(f"{name}[{case}]") for name, count in (("many", 10), ("odd", 4), ("few", 2))
-                  for case in range(count)]
+    counts = dict(many=16, odd=8, serial=5)
+    everything = [Item(f"{name}[{case}]") for name in counts for case in range(counts[name])]
+    everything += [Item("one"), Item("another")]
     stays = {size: {item.nodeid for item in everything}
              - {item.nodeid for item in conftest.elsewhere(everything, may_run, size)}
-             for size in (2, 3, 4)}
-    few = {"few[0]", "few[1]"}
-    assert all(few <= found for found in stays.values())
-    for name, count, sizes in (("many", 10, (2, 3, 4)), ("odd", 4, (3, 4))):
-        shares = [{test for test in stays[size] if test.startswith(name)} for size in sizes]
-        assert sum(map(len, shares)) == count == len(set().union(*shares))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+             for size in (1, 2, 3, 4)}
+    for single in "one", "another":
+        found = [size for size in stays if single in stays[size]]
+        assert found in ([1, 2, 3], [1, 2, 4])
+    for name, shares in dict(many=(4, 8, 4, 4), odd=(2, 0, 4, 4), serial=(5, 0, 0, 0)).items():
+        found = [{test for test in stays[size] if test.startswith(name)} for size in (1, 2, 3, 4)]
+        assert tuple(map(len, found)) == shares
+        assert len(set().union(*found)) == counts[name]
 
 
 # ---- launch/test --changed

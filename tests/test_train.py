@@ -18,7 +18,7 @@ from shim.device import COMPILER
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 
-RUNS = {"onebit": ["--data", "fsdd", "--method", "onebit", "--batch", "64"],
+RUNS = {"onebit": ["--data", "fsdd", "--method", "onebit", "--batch", "16"],
         "dorefa": ["--data", "mnist5k", "--model", "dorefa", "--method", "dorefa:bits=6",
                    "--batch", "16"]}
 LENGTH = ["--steps", "24", "--save-every", "8", "--log-every", "3"]
@@ -218,6 +218,7 @@ assert sys.modules["cupy"].launches
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: the CUDA source cannot be run")
 def test_a_training_on_what_is_declared_a_gpu_has_the_same_weights(start, tmp_path):
     options = ["--data", "fsdd", "--method", "strom:tau=0.01", "--batch", "16", "--steps", "3"]
