@@ -31,15 +31,14 @@ import sys
 import time
 from pathlib import Path
 
-import data as datasets  # this and other modules are beside this file, in launch/
-import models
 import numpy as np
-import options
 import torch
-from journal import Journal
-from recipes import DOREFA, RECIPES
-from scores import count, evaluate, phoneme_error_rate, rows_of
 from torch.nn import functional
+from trainer import datasets, models, options
+from trainer.journal import Journal
+from trainer.recipes import DOREFA, RECIPES
+from trainer.scores import count, evaluate, phoneme_error_rate, rows_of
+from trainer.sources import DataError
 
 import mpicomp.mpi
 import mpicomp.nn
@@ -77,7 +76,7 @@ def agreed(work):
         result = work()
     except mpicomp.StallError:  # the others are not here to be told
         raise
-    except (datasets.DataError, mpicomp.MpicompError, OSError) as found:
+    except (DataError, mpicomp.MpicompError, OSError) as found:
         problem = " ".join(str(found).split())
     problems = comm.allgather(problem)
     for r, problem in enumerate(problems):

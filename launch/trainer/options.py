@@ -5,11 +5,11 @@ import argparse
 import re
 from pathlib import Path
 
-import models
 import torch
-from recipes import RECIPES
 
 from mpicomp import local_rank
+from trainer import models
+from trainer.recipes import RECIPES
 
 
 def three_bits(text):

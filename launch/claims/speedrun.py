@@ -1,4 +1,4 @@
-"""`launch/reproduce speed`: launch/speed.py on four emulated hosts, two rates; table, picture."""
+"""`launch/reproduce speed`: speed.py on four emulated hosts, two rates; table, picture."""
 
 import json
 import subprocess
@@ -7,9 +7,10 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-import report
-import sources
-from evidence import ROOT, environment
+from trainer import sources
+
+from claims import report
+from claims.runs import ROOT, environment
 
 HOSTS = 4
 SEEDS = {"1gbit": 2, "100mbit": 1}  # as many as take about half an hour in all
@@ -41,8 +42,8 @@ def run(seeds=None):
             cluster("up", "-n", str(HOSTS), "--rate", rate)
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder, "runs.jsonl")
-                cluster("run", "--", "launch/speed.py", "--seeds", *numbers, "--out", str(file),
-                        "--methods", *MORE[rate], *METHODS)
+                cluster("run", "--", "launch/claims/speed.py", "--seeds", *numbers,
+                        "--out", str(file), "--methods", *MORE[rate], *METHODS)
                 runs += [json.loads(line) for line in file.read_text().splitlines()]
     finally:
         cluster("down")

@@ -10,6 +10,8 @@ methods of fixed length; those of sparse methods may move by a tenth.
 import statistics
 from dataclasses import dataclass
 
+from claims.runs import perform, read
+
 RANKS = 4
 FIXED, SPARSE = 0.001, 0.1  # how far a ratio may be from what was found, as a fraction
 
@@ -55,8 +57,6 @@ BANDS = (
 
 def check(seeds=1):
     """Run the slice, say of each line where it lies; the number of lines outside of their band."""
-    from evidence import perform, read
-
     runs = {(band, seed): [*band.words, "--seed", str(seed)]
             for band in BANDS for seed in range(seeds)}
     perform([(words, RANKS) for words in runs.values()])

@@ -5,7 +5,7 @@ import re
 from math import nan, prod
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 # Okabe and Ito's colours, told apart by colour-blind readers; the first, of dense, is grey
 COLOURS = ["#555555", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D1F",
@@ -151,6 +151,3 @@ def write():
         drawn(name, draw, kept, DOCS / picture)
         put(name, [*table(kept), "", f"![{name}]({picture})", "",
                    f"`{kept['command']}`, {kept['date']}"])
-    import speedrun
-
-    speedrun.write()

@@ -1,9 +1,10 @@
 """How good a model is: each rank scores its share, and all get the whole."""
 from __future__ import annotations
 
-import data as datasets
 import torch
 from torch.nn import functional
+
+from trainer import datasets
 
 
 def rows_of(split, rows, device="cpu"):

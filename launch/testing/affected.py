@@ -12,7 +12,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EVERYTHING = {"setup.cfg", "setup.py", "pyproject.toml", "launch/constraints.txt",
               "tests/conftest.py", "tests/ranks.py"}
 ALWAYS = "tests/test_architecture.py"  # reads every file
