@@ -23,7 +23,7 @@ def words_of(experiment, line, *more):
 
 
 def base_rate(experiment, line):
-    """The middle of the grid: --lr of the line, or the recipe's."""
+    """The learning rate in the middle of the grid: --lr of the line, or the recipe's."""
     words = [*experiment.words, *line.words]
     if "--lr" in words:
         return float(words[words.index("--lr") + 1])
@@ -31,7 +31,7 @@ def base_rate(experiment, line):
 
 
 def search(experiment):
-    """{label: learning rate}: the best of the grid on the validation split, by loss."""
+    """({label: best rate of the grid on the validation split}, {label: {rate: loss there}})."""
     searched = [line for line in experiment.lines if not line.like]
     runs = {(line.label, g * base_rate(experiment, line)): words_of(
         experiment, line, "--lr", g * base_rate(experiment, line), "--seed", SEARCH_SEED,
@@ -120,7 +120,7 @@ def describe(line, rate, losses, results):
 
 
 def about(experiment, seeds):
-    """Which experiment this was, and `environment`."""
+    """The experiment as data, with its `environment`."""
     return dict(experiment=experiment.name, claim=experiment.claim, data=experiment.data,
                 seeds=seeds, grid=GRID,
                 **environment(f"launch/reproduce {experiment.name} --seeds {seeds}"))

@@ -29,13 +29,13 @@ def say(text):
 
 
 def arrived(request, pause=2e-4):
-    """Wait, but sleep between two looks: ranks that spin starve those that work."""
+    """Wait for a request, asleep between tests: ranks that spin starve those that work."""
     while not request.Test():
         time.sleep(pause)
 
 
 def seconds(work, meet=lambda: None):
-    """What `work` takes on the slowest rank; `meet` is for those who must start together."""
+    """Seconds of `work` on the slowest rank; `meet` runs before it, to start ranks together."""
     arrived(world.Ibarrier(), 2e-3)
     time.sleep(0.1)  # what is still under way arrives, and the shapers have their credit again
     meet()
