@@ -4,9 +4,9 @@
     git clone https://github.com/sands-lab/grace
     OMP_NUM_THREADS=1 python jobs/compare_grace.py --grace grace --json FILE
 
-GRACE at its best: 24 tensors of 2**20 elements, one at a time, and a malloc that gives no memory
-back. Ours: the same elements as one bucket of 24 layers. Both have the same gradients and
-residuals (bench/settled.py), one thread and a process of their own, which take turns.
+GRACE compresses 24 tensors of 2**20 elements one at a time, with a malloc that keeps freed memory,
+which is fastest. Ours compress the same elements as one bucket of 24 layers. Both have the same
+gradients and residuals (bench/settled.py), one thread, and a process each; these take turns.
 """
 
 import argparse
@@ -38,7 +38,7 @@ CASES = {  # name: (our method, shape of a layer, GRACE's module, class, argumen
 
 
 class Ours:
-    """One method on one bucket. `owed` is the residual of a layer, the same for all."""
+    """One of our methods on one bucket. All layers have the same residual, `owed`."""
 
     def __init__(self, case):
         spec, shape = CASES[case][:2]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times a step with mpicomp.Recovery against one without, in turn: what it costs that nobody dies.
+"""Times a step with mpicomp.Recovery against one without, in turn, where no rank dies.
 
     launch/run --with-ft -n 4 jobs/recovery_cost.py --out jobs/results/recovery-DATE.json
     launch/run --with-ft -n 4 jobs/recovery_cost.py --method strom:tau=0.01 --width 1024

@@ -63,7 +63,7 @@ def slurm(*words, **variables):
 
 
 class Job:
-    """One training as a job; `row` is what there is to say of it."""
+    """One training as a job; `row` collects its results."""
 
     def __init__(self, launch, case, python, folder, options):
         name = f"{launch}-{case}".replace(" ", "-")

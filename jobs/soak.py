@@ -139,13 +139,13 @@ def part(options, method, folder, ranks, to, kill):
 
 
 def seen(rows):
-    """The whole rows that are in the file so far."""
+    """The complete rows in the file so far."""
     text = rows.read_text() if rows.exists() else ""
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def offspring(pid):
-    """All processes below this one."""
+    """The ids of all processes that descend from this one."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -157,7 +157,7 @@ def offspring(pid):
 
 
 def judged(rows, seconds):
-    """The figures of a part, and whether they are as they should be."""
+    """The figures of a part, with "right": whether all of them are as they must be."""
     warm = rows[len(rows) // 10:]
     ranks = range(rows[0]["ranks"])
     grown = [max(r["memory"][k] for r in warm[-3:]) - warm[0]["memory"][k] for k in ranks]

@@ -1,8 +1,8 @@
 """The methods' encoders in plain torch operations: what a compressor costs without own kernels.
 
-For comparison in jobs/gpu_check.py. Each takes the gradient and what is owed, both float32 of shape
-[rows, columns], and returns (tensors of the packet, what is then owed). They say what mpicomp's
-compressors say, packed as tightly as torch can; random numbers are torch's.
+For comparison in jobs/gpu_check.py. Each takes the gradient and the residual, both float32 of shape
+[rows, columns], and returns (tensors of the packet, new residual). They send what mpicomp's
+compressors send, packed as tightly as torch can; random numbers are torch's.
 """
 
 from time import perf_counter
@@ -21,7 +21,7 @@ def pack(codes, bits):
 
 
 def strom(grad, owed, tau=3.3):
-    """Words index << 1 | positive of what is beyond +-tau."""
+    """A word (index << 1 | positive) for each element beyond +-tau."""
     flat = (owed + grad).flatten()
     index = (flat.abs() > tau).nonzero().flatten()
     positive = flat[index] > 0
@@ -30,7 +30,7 @@ def strom(grad, owed, tau=3.3):
 
 
 def dropping(grad, owed, rate=0.999, sample=100_000):
-    """Indices and values of what is beyond a sample's quantile."""
+    """Indices and values of the elements beyond a quantile that is taken from a sample."""
     flat = (owed + grad).flatten()
     drawn = flat[::max(1, flat.numel() // sample)].abs()
     cut = drawn.kthvalue(max(1, int(rate * drawn.numel()))).values
@@ -41,7 +41,7 @@ def dropping(grad, owed, rate=0.999, sample=100_000):
 
 
 def onebit(grad, owed):
-    """A bit an element, and a column's means of what is negative and what is not."""
+    """A bit for each element, and two means for each column: of its negative and other elements."""
     x = owed + grad
     positive = x >= 0
     count = positive.sum(0)
@@ -85,7 +85,7 @@ def dryden(grad, owed, proportion=64):
 
 
 def adacomp(grad, owed, bin=512):
-    """What, with the newest gradient once more, reaches its bin's largest."""
+    """Elements that reach the largest of their bin once the newest gradient is added again."""
     flat = (owed + grad).flatten()
     pad = -flat.numel() % bin
     bins = torch.nn.functional.pad(flat, (0, pad)).view(-1, bin)

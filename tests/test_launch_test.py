@@ -148,7 +148,7 @@ needs_git = pytest.mark.skipif(not shutil.which("git") or not (ROOT / ".git").ex
 @pytest.fixture
 def affected(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "launch")
-    return importlib.import_module("affected")
+    return importlib.import_module("testing.affected")
 
 
 FILES = {
@@ -163,8 +163,8 @@ FILES = {
     "mpicomp/kernels/cpu/library.py": "",
     "mpicomp/kernels/cpp/sums.h": "",
     "mpicomp/__main__.py": "from mpicomp import catalogue",
-    "launch/run": "import rank",
-    "launch/rank.py": "",
+    "launch/run": "ROOT / 'hosts' / 'rank.py'",
+    "launch/hosts/rank.py": "",
     "docs/ddp.md": "mpicomp.Reducer",
     "tests/helper.py": "import mpicomp\nmpicomp.Reducer",
     "tests/test_helped.py": '"""mpicomp.nn"""\nfrom helper import x',
@@ -178,7 +178,8 @@ FILES = {
 @pytest.mark.parametrize("changed, needed_by", [
     ("mpicomp/reducer/__init__.py", ["helped"]), ("mpicomp/exchange/peers.py", ["helped"]),
     ("mpicomp/kernels/cpp/sums.h", ["helped"]), ("mpicomp/catalogue.py", ["module"]),
-    ("mpicomp/nn.py", ["direct"]), ("launch/rank.py", ["started"]), ("launch/run", ["started"]),
+    ("mpicomp/nn.py", ["direct"]), ("launch/run", ["started"]),
+    ("launch/hosts/rank.py", ["started"]),
     ("docs/ddp.md", ["page"]), ("tests/helper.py", ["helped"]),
     ("tests/test_direct.py", ["direct"]),
     ("mpicomp/__init__.py", ["direct", "helped", "module"])])

@@ -1,4 +1,4 @@
-"""launch/models.py: what networks of the training script promise besides their shapes."""
+"""launch/trainer/models.py: what networks of the training script promise besides their shapes."""
 
 import sys
 from pathlib import Path
@@ -7,8 +7,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "launch"))
-import data  # noqa: E402
-import models  # noqa: E402
+from trainer import datasets, models  # noqa: E402
 
 import mpicomp.nn  # noqa: E402
 
@@ -20,7 +19,7 @@ def words():
     """x and y of five words that nobody says: letters, 0, phonemes; phonemes, 0, padding."""
     draw = torch.Generator().manual_seed(0)
     x = torch.zeros(5, 32, dtype=torch.uint8)
-    y = torch.full((5, 16), data.PADDING)
+    y = torch.full((5, 16), datasets.PADDING)
     for row, length in enumerate((1, 3, 7, 12, 15)):
         codes = torch.randint(1, 40, (length,), generator=draw)
         x[row, :length] = torch.randint(1, 27, (length,), generator=draw)
@@ -63,7 +62,7 @@ def test_g2p_learns_words_by_heart(g2p, words):
     for _ in range(100):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(g2p(x).flatten(0, 1), y.flatten(),
-                                          ignore_index=data.PADDING).backward()
+                                          ignore_index=datasets.PADDING).backward()
         optimizer.step()
     assert g2p.edits(x, y)[0] < 0.1 * before
 

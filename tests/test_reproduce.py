@@ -11,12 +11,8 @@ import mpicomp
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 sys.path.append(str(LAUNCH))
-import bands  # noqa: E402
-import evidence  # noqa: E402
-import experiments  # noqa: E402
-import report  # noqa: E402
-import speedrun  # noqa: E402
-from recipes import RECIPES  # noqa: E402
+from claims import bands, evidence, experiments, report, runs, speedrun  # noqa: E402
+from trainer.recipes import RECIPES  # noqa: E402
 
 EVERY = [e for group in experiments.SYSTEMS.values() for e in group]
 SEVEN = {"terngrad", "onebit", "dorefa", "strom", "dryden", "dropping", "adacomp"}
@@ -62,10 +58,10 @@ def test_runs_are_told_apart_by_all_that_they_were_told():
     words = evidence.words_of(EVERY[0], EVERY[0].lines[0], "--seed", 0)
     others = [evidence.words_of(EVERY[0], EVERY[0].lines[0], "--seed", 1),
               evidence.words_of(EVERY[0], EVERY[0].lines[1], "--seed", 0)]
-    folders = {evidence.folder_of(words, 4), evidence.folder_of(words, 2),
-               *(evidence.folder_of(other, 4) for other in others)}
+    folders = {runs.folder_of(words, 4), runs.folder_of(words, 2),
+               *(runs.folder_of(other, 4) for other in others)}
     assert len(folders) == 4
-    assert evidence.folder_of(words, 4) == evidence.folder_of(list(words), 4)
+    assert runs.folder_of(words, 4) == runs.folder_of(list(words), 4)
 
 
 def test_interval_is_students():

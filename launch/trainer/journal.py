@@ -1,4 +1,4 @@
-"""What rank 0 says and writes on the way: a bar or lines on the terminal, rows in metrics.jsonl."""
+"""The progress of a training: a bar or lines on the terminal, and rows in metrics.jsonl."""
 from __future__ import annotations
 
 import json
@@ -15,11 +15,11 @@ except ImportError:
 
 
 class Journal:
-    """Only rank 0 has an open one; of the others every method does nothing.
+    """Shows and writes the progress of a training, on rank 0; on other ranks it stays closed.
 
     out    the folder of metrics.jsonl
-    alone  is this the only rank? Under mpirun isatty() says nothing about the user's terminal;
-           launch/run tells us instead
+    alone  whether this is the only rank. Under mpirun isatty() says nothing about the user's
+           terminal; launch/run sets MPICOMP_TTY instead
     """
 
     def __init__(self, out, alone):
@@ -28,7 +28,7 @@ class Journal:
             "MPICOMP_TTY", str(int(alone and sys.stdout.isatty()))) == "1"
 
     def open(self, step):
-        """Go on after `step`: rows of later ones go, and one that was being written, too."""
+        """Open metrics.jsonl, less the rows of steps after `step` and a last row half written."""
         file, kept = self.out / "metrics.jsonl", []
         for line in file.read_text().splitlines() if step and file.exists() else ():
             try:
@@ -39,7 +39,7 @@ class Journal:
         self.metrics = open(file, "a", buffering=1)
 
     def show(self, step, steps):
-        """A bar, where there is a terminal to draw it on."""
+        """Draw a bar, if there is a terminal."""
         if self.metrics and tqdm and self.on_terminal:
             # mpirun's own terminal has no size, and tqdm would draw nothing on it
             self.bar = tqdm(total=steps, initial=step, file=sys.stdout, nrows=24,
@@ -47,30 +47,30 @@ class Journal:
                             bar_format="{n}/{total} {bar} {remaining}{postfix}")
 
     def advance(self):
-        """One step more."""
+        """Move the bar by one step."""
         if self.bar:
             self.bar.update()
 
     def write(self, row):
-        """A row of metrics.jsonl."""
+        """Add a row, a dictionary, to metrics.jsonl. On rank 0 only."""
         self.metrics.write(json.dumps(row) + "\n")
 
     def numbers(self, place, text):
-        """What changes: behind the bar, or a line of its own with its place in front."""
+        """Show current figures: behind the bar, or on a line that begins with `place`."""
         if self.bar:
             self.bar.set_postfix_str(text)
         elif self.metrics:
             print(f"{place}  {text}", flush=True)
 
     def say(self, text):
-        """A line that stays."""
+        """Print a line, above the bar."""
         if self.bar:
             self.bar.write(text)
         elif self.metrics:
             print(text, flush=True)
 
     def close(self):
-        """Nothing more is said."""
+        """Remove the bar and close the file."""
         if self.bar:
             self.bar.close()
         if self.metrics:

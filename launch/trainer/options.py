@@ -5,11 +5,11 @@ import argparse
 import re
 from pathlib import Path
 
-import models
 import torch
-from recipes import RECIPES
 
 from mpicomp import local_rank
+from trainer import models
+from trainer.recipes import RECIPES
 
 
 def three_bits(text):
@@ -20,9 +20,9 @@ def three_bits(text):
 
 
 def take_device(words):
-    """(torch.device, what is wrong or None) of --device, before MPI starts.
+    """(torch.device, None) for --device, or (None, what is wrong). Call it before MPI starts.
 
-    A GPU is taken at once, by the rank's number on its node: MPI may keep to the one it finds.
+    The GPU becomes torch's current one, since MPI may keep the device that it finds when it starts.
     """
     wanted = next((b for a, b in zip(words, words[1:]) if a == "--device"), "cpu")
     wanted = next((w[9:] for w in words if w.startswith("--device=")), wanted)
@@ -40,7 +40,12 @@ def take_device(words):
 
 
 def parse(about, refuse, rank):
-    """The arguments that train.py was given. `refuse` ends all ranks with one line."""
+    """The parsed command line of train.py, an argparse.Namespace.
+
+    about   train.py's docstring, of which --help shows the first line
+    refuse  refuse(line) ends all ranks
+    rank    only rank 0 prints the help
+    """
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.error = lambda problem: refuse(f"{problem}; --help lists the options")
     if rank:

@@ -1,4 +1,4 @@
-"""The small, fixed part of the evidence that CI runs: every method in its band, or the run fails.
+"""The small, fixed part of the claims that CI runs: every method must stay in its band.
 
 A band is for the test loss, which tells methods apart sooner than accuracy does. Bands are what
 five seeds gave on two cores with torch 2.13: the mean and four standard deviations up, none down;
@@ -10,13 +10,15 @@ methods of fixed length; those of sparse methods may move by a tenth.
 import statistics
 from dataclasses import dataclass
 
+from claims.runs import perform, read
+
 RANKS = 4
 FIXED, SPARSE = 0.001, 0.1  # how far a ratio may be from what was found, as a fraction
 
 
 @dataclass(frozen=True)
 class Band:
-    """A method on a data set for so many steps: test losses, and the ratio of dense to sent."""
+    """A short run of a method, the test losses it may have, and its ratio to dense in bytes."""
 
     data: str
     steps: int
@@ -28,12 +30,12 @@ class Band:
 
     @property
     def words(self):
-        """For launch/train.py."""
+        """The arguments of launch/train.py."""
         return ["--data", self.data, "--method", self.method, "--steps", str(self.steps),
                 "--save-every", "0", "--log-every", "1000", "--nonfinite", "skip"]
 
     def fits(self, loss, ratio):
-        """Is that where it must be?"""
+        """Are this test loss and this ratio inside the band?"""
         return self.least <= loss <= self.most and abs(ratio / self.ratio - 1) <= self.spread
 
 
@@ -54,9 +56,7 @@ BANDS = (
 
 
 def check(seeds=1):
-    """Run the slice, say of each line where it lies; the number of lines outside of their band."""
-    from evidence import perform, read
-
+    """Run the slice and print where each line lies; returns how many are outside their band."""
     runs = {(band, seed): [*band.words, "--seed", str(seed)]
             for band in BANDS for seed in range(seeds)}
     perform([(words, RANKS) for words in runs.values()])

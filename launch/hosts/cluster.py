@@ -48,7 +48,7 @@ class Cluster:
         self.hosts, self.rate, self.subnet = self._look()
 
     def _look(self):
-        """What the bridge's alias says; of a cluster that was not finished there is none."""
+        """(hosts, rate, subnet) from the bridge's alias, which an unfinished cluster lacks."""
         found = None
         if os.path.exists(os.path.join(NAMESPACES, self.switch)):
             with contextlib.suppress(HostsError):  # half made: no bridge
@@ -57,7 +57,7 @@ class Cluster:
         return (int(words[0]), words[1], ipaddress.ip_network(words[2])) if words else (0, "", None)
 
     def namespaces(self):
-        """Whatever bears this cluster's name, finished or not, the switch first."""
+        """Names of the cluster's namespaces, also of an unfinished one; the switch comes first."""
         names = os.listdir(NAMESPACES) if os.path.isdir(NAMESPACES) else []
         own = re.compile(re.escape(self.prefix) + r"(switch|\d+)")
         return sorted(filter(own.fullmatch, names), key=lambda name: (name != self.switch, name))
@@ -69,7 +69,7 @@ class Cluster:
         return str(self.subnet[host])
 
     def up(self, hosts, rate):
-        """Make the hosts, or nothing: what was begun is taken down when it cannot be finished."""
+        """Make the hosts with links of this rate; if that fails, remove what was made and raise."""
         self.down()
         try:
             self._make(hosts)
@@ -95,7 +95,7 @@ class Cluster:
                 f"route replace {self.subnet} dev eth0 scope link src {self.address(i)} {cubic}"])
 
     def shape(self, rate, hosts=None):
-        """Give every link this rate in both directions, also while programs run."""
+        """Give every link this rate in both directions; programs may be running."""
         hosts = hosts or self.hosts
         numbers = range(1, hosts + 1)
         for i in numbers:
@@ -111,7 +111,7 @@ class Cluster:
                 for pid in call(["ip", "netns", "pids", name]).split() if int(pid) != os.getpid()}
 
     def down(self):
-        """End what runs in the hosts and remove them; how many processes were ended."""
+        """End what runs in the hosts and remove them; returns how many processes were ended."""
         ended = self.processes()
         for signum, patience in ((signal.SIGTERM, 3), (signal.SIGKILL, 3)):
             late = time.monotonic() + patience
@@ -136,7 +136,7 @@ class Cluster:
     def _name_hosts(self, libc):
         """Give this process, and what it starts, an /etc/hosts that knows all hosts.
 
-        The file is on a file system that nobody else sees, and is gone with the last who does.
+        Only they see the file; it is gone when the last of them ends.
         """
         names = "".join(f"{form}{self.address(i)} node{i}\n" for i in range(1, self.hosts + 1)
                         for form in ("", "::ffff:"))  # the latter for what asks in terms of IPv6
@@ -168,7 +168,7 @@ def burst(rate):
 
 
 def queue(rate):
-    """What tc is to put in front of a link; a full queue drains in 50 ms, on slow links in more."""
+    """The queue of a link, in the words of tc; full, it drains in 50 ms, on slow links in more."""
     if rate == "none":
         return "noqueue"
     limit = max(4 * PIECE, int(bits(rate) / 8 * 0.05))
@@ -188,7 +188,7 @@ def free_subnet(seed):
 
 
 def read(path):
-    """The text of a file, or nothing if there is none."""
+    """The text of a file; an empty string if there is none."""
     try:
         with open(path) as file:
             return file.read()
@@ -197,7 +197,7 @@ def read(path):
 
 
 def call(command, text=None):
-    """What a command prints; its complaint is an error."""
+    """What a command prints; HostsError with its message where it fails."""
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     if done.returncode:
         raise HostsError(f"{' '.join(command)}: {complaint(done.stderr)}")
@@ -205,14 +205,14 @@ def call(command, text=None):
 
 
 def batch(program, namespace, lines):
-    """Several commands of ip or tc in one go, inside of `namespace` if that is not empty."""
+    """Run several commands of ip or tc at once, in a namespace unless its name is empty."""
     if lines:
         inside = ["-n", namespace] if namespace else []
         call([program, *inside, "-batch", "-"], "\n".join(lines) + "\n")
 
 
 def complaint(stderr):
-    """The words of ip or tc, with what to do where that is known."""
+    """The message of ip or tc, with a remedy where one is known."""
     text = " ".join(stderr.split())
     remedies = {
         "not permitted": "if this is a container, start it with --privileged",
@@ -225,7 +225,7 @@ def complaint(stderr):
 
 
 def require():
-    """Refuse politely where emulated hosts cannot be had."""
+    """HostsError where this machine or user cannot emulate hosts."""
     if sys.platform != "linux":
         raise HostsError("emulated hosts are network namespaces, which only Linux has")
     missing = [name for name in ("ip", "tc") if not shutil.which(name)]
@@ -238,7 +238,7 @@ def require():
 
 @contextlib.contextmanager
 def alone():
-    """One at a time may make, change or remove clusters of this checkout."""
+    """A lock: one process at a time makes, changes or removes clusters of this checkout."""
     with open(__file__) as lock:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -2,7 +2,7 @@
 """Time to accuracy over slow links: one job of `launch/reproduce speed`, started on every rank.
 
     launch/cluster up -n 4 --rate 1gbit
-    launch/cluster run -- launch/speed.py --seeds 1 --out FILE
+    launch/cluster run -- launch/claims/speed.py --seeds 1 --out FILE
 
 Trains one network on Fashion-MNIST from scratch with each contender in turn, until its accuracy on
 the whole test set is what was asked for: torch's DistributedDataParallel on gloo, without a hook
@@ -17,12 +17,10 @@ import gc
 import json
 import os
 import sys
+from pathlib import Path
 from time import perf_counter
 
-import data as datasets  # beside this file, as models and scores are
-import models
 import numpy as np
-import scores
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -31,6 +29,10 @@ import mpicomp
 from mpicomp import mpi
 from mpicomp.bench.step import PEERS, distribute, join_gloo
 from mpicomp.bench.timing import quiet_barrier
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # launch/
+from trainer import datasets, models, scores  # noqa: E402
+from trainer.sources import DataError  # noqa: E402
 
 BATCH, RATE = 256, 0.2
 
@@ -92,7 +94,7 @@ class Race:
 
 
 def arguments():
-    parser = argparse.ArgumentParser(prog="launch/speed.py", description=__doc__,
+    parser = argparse.ArgumentParser(prog="launch/claims/speed.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["dense", "onebit"],
                         metavar="SPEC")
@@ -123,5 +125,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (datasets.DataError, mpicomp.MpicompError) as problem:
+    except (DataError, mpicomp.MpicompError) as problem:
         sys.exit(f"speed.py: {problem}")

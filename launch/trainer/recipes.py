@@ -1,4 +1,4 @@
-"""What launch/train.py does with each data set where it is told nothing else."""
+"""The default training of each data set: network, optimizer, learning rate, batch and steps."""
 
 # What works for each data set with every method, on any number of ranks: the batch is the global
 # one, so more ranks mean smaller slices, not another optimisation problem. Plain SGD with a large

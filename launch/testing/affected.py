@@ -1,7 +1,7 @@
-"""Which test files can a change break: those that reach a changed file over imports and file names.
+"""Finds the test files that a change can break: those that reach it through imports and file names.
 
-`launch/test --changed` runs what `tests()` lists. What differs is asked of git: from where this
-branch left main, uncommitted and new files included. A file needs what it imports, also within
+`launch/test --changed` runs what `tests()` lists. Git says what differs from where this branch left
+main, uncommitted and new files included. A file needs what it imports, also within
 functions and in programs that it keeps in strings, and the scripts and pages that it names; a test
 file needs all that those need in turn. What every test needs (EVERYTHING) selects them all.
 """
@@ -12,11 +12,11 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EVERYTHING = {"setup.cfg", "setup.py", "pyproject.toml", "launch/constraints.txt",
               "tests/conftest.py", "tests/ranks.py"}
 ALWAYS = "tests/test_architecture.py"  # reads every file
-USED_BY = {  # what is no Python, and who reads it
+USED_BY = {  # files other than Python, and the modules that read them
     "mpicomp/kernels/cpu.cpp": "mpicomp/kernels/cpu/library.py",
     "mpicomp/kernels/cpp/": "mpicomp/kernels/cpu/library.py",
     "mpicomp/kernels/gpu.cu": "mpicomp/kernels/gpu/device.py",
@@ -53,9 +53,9 @@ def words(text):
 
 
 def _words(text):
-    """("import", dotted name) and ("file", path or its end) of what stands in a program.
+    """Yields ("import", dotted name) and ("file", path or its end) for what a program uses.
 
-    A string that imports something is a program, too. What is not Python says nothing.
+    A string that imports something is a program, too. Text that is not Python yields nothing.
     """
     try:
         tree = ast.parse(text)
@@ -84,7 +84,7 @@ def _words(text):
 
 
 class Graph:
-    """Who needs whom among these files; `text(path)` is what stands in one."""
+    """Which of these files need which; `text(path)` gives the content of one."""
 
     def __init__(self, files, text):
         self.files, self.text = set(files), text
@@ -120,7 +120,7 @@ class Graph:
         return found - {path}
 
     def reach(self, path):
-        """All that a file needs, over as many steps as there are."""
+        """All files that a file needs, directly or through others."""
         seen, todo = {path}, [path]
         while todo:
             more = self.needs(todo.pop()) - seen

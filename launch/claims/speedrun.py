@@ -1,4 +1,4 @@
-"""`launch/reproduce speed`: launch/speed.py on four emulated hosts, two rates; table, picture."""
+"""launch/reproduce speed: runs speed.py on four emulated hosts, and makes a table and a picture."""
 
 import json
 import subprocess
@@ -7,14 +7,15 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-import report
-import sources
-from evidence import ROOT, environment
+from trainer import sources
+
+from claims import report
+from claims.runs import ROOT, environment
 
 HOSTS = 4
 SEEDS = {"1gbit": 2, "100mbit": 1}  # as many as take about half an hour in all
 METHODS = ("onebit", "terngrad", "strom:tau=0.02", "dropping:rate=0.99", "adacomp")
-# dense has nothing to win where DDP takes minutes; it runs where it can be told from DDP
+# dense runs only at the rate at which its time differs from DDP's
 MORE = {"1gbit": ("dense",), "100mbit": ()}
 RESULT = Path("jobs", "results", "speed.json")
 PICTURE = "speed.png"
@@ -23,7 +24,7 @@ RATES = {"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s"}
 
 
 def cluster(*words):
-    """Run launch/cluster; ends the program where it fails."""
+    """Run launch/cluster with these arguments; a failure ends the program."""
     if subprocess.call([sys.executable, ROOT / "launch" / "cluster", *words], cwd=ROOT):
         sys.exit("launch/reproduce: launch/cluster " + " ".join(words[:3]) + " failed")
 
@@ -41,8 +42,8 @@ def run(seeds=None):
             cluster("up", "-n", str(HOSTS), "--rate", rate)
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder, "runs.jsonl")
-                cluster("run", "--", "launch/speed.py", "--seeds", *numbers, "--out", str(file),
-                        "--methods", *MORE[rate], *METHODS)
+                cluster("run", "--", "launch/claims/speed.py", "--seeds", *numbers,
+                        "--out", str(file), "--methods", *MORE[rate], *METHODS)
                 runs += [json.loads(line) for line in file.read_text().splitlines()]
     finally:
         cluster("down")
@@ -107,7 +108,7 @@ def draw(kept, path):
 
 
 def write():
-    """Table and picture into docs/, where there is a result."""
+    """Make table and picture in docs/ anew from jobs/results/speed.json, if that exists."""
     if not (report.ROOT / RESULT).exists():
         return
     kept = json.loads((report.ROOT / RESULT).read_text())

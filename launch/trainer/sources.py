@@ -15,7 +15,7 @@ SYSTEM = Path("/usr/share/datasets/fashion-mnist")      # where the Debian packa
 
 
 class DataError(Exception):
-    """A data file is missing or another than expected; one line that says what to type."""
+    """A data file is missing or is not the expected one; the message says what to type."""
 
 
 @dataclass(frozen=True)

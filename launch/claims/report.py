@@ -5,7 +5,7 @@ import re
 from math import nan, prod
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 # Okabe and Ito's colours, told apart by colour-blind readers; the first, of dense, is grey
 COLOURS = ["#555555", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D1F",
@@ -60,7 +60,7 @@ def draw(kept, path):
 def accuracies(axes, lines):
     """A dot and an interval for each line, its ratio at the margin; dense as a band.
 
-    Lines that lie more than ten points below dense are told at the edge, not drawn to scale.
+    Lines more than ten points below dense are written at the edge, not drawn to scale.
     """
     mean, half = lines[0]["accuracy_mean"], lines[0]["accuracy_half_width"]
     axes.axvspan(mean - half, mean + half, color="#dddddd", linewidth=0)
@@ -106,7 +106,7 @@ def plain_numbers(axis):
 
 
 def rates(axes, line):
-    """32 bits an element over the bits of what was sent of each weight, against the step."""
+    """The rate of each weight against the step: 32 bits an element over the bits sent."""
     shapes = {name: shape for name, shape in line["shapes"].items() if len(shape) > 1}
     for i, (name, shape) in enumerate(shapes.items()):
         bits = 8 if len(shape) > 2 else 16  # adacomp:bin=auto: 50 for convolutions, else 500
@@ -120,7 +120,7 @@ def rates(axes, line):
 
 
 def drawn(name, draw, kept, path) -> bool:
-    """Draw a picture; says so where matplotlib is missing."""
+    """Draw a picture; where matplotlib is missing, print what to type. Returns whether it did."""
     try:
         draw(kept, path)
     except ImportError:
@@ -130,7 +130,7 @@ def drawn(name, draw, kept, path) -> bool:
 
 
 def put(name, lines):
-    """Bring what docs/results.md has between the marks of `name` up to date."""
+    """Replace what is between the marks of `name` in docs/results.md, or append it."""
     page = DOCS / "results.md"
     text = page.read_text()
     begin, end = f"<!-- {name}: made by launch/reproduce -->", f"<!-- end of {name} -->"
@@ -143,7 +143,7 @@ def put(name, lines):
 
 
 def write():
-    """Bring docs/results.md and the pictures up to date with what lies in jobs/results/."""
+    """Make the tables in docs/results.md and the pictures anew from the files in jobs/results/."""
     for path in sorted((ROOT / "jobs" / "results").glob("reproduce-*.json")):
         kept = json.loads(path.read_text())
         name = kept["experiment"]
@@ -151,6 +151,3 @@ def write():
         drawn(name, draw, kept, DOCS / picture)
         put(name, [*table(kept), "", f"![{name}]({picture})", "",
                    f"`{kept['command']}`, {kept['date']}"])
-    import speedrun
-
-    speedrun.write()

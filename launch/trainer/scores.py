@@ -1,24 +1,25 @@
-"""How good a model is: each rank scores its share, and all get the whole."""
+"""Evaluation of a model: each rank scores its share of the rows, and all get the result."""
 from __future__ import annotations
 
-import data as datasets
 import torch
 from torch.nn import functional
 
+from trainer import datasets
+
 
 def rows_of(split, rows, device="cpu"):
-    """Those rows as (inputs, targets), copied out of the memory map."""
+    """These rows of a split as tensors (inputs, targets), copied out of the memory map."""
     return (torch.from_numpy(split.x[rows]).to(device),
             torch.from_numpy(split.y[rows]).long().to(device))
 
 
 def device_of(model):
-    """Where its parameters are."""
+    """The torch.device of a model's parameters."""
     return next(model.parameters()).device
 
 
 def count(y):
-    """How many targets there are, without padding."""
+    """The number of targets in y, padding not counted."""
     return int((y != datasets.PADDING).sum())
 
 
@@ -40,7 +41,7 @@ def evaluate(model, split, rows, comm):
 
 
 def phoneme_error_rate(model, split, rows, comm):
-    """{that: edits per phoneme} of words that the model writes alone; {} if it writes none."""
+    """{"phoneme_error_rate": edits per phoneme} if the model writes words, else {}. Collective."""
     if not hasattr(model, "edits"):
         return {}
     x, y = rows_of(split, rows[datasets.share(len(rows), comm.rank, comm.size)],

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One table and one picture of several runs of launch/train.py, dense first.
 
-    python launch/plot.py runs/demo/dense runs/demo/onebit --picture demo.png
+    python launch/claims/plot.py runs/demo/dense runs/demo/onebit --picture demo.png
 """
 from __future__ import annotations
 

@@ -7,13 +7,13 @@ baseline is given, on a validation split, with a seed that is used for nothing e
 
 from dataclasses import dataclass
 
-GRID = (0.5, 1.0, 2.0)  # times the recipe's learning rate (RECIPES in launch/train.py)
+GRID = (0.5, 1.0, 2.0)  # times the recipe's learning rate (launch/trainer/recipes.py)
 SEARCH_SEED = 1000
 
 
 @dataclass(frozen=True)
 class Line:
-    """One method: what it is called in tables, and the words for launch/train.py."""
+    """One method: its name in tables, and its arguments for launch/train.py."""
 
     label: str
     method: str
@@ -33,7 +33,7 @@ class Experiment:
     lines: tuple[Line, ...]
     words: tuple[str, ...] = ()  # for every line
     seeds: int = 5
-    searched: bool = True  # or every line as train.py runs it where it is told nothing else
+    searched: bool = True  # False: every line at its recipe's learning rate
 
 
 def _ranks(label, method, like, words=()):

@@ -100,7 +100,10 @@ class G2P(nn.Module):
 
     @torch.no_grad()
     def edits(self, x, y):
-        """(edits, phonemes): Levenshtein from what it writes, hearing only itself, to y."""
+        """(edits, phonemes): how far what it writes, told only its own phonemes, is from y.
+
+        `edits` is the sum of Levenshtein distances, `phonemes` the number of those in y.
+        """
         state, *read = self.read(x[:, :16])
         said, spoken = x.new_zeros(len(x), 1), []
         for _ in range(16):
@@ -112,7 +115,7 @@ class G2P(nn.Module):
 
 
 def until_end(codes):
-    """What stands before the first 0."""
+    """The codes before the first 0, as a list."""
     codes = codes.tolist()
     return codes[:codes.index(0)] if 0 in codes else codes
 

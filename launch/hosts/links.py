@@ -1,4 +1,4 @@
-"""Measures the links between the ranks: launch/cluster run -- launch/links.py --mb 25 100
+"""Measures the links between the ranks: launch/cluster run -- launch/hosts/links.py --mb 25 100
 
 One rank a host. First latency and bandwidth between ranks 0 and 1, then the time of a dense sum
 over all ranks, in three ways that take turns: MPI's blocking call, its nonblocking call with Test
@@ -9,11 +9,15 @@ than 2 (P - 1) / P * S / R; that is the bound. Medians; in brackets the slowest.
 import argparse
 import os
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
-from hosts import bits
 from mpi4py import MPI
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # launch/
+from hosts.cluster import bits  # noqa: E402
 
 world = MPI.COMM_WORLD
 SIZES = [4 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20]
@@ -25,13 +29,13 @@ def say(text):
 
 
 def arrived(request, pause=2e-4):
-    """Wait, but sleep between two looks: ranks that spin starve those that work."""
+    """Wait for a request, asleep between tests: ranks that spin starve those that work."""
     while not request.Test():
         time.sleep(pause)
 
 
 def seconds(work, meet=lambda: None):
-    """What `work` takes on the slowest rank; `meet` is for those who must start together."""
+    """Seconds of `work` on the slowest rank; `meet` runs before it, to start ranks together."""
     arrived(world.Ibarrier(), 2e-3)
     time.sleep(0.1)  # what is still under way arrives, and the shapers have their credit again
     meet()
@@ -104,7 +108,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     if world.size < 2:
-        raise SystemExit("one rank has no links; type: launch/cluster run -- launch/links.py")
+        raise SystemExit("one rank has no links; type: launch/cluster run -- launch/hosts/links.py")
     rate = os.environ.get("MPICOMP_LINKS", "none")
     byte_rate = bits(rate) / 8 if rate != "none" else None
     load, cores = os.getloadavg()[0], os.cpu_count()

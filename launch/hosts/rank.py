@@ -1,4 +1,4 @@
-"""What each rank of launch/run starts: `python -m mpi4py`, with tracebacks that say whose they are.
+"""Each rank of launch/run starts this: `python -m mpi4py`, with tracebacks that name their rank.
 
 mpi4py ends the whole job when one rank raises. That kills the others in the middle of their own
 tracebacks, so here each one is written in one piece, and the others get a second to write theirs.
@@ -19,7 +19,7 @@ LAUNCHERS = (__file__, sys.modules[main.__module__].__file__, "<frozen runpy>")
 
 
 def placed(*names):
-    """The first of these environment variables (each launcher has its own), or 0."""
+    """The number in the first of these environment variables that is set, or 0."""
     return int(next((os.environ[name] for name in names if name in os.environ), 0))
 
 

@@ -1,25 +1,16 @@
-"""Runs the experiments of launch/reproduce, and keeps what came out as data."""
+"""Carries out an experiment of launch/reproduce and keeps the results as JSON."""
 
-import argparse
-import hashlib
 import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from importlib import metadata
-from pathlib import Path
 
-import sources
-from experiments import GRID, SEARCH_SEED, SYSTEMS
-from recipes import DOREFA, RECIPES
+from trainer import sources
+from trainer.recipes import DOREFA, RECIPES
 
-ROOT = Path(__file__).resolve().parent.parent
-RUNS = ROOT / "runs" / "reproduce"
+from claims.experiments import GRID, SEARCH_SEED
+from claims.runs import ROOT, environment, perform, read
+
 RESULTS = ROOT / "jobs" / "results"
 # Two-sided 95 % points of Student's t for 1 .. 9 degrees of freedom (NIST handbook, 1.3.6.7.2)
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -31,46 +22,8 @@ def words_of(experiment, line, *more):
             *map(str, more), "--nonfinite", "skip", "--save-every", "0", "--log-every", "50"]
 
 
-def folder_of(words, ranks):
-    """Where a run lies: the name is a digest of all that it was told."""
-    told = json.dumps([words, ranks])
-    return RUNS / hashlib.sha256(told.encode()).hexdigest()[:16]
-
-
-def perform(runs):
-    """Make those of the runs (words, ranks) that are not there yet: one MPI job for each P."""
-    for ranks in sorted({ranks for _, ranks in runs}):
-        todo = [words for words, r in runs if r == ranks
-                and not (folder_of(words, r) / "result.json").exists()]
-        if not todo:
-            continue
-        began = time.monotonic()
-        print(f"  {len(todo)} runs on {ranks} ranks ...", end=" ", flush=True)
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-            json.dump([[*words, "--out", str(folder_of(words, ranks)), "--resume"]
-                       for words in todo], file)
-            file.flush()
-            log = RUNS / f"job-{ranks}.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with open(log, "w") as out:
-                job = subprocess.run(
-                    [sys.executable, "launch/run", "-n", str(ranks), "launch/sweep.py", file.name],
-                    cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
-        print(f"{time.monotonic() - began:.0f} s")
-        if job.returncode:
-            sys.exit(f"launch/reproduce: a run failed; the end of {log}:\n"
-                     + "".join(log.read_text().splitlines(keepends=True)[-15:]))
-
-
-def read(words, ranks):
-    """What train.py wrote about a run: result.json with the rows of metrics.jsonl."""
-    folder = folder_of(words, ranks)
-    rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {**json.loads((folder / "result.json").read_text()), "rows": rows}
-
-
 def base_rate(experiment, line):
-    """The middle of the grid: --lr of the line, or the recipe's."""
+    """The learning rate in the middle of the grid: --lr of the line, or the recipe's."""
     words = [*experiment.words, *line.words]
     if "--lr" in words:
         return float(words[words.index("--lr") + 1])
@@ -78,7 +31,7 @@ def base_rate(experiment, line):
 
 
 def search(experiment):
-    """{label: learning rate}: the best of the grid on the validation split, by loss."""
+    """({label: best rate of the grid on the validation split}, {label: {rate: loss there}})."""
     searched = [line for line in experiment.lines if not line.like]
     runs = {(line.label, g * base_rate(experiment, line)): words_of(
         experiment, line, "--lr", g * base_rate(experiment, line), "--seed", SEARCH_SEED,
@@ -167,79 +120,7 @@ def describe(line, rate, losses, results):
 
 
 def about(experiment, seeds):
-    """Which experiment this was, and `environment`."""
+    """The experiment as data, with its `environment`."""
     return dict(experiment=experiment.name, claim=experiment.claim, data=experiment.data,
                 seeds=seeds, grid=GRID,
                 **environment(f"launch/reproduce {experiment.name} --seeds {seeds}"))
-
-
-def environment(command):
-    """Where, when and with what this was run, and the command that does it again."""
-    commit = git("rev-parse", "--short", "HEAD") or "unknown"
-    if git("status", "--porcelain", "launch", "mpicomp"):
-        commit += " with changes"
-    return dict(
-        command=command, date=time.strftime("%Y-%m-%d"), commit=commit,
-        machine=f"{os.cpu_count()} cores, {processor()}, no GPU",
-        versions={name: metadata.version(name) for name in ("torch", "numpy", "mpi4py")}
-        | {"python": platform.python_version()})
-
-
-def git(*words):
-    """What git says about this checkout, or nothing where there is none."""
-    return subprocess.run(["git", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.DEVNULL).stdout.strip()
-
-
-def processor():
-    """The CPU's name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")),
-                platform.machine())
-
-
-def chosen(names):
-    """The experiments that the words on the command line stand for."""
-    every = [e for group in SYSTEMS.values() for e in group]
-    picked = []
-    for name in names:
-        if name == "all":
-            picked += every
-        elif name in SYSTEMS:
-            picked += SYSTEMS[name]
-        elif any(e.name == name for e in every):
-            picked += [e for e in every if e.name == name]
-        else:
-            sys.exit(f"launch/reproduce: no system or experiment is called {name!r}; there are: "
-                     + ", ".join([*SYSTEMS, *(e.name for e in every), "all", "speed", "slice",
-                                  "report"]))
-    return picked
-
-
-def main():
-    parser = argparse.ArgumentParser(prog="launch/reproduce")
-    parser.add_argument("what", nargs="+")
-    parser.add_argument("--seeds", type=int)
-    args = parser.parse_args()
-    import report
-
-    if args.what == ["slice"]:
-        import bands
-
-        sys.exit(bands.check(args.seeds or 1))
-    if args.what == ["speed"]:
-        import speedrun
-
-        speedrun.run(args.seeds)
-    elif args.what != ["report"]:
-        for experiment in chosen(args.what):
-            kept = carry_out(experiment, args.seeds)
-            print("\n".join(report.table(kept)) + "\n", flush=True)
-    report.write()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,135 @@
+"""What train.py is told to train: options, data, recipe, and the model and optimizer of these."""
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import mpicomp
+from trainer import datasets, options
+from trainer.models import MODELS
+from trainer.ranks import Ranks
+from trainer.recipes import DOREFA, RECIPES
+
+
+class Setup:
+    """One training, as the command line describes it. What does not fit ends all ranks.
+
+    args, ranks     the options, and the Ranks of this job
+    device          the torch.device of model and batches
+    method          the mpicomp.Method
+    data            a datasets.Data; `kept` holds the numbers of the rows that are trained on
+    scored          (Split, row numbers) that are evaluated on; `what` is "test" or "validation"
+    config          what decides the result to the bit, besides the number of ranks and torch;
+                    `digest` is a hash of it
+    batch           examples in a step, over all ranks
+    steps           of the optimizer in all; `epoch_steps` in an epoch, `save_every` to a checkpoint
+    out             the folder for results
+    noise           the torch.Generator of the gradients inside a dorefa network
+    squares         {parameter's name: sum of its squared gradients}, with --local-adagrad
+    """
+
+    def __init__(self, about):
+        """`about` is the docstring that --help shows."""
+        self.device, problem = options.take_device(sys.argv)  # before MPI starts
+        self.ranks = ranks = Ranks()
+        self.args = args = options.parse(about, ranks.refuse, ranks.rank)
+        if problem:
+            ranks.refuse(problem)
+        self.method = ranks.agreed(lambda: mpicomp.method(args.method))
+        self.data = ranks.agreed(lambda: datasets.load(args.data))
+        self._choose_rows()
+        recipe = self._recipe()
+        self._set_lengths(recipe)
+        self.config = dict(
+            data=args.data, source=self.data.source[:16], method=repr(self.method), **recipe,
+            momentum=args.momentum, seed=args.seed, nonfinite=args.nonfinite,
+            local_adagrad=args.local_adagrad, flush_epochs=args.flush_epochs,
+            validate=args.validate)
+        text = json.dumps(self.config, sort_keys=True)
+        self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.out = args.out or Path("runs", re.sub(r"[^\w.=]+", "-", "-".join(
+            filter(None, (args.data, args.model, args.method)))))
+        self.noise, self.squares = torch.Generator(self.device), {}
+        ranks.share_cores()
+
+    def _choose_rows(self):
+        """With --validate a tenth of the training set is held back, and stands for the test set."""
+        train, test = self.data.train, self.data.test
+        self.what = "validation" if self.args.validate else "test"
+        if self.args.validate:
+            # blocks of 40: whole ones in each class of mnist5k, two utterances of fsdd
+            held = np.arange(len(train)) // 40 % 10 == 9
+            self.kept, self.scored = np.flatnonzero(~held), (train, np.flatnonzero(held))
+        else:
+            self.kept, self.scored = np.arange(len(train)), (test, np.arange(len(test)))
+
+    def _recipe(self):
+        """The recipe of the data set, with what the options change in it."""
+        args, recipe = self.args, RECIPES[self.args.data]
+        if args.model == "dorefa" and recipe["model"] == "cnn":
+            recipe = recipe | DOREFA
+        if args.model not in (None, recipe["model"]):
+            self.ranks.refuse(f"--model {args.model} does not fit --data {args.data}; leave it out")
+        if args.bits and "bits" not in recipe:
+            self.ranks.refuse(f"--bits is for --model dorefa, found --model {recipe['model']}")
+        chosen = {key: getattr(args, key, None) for key in recipe}
+        return recipe | {key: value for key, value in chosen.items() if value is not None}
+
+    def _set_lengths(self, recipe):
+        """Batch and steps; `recipe` is told how many steps --epochs are."""
+        args, examples = self.args, len(self.kept)
+        self.batch = recipe["batch"]
+        if not self.ranks.size <= self.batch <= examples:
+            self.ranks.refuse(f"--batch {self.batch}: expected {self.ranks.size} (an example for "
+                              f"each rank) to {examples}")
+        self.epoch_steps = examples // self.batch
+        if args.epochs:
+            recipe["steps"] = args.epochs * self.epoch_steps
+        self.steps = recipe["steps"]
+        self.save_every = (min(self.epoch_steps, 200) if args.save_every is None
+                           else args.save_every or self.steps)
+
+    def model(self):
+        """The network, its weights drawn from torch's random numbers."""
+        low_bit = [self.config["bits"], self.noise] if "bits" in self.config else []
+        return self.ranks.agreed(lambda: MODELS[self.config["model"]](
+            self.data.classes, *low_bit).to(self.device))
+
+    def optimizer(self, model):
+        """The optimizer of a model, and with --local-adagrad the hooks on its parameters."""
+        if self.args.local_adagrad:
+            for name, parameter in model.named_parameters():
+                parameter.register_hook(self._local_adagrad(name))
+        kind, rate = self.config["optimizer"], self.config["lr"]
+        if kind == "adam":
+            return torch.optim.Adam(model.parameters(), lr=rate)
+        if kind == "adagrad":
+            return torch.optim.Adagrad(model.parameters(), lr=rate, eps=1e-8)
+        return torch.optim.SGD(model.parameters(), lr=rate, momentum=self.args.momentum)
+
+    def _local_adagrad(self, name):
+        """A hook that divides a gradient by the root of the sum of its squares so far.
+
+        Table 3 of the 1-bit SGD paper compares places for AdaGrad: before the exchange (here),
+        between its two quantisations (--method onebit:exchange=sharded,adagrad=yes), after it
+        (--optimizer).
+        """
+        def divide(gradient):
+            self.squares[name] = self.squares.get(name, 0) + gradient**2
+            return gradient / (self.squares[name].sqrt() + 1e-8)
+        return divide
+
+    def learning_rate(self, step):
+        """Up over the first twentieth of all steps, then half a cosine down to zero.
+
+        It suits error feedback: what is still owed when training ends would have moved little.
+        """
+        rise = min(1.0, (step + 1) / (self.steps / 20 + 1))
+        return self.config["lr"] * rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
