@@ -28,12 +28,9 @@ class Dense(Compressor):
         return used
 
     def decode_sum(self, payloads, out, layout, keys, weight=1.0):
-        fused = getattr(kernels.of(out), "dense_decode_sum", None)
-        if fused is None:
-            return super().decode_sum(payloads, out, layout, keys, weight)
         for packet in payloads:
             self.expect(packet, self.capacity(layout))
-        fused(payloads, weight, out)
+        kernels.of(out).dense_decode_sum(payloads, weight, out)
 
     def decode_add(self, packet, out, layout, key, weight=1.0):
         self.expect(packet, self.capacity(layout))

@@ -23,7 +23,7 @@ _TEST = re.compile(r"(size|ndim|last) *(<=|>=|=|<|>) *(\d+)")
 _SHAPE = re.compile(r"shape *= *([\dx*?]+)")
 _COMPARE = {"<": operator.lt, "<=": operator.le, "=": operator.eq, ">=": operator.ge,
             ">": operator.gt}
-LARGEST = 2**32  # a length word has 32 bits
+MOST_BYTES = 2**32  # a length word has 32 bits
 
 
 class Cases(tuple):
@@ -175,7 +175,7 @@ class Rule(Compressor):
         The v lengths are those of the runs whose compressor is not fixed, without the filling.
         """
         parts = [run.compressor.capacity(run.layout) for run in runs(self, layout)]
-        if max(parts, default=0) >= LARGEST:
+        if max(parts, default=0) >= MOST_BYTES:
             raise ValueError(f"rule: neighbouring parameters may take {max(parts)} bytes, a length "
                              "has 32 bits: make bucket_bytes smaller")
         return self._head(layout) + sum(_whole(part) for part in parts)

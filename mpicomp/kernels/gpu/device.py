@@ -14,8 +14,8 @@ import numpy as np
 
 from mpicomp.errors import DeviceError
 
-FOLDER = Path(__file__).parent.parent
-THREADS = 256  # of a block: THREADS in cuda/common.cuh
+FOLDER = Path(__file__).parent / "src"
+THREADS = 256  # of a block: THREADS in src/common.cuh
 OPTIONS = ("--std=c++17", "--fmad=false")
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.M)
 _KERNEL = re.compile(r"KERNEL (\w+)\(([^)]*)\)")

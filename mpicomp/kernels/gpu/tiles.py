@@ -4,7 +4,7 @@ import numpy as np
 
 from mpicomp.kernels.gpu import device
 
-TILE = 4096  # elements that one block selects from: cuda/tiles.cuh
+TILE = 4096  # elements that one block selects from: src/tiles.cuh
 
 
 def tiles_of(n) -> int:

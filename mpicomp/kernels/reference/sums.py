@@ -23,8 +23,8 @@ def within(x, least, most, complain) -> None:
         complain(x)
 
 
-def take(x, to) -> bool:
-    """to = x, both flat; is every element finite?"""
+def copy_finite(x, to) -> bool:
+    """Copy x to `to`, both flat; returns whether every element is finite."""
     to[...] = x
     return finite(to)
 
