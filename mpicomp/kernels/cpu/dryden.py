@@ -45,17 +45,18 @@ def dryden_encode_2016(x, rows, columns, lower, upper, data):
 
 @or_reference(reference.dryden_encode_owed_2016)
 def dryden_encode_owed_2016(grad, owed, out, matrices, proportion, sample, key, data):
-    used, most = 0, sum(4 + 8 * columns + 4 * rows * columns for _, rows, columns in matrices)
-    floats(owed, grad.size), floats(out, grad.size, True)  # all fit, before any is changed
-    at(data, np.uint8, most, True)
+    n, used = grad.size, 0
+    most = sum(4 + 8 * columns + 4 * rows * columns for _, rows, columns in matrices)
+    addresses = floats(owed, n), floats(grad, n), floats(out, n, True)
+    packet, words = at(data, np.uint8, most, True), philox_key(key)
     for start, rows, columns in matrices:
-        n = rows * columns
-        part, room = slice(start, start + n), data[used:used + 4 + 8 * columns + 4 * n]
-        result = lib.mp_dryden_encode_owed(
-            floats(owed[part], n), floats(grad[part], n), floats(out[part], n, True), rows, columns,
-            proportion, _draws(sample, rows), *philox_key(key), start, _room(room, rows, columns))
-        used += refused(result, reference.dryden_decode_add_2016, room, rows, columns, -1.0,
-                        out[part])
+        have, more, rest = (address + 4 * start for address in addresses)
+        size = lib.mp_dryden_encode_owed(have, more, rest, rows, columns, proportion,
+                                         _draws(sample, rows), *words, start, packet + used)
+        if size < 0:
+            refused(size, reference.dryden_decode_add_2016, data[used:], rows, columns, -1.0,
+                    out[start:start + rows * columns])
+        used += size
     return used
 
 
