@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from mpicomp import kernels
 from mpicomp.compressors.base import Compressor
 from mpicomp.compressors.options import check_options, option
+from mpicomp.compressors.registry import register
 from mpicomp.errors import PacketError, SpecError
 
 MOST = 2**14  # elements in a bin: the index in a 16-bit entry has 14 bits
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class AdaComp(Compressor):
     """Sends sgn(G) * scale where |H| >= the largest |G| of the bin; the rest stays owed.

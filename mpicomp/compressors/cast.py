@@ -1,9 +1,10 @@
-"""Float16 and BFloat16: every element rounded to 16 bits, the conventional first thing to try."""
+"""Float16 and BFloat16: every element rounded to 16 bits."""
 
 from dataclasses import dataclass
 
 from mpicomp import kernels
 from mpicomp.compressors.base import Compressor
+from mpicomp.compressors.registry import register
 
 
 class _Cast(Compressor):
@@ -30,6 +31,7 @@ class _Cast(Compressor):
         kernels.of(out).cast_decode_add(packet, self.summable, weight, out)
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class Float16(_Cast):
     """IEEE half precision: 11 significant bits, saturating at +-65504, subnormal below 6e-5."""
@@ -38,6 +40,7 @@ class Float16(_Cast):
     summable = "float16"
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class BFloat16(_Cast):
     """The upper half of a float32: its range, 8 significant bits."""

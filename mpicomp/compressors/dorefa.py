@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from mpicomp import kernels
 from mpicomp.compressors.base import Compressor, State
 from mpicomp.compressors.options import check_options, option
+from mpicomp.compressors.registry import register
 from mpicomp.errors import SpecError
 
 PACKINGS = ("bits", "int8", "int16", "int32")
 _LARGEST_CODE = {"int8": 2**7 - 1, "int16": 2**15 - 1, "int32": 2**31 - 1}
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class DoReFa(Compressor):
     """Codes q = round(n (g / 2m + 1/2) + u), u uniform in +-1/2; they mean 2m (q / n - 1/2).

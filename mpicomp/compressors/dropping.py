@@ -7,11 +7,13 @@ import numpy as np
 from mpicomp import kernels
 from mpicomp.compressors.base import Compressor
 from mpicomp.compressors.options import check_options, option
+from mpicomp.compressors.registry import register
 from mpicomp.errors import PacketError, SpecError
 
 MOST_ELEMENTS = 2**31
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class Dropping(Compressor):
     """(index, value) of every |v| > cut, where a fraction `rate` of the magnitudes is <= cut.

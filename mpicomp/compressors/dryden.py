@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from mpicomp import kernels
 from mpicomp.compressors.base import Compressor
 from mpicomp.compressors.options import check_options, option
+from mpicomp.compressors.registry import register
 from mpicomp.errors import PacketError, SpecError
 
 _SAMPLE = {"2016": 128, "2017": 1024}  # draws from a column, and from a matrix
 MOST_ELEMENTS = 2**31
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class Dryden(Compressor):
     """Index and sign of the largest elements, and two means a column that stand for them.

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from mpicomp import kernels
 from mpicomp.compressors.base import Compressor
 from mpicomp.compressors.options import check_options, option
+from mpicomp.compressors.registry import register
 from mpicomp.errors import SpecError
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class OneBit(Compressor):
     """Each column of a weight keeps its signs and the means of its two halves.

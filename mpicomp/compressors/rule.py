@@ -14,6 +14,7 @@ from mpicomp.compressors.base import Compressor, State
 from mpicomp.compressors.dense import Dense
 from mpicomp.compressors.onebit import OneBit
 from mpicomp.compressors.options import check_options, option
+from mpicomp.compressors.registry import register
 from mpicomp.compressors.residual import Residual
 from mpicomp.errors import SpecError
 from mpicomp.layout import Layout
@@ -138,6 +139,7 @@ def runs(rule, layout) -> tuple[Run, ...]:
                  for number, (case, own) in enumerate(groups))
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class Rule(Compressor):
     """The first case whose test holds for a parameter says how it is compressed.

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from mpicomp import kernels
 from mpicomp.compressors.base import Compressor, State
 from mpicomp.compressors.options import check_options, option
+from mpicomp.compressors.registry import register
 from mpicomp.errors import PacketError
 
 MOST_SCALE = 3.4e38  # close to the largest float32
 PACKINGS = ("2bit", "planar", "5trit", "int8", "int16")
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class TernGrad(Compressor):
     """Ternary codes s * sgn(g) * b, P(b = 1) = |g| / s, after clipping at `clip` sigma.

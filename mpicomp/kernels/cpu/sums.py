@@ -1,4 +1,4 @@
-"""Sums and small things, compiled."""
+"""What the kernels of all methods share, compiled."""
 
 import numpy as np
 

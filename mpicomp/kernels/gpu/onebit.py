@@ -1,4 +1,4 @@
-"""1-bit SGD's means and bits and CNTK's other quantisers, on the device."""
+"""1-bit SGD's means and bits, and CNTK's forms of it, on the device."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Sums, the largest magnitude and small things, on the device."""
+"""What the kernels of all methods share, on the device."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Sums and small things that every kernel shares; `fold` is the one order of summation."""
+"""What the kernels of all methods share; `fold` defines the order of every summation."""
 
 from functools import lru_cache
 
