@@ -126,7 +126,8 @@ def or_reference(theirs):
             try:
                 return function(*arguments)
             except Unfit:
-                return theirs(*arguments)
+                pass  # outside of this block an error of the reference's has no context
+            return theirs(*arguments)
 
         call.__doc__ = theirs.__doc__
         return call
@@ -179,7 +180,7 @@ def philox_key(key):
 
 
 def refused(result, function, *arguments):
-    """Where the compiled function refused a packet the reference says what is wrong with it."""
+    """`result`; where the compiled function refused a packet, the reference says why and raises."""
     if result < 0:
         function(*arguments)
         raise AssertionError(f"the reference's {function.__name__} accepts what cpu.cpp refuses")

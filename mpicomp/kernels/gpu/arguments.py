@@ -202,7 +202,8 @@ def or_host(theirs):
             try:
                 return function(*arguments)
             except Unfit:
-                return on_host(theirs)(*arguments)
+                pass  # outside of this block an error of the reference's has no context
+            return on_host(theirs)(*arguments)
 
         call.__doc__ = theirs.__doc__
         return call
