@@ -10,9 +10,9 @@ from setuptools import Extension, setup
 
 setup(
     ext_modules=[Extension(
-        "mpicomp.kernels._cpu",
-        ["mpicomp/kernels/cpu.cpp"],
-        depends=sorted(glob("mpicomp/kernels/cpp/*.h")),
+        "mpicomp.kernels.cpu._cpu",
+        ["mpicomp/kernels/cpu/src/cpu.cpp"],
+        depends=sorted(glob("mpicomp/kernels/cpu/src/*.h")),
         extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno",
                             "-fvisibility=hidden", "-pthread"],
         extra_link_args=["-pthread"],

@@ -205,7 +205,7 @@ def fuzz(name, mutations, backends, seed=0):
     rng = random.Random(f"{name} {seed}")
     targets = [Target(from_spec(row.spec), material.LAYOUTS[shape], backends, seed)
                for row in material.ROWS.get(name, [material.Row(name)]) for shape in SHAPES]
-    before = kernels.of(None)
+    before = kernels.for_numpy()
     if "shim" in backends:
         device.use(Shim())
     try:
@@ -249,7 +249,7 @@ def sanitized(argv):
         subprocess.run([compiler, "-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fPIC",
                         "-fno-math-errno", "-fvisibility=hidden", "-pthread", "-shared",
                         "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
-                        str(KERNELS / "cpu.cpp"), "-o", str(library)], check=True)
+                        str(KERNELS / "cpu" / "src" / "cpu.cpp"), "-o", str(library)], check=True)
         runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], check=True, text=True,
                                  capture_output=True).stdout.strip()
         environment = {

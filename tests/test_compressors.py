@@ -19,7 +19,7 @@ def those(holds):
 @pytest.fixture(params=kernels.backends())
 def backend(request):
     """Every backend in turn."""
-    before = kernels.of(None)
+    before = kernels.for_numpy()
     yield kernels.use(request.param)
     kernels.use(next(name for name, module in kernels.backends().items() if module is before))
 

@@ -71,7 +71,7 @@ def write(spec):
 @pytest.fixture(params=["reference", *levels.NAMES])
 def backend(request):
     """Every backend in turn, the compiled one with each level of vector instructions."""
-    before = kernels.of(None)
+    before = kernels.for_numpy()
     if request.param == "reference":
         yield kernels.use("reference")
     else:

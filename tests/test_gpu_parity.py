@@ -46,6 +46,8 @@ class Copying:
 
 
 def _there(value):
+    if type(value) in (list, tuple):
+        return type(value)(map(_there, value))
     return DeviceArray.of(value, value.ctypes.data % 8) if isinstance(value, np.ndarray) else value
 
 
@@ -68,19 +70,20 @@ def less_damaged(data, rng):
 
 def check_5trit():
     for _, x, rng in parity.each_gradient():
-        level, scale = reference.ternary_scale(x, 2.5)
+        level, scale = reference.terngrad_scale(x, 2.5)
         for start in (0, 3):
-            data = np.full(reference.ternary_size(x.size, "5trit"), 255, np.uint8)
-            data = parity.same("ternary_encode_5trit", x, level, scale, parity.Key(1, 2, 3, 4),
+            data = np.full(reference.terngrad_size(x.size, "5trit"), 255, np.uint8)
+            data = parity.same("terngrad_encode_5trit", x, level, scale, parity.Key(1, 2, 3, 4),
                                start, data)
         if scale < 1e36:
-            parity.packed(data, rng, scale, -0.25, x.size, name="ternary_decode_add_5trit")
+            parity.packed(data, rng, scale, -0.25, x.size, name="terngrad_decode_add_5trit")
 
 
 def check_cntk():
     for rows, columns, x, rng in matrices():
         data = parity.same("onebit_encode_cntk", x, rows, columns, payload(rows, columns))
         damaged(data, rng, rows, columns, 0.3, x.size, name="onebit_decode_add_cntk")
+        parity.summed(data, rng, rows, columns, 0.3, x.size, name="onebit_decode_sum_cntk")
 
 
 def check_threshold():
@@ -89,35 +92,37 @@ def check_threshold():
             parity.same("onebit_encode_mean", x, rows, columns, wire, payload(rows, columns))
 
 
-def check_columns():
+def check_bits():
     for rows, columns in MATRICES:  # bounds and ranges are infinite, which decoding refuses
         x = np.random.default_rng(rows).uniform(-3e38, 3e38, rows * columns).astype(np.float32)
         for bits in (2, 4, 8):
-            parity.same("columns_encode", x, rows, columns, bits, "means",
+            parity.same("onebit_encode_bits", x, rows, columns, bits, "means",
                         payload(rows, columns, bits))
     for rows, columns, x, rng in matrices():
         for bits in (2, 4, 8):
             for wire in ("means", "cntk"):
                 data = payload(rows, columns, bits)
-                data = parity.same("columns_encode", x, rows, columns, bits, wire, data)
+                data = parity.same("onebit_encode_bits", x, rows, columns, bits, wire, data)
                 damaged(data, rng, rows, columns, bits, wire, -0.3, x.size,
-                        name="columns_decode_add")
+                        name="onebit_decode_add_bits")
+                parity.summed(data, rng, rows, columns, bits, wire, -0.3, x.size,
+                              name="onebit_decode_sum_bits")
 
 
 def check_signs():
     for _, x, rng in parity.each_gradient():
         for rate in (0.9, 0.0, 0.5):
-            cut, means = reference.drop_cut(x, rate, 0), np.zeros(2, np.float32)
+            cut, means = reference.dropping_cut(x, rate, 0), np.zeros(2, np.float32)
             for start in (0, 11):
-                parity.same("drop_signs", x, cut, start, means, np.zeros(4 * x.size, np.uint8),
+                parity.same("dropping_signs", x, cut, start, means, np.zeros(4 * x.size, np.uint8),
                             used=lambda count: 4 * count)
             data = np.zeros(4 * x.size, np.uint8)
-            data = data[:4 * reference.drop_signs(x, cut, 0, means, data)]
+            data = data[:4 * reference.dropping_signs(x, cut, 0, means, data)]
             starts = [0, 0, x.size // 3, x.size // 3, x.size // 2, x.size]
             pairs = rng.standard_normal(2 * len(starts), np.float32)
-            parity.packed(data, rng, pairs, starts, 0.3, x.size, name="drop_signs_decode_add")
+            parity.packed(data, rng, pairs, starts, 0.3, x.size, name="dropping_signs_decode_add")
             pairs[rng.integers(0, pairs.size)] = np.inf
-            parity.packed(data, rng, pairs, starts, 0.3, x.size, name="drop_signs_decode_add")
+            parity.packed(data, rng, pairs, starts, 0.3, x.size, name="dropping_signs_decode_add")
 
 
 def matrices():
@@ -134,7 +139,7 @@ def payload(rows, columns, bits=1):
 def damaged(data, rng, rows, columns, *arguments, name):
     """`parity.packed`, and with bounds of one column that meet, are far apart, or in disorder."""
     parity.packed(data, rng, rows, columns, *arguments, name=name)
-    wire = arguments[1] if name == "columns_decode_add" else "cntk"
+    wire = arguments[1] if name == "onebit_decode_add_bits" else "cntk"
     for lower, upper in BOUNDS:
         wrong = data.copy()
         words = wrong.view(np.float32)
@@ -147,11 +152,11 @@ def damaged(data, rng, rows, columns, *arguments, name):
 
 BOUNDS = ((-0.0, 0.0), (1, 1), (0, 9e-37), (0, 2e-36), (-2e38, 2e38), (2, 1), (0, -np.inf),
           (np.inf, np.inf), (np.nan, 1), (0, np.inf), (-np.inf, 0))
-CHECKS = {**parity.CHECKS, check_5trit: ["ternary_encode_5trit", "ternary_decode_add_5trit"],
-          check_cntk: ["onebit_encode_cntk", "onebit_decode_add_cntk"],
+CHECKS = {**parity.CHECKS, check_5trit: ["terngrad_encode_5trit", "terngrad_decode_add_5trit"],
+          check_cntk: ["onebit_encode_cntk", "onebit_decode_add_cntk", "onebit_decode_sum_cntk"],
           check_threshold: ["onebit_encode_mean"],
-          check_signs: ["drop_signs", "drop_signs_decode_add"],
-          check_columns: ["columns_encode", "columns_decode_add"]}
+          check_signs: ["dropping_signs", "dropping_signs_decode_add"],
+          check_bits: ["onebit_encode_bits", "onebit_decode_add_bits", "onebit_decode_sum_bits"]}
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__[6:])

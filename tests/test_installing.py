@@ -12,8 +12,8 @@ def checkout(tmp_path):
     """A checkout with nothing in it but launch/bootstrap."""
     folder = tmp_path / "checkout"
     for name in ("setup.cfg", "setup.py", "pyproject.toml", "launch/constraints.txt",
-                 "launch/data-requirements.txt", "mpicomp/kernels/cpu.cpp",
-                 "mpicomp/kernels/cpp/sums.h"):
+                 "launch/data-requirements.txt", "mpicomp/kernels/cpu/src/cpu.cpp",
+                 "mpicomp/kernels/cpu/src/sums.h"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     (folder / "launch" / "bootstrap").write_text((ROOT / "launch" / "bootstrap").read_text())

@@ -1,14 +1,17 @@
 """The compiled kernels give the bytes and floats of the reference, to the bit.
 
-Every function that both have is called with the same arguments: over sizes, seeds, special values
-and payloads that nobody wrote, with every level of vector instructions that this CPU has, in one
-thread and in several. Whole compressors follow, over layouts. Buffers have guards on both sides and
-begin at odd addresses.
+Every function that is compiled, fused ones included, is called with the arguments of the
+reference's: over sizes, seeds, special values and payloads that nobody wrote, with every level of
+vector instructions that this CPU has, in one thread and in several. Whole compressors follow, over
+layouts. Buffers have guards on both sides and begin at odd addresses.
 """
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 from types import FunctionType
 
 import levels
@@ -16,10 +19,11 @@ import material
 import numpy as np
 import pytest
 
+import mpicomp.compressors
 from mpicomp import kernels
 from mpicomp.compressors import Residual
 from mpicomp.errors import PacketError
-from mpicomp.kernels import reference
+from mpicomp.kernels import gpu, reference
 from mpicomp.layout import Layout
 from mpicomp.philox import Key
 
@@ -141,6 +145,29 @@ def packed(data, rng, *arguments, name):
         same(name, wrong, *arguments[:-1], out)
 
 
+def summed(data, rng, *arguments, name):
+    """`name` sums none, one and three payloads, one of them damaged or not, in the same way."""
+    size = arguments[-1]
+    for wrong in [None, *damaged(data, rng)]:
+        for payloads in ([], [data]) if wrong is None else ([data, wrong, data],):
+            given = [[a.scale] * len(payloads) if isinstance(a, Scale) else a
+                     for a in arguments[:-1]]
+            same(name, payloads, *given, np.full(size, 7, np.float32))
+
+
+@dataclass
+class Scale:
+    """An argument of `summed`: the scale of each payload."""
+
+    scale: float
+
+
+def owing(name, grad, rng, *arguments, used=None):
+    """`name` encodes owed + grad in the same way, with `out` elsewhere; returns the payload."""
+    owed = rng.standard_normal(grad.size, np.float32)
+    return same(name, grad, owed, np.full(grad.size, 7, np.float32), *arguments, used=used)
+
+
 # ---- one function after the other ---------------------------------------------------------------
 
 
@@ -154,13 +181,13 @@ def check_finite():
     for size in SIZES:
         x = np.ones(size, np.float32)
         same("finite", x)
-        same("take", x, np.zeros(size, np.float32))
+        same("copy_finite", x, np.zeros(size, np.float32))
         for wrong in (np.inf, -np.inf, np.nan):
             for at in {0, size // 2, size - 1} if size else ():
                 y = x.copy()
                 y[at] = wrong
                 same("finite", y)
-                same("take", y, np.zeros(size, np.float32))
+                same("copy_finite", y, np.zeros(size, np.float32))
 
 
 def check_adagrad():
@@ -172,6 +199,7 @@ def check_dense():
     for _, x, rng in each_gradient():
         for name in ("dense_decode_add", "dense_scale"):
             packed(x.view(np.uint8), rng, -0.3, x.size, name=name)
+        summed(x.view(np.uint8), rng, -0.3, x.size, name="dense_decode_sum")
 
 
 def check_casts():
@@ -179,6 +207,7 @@ def check_casts():
         for kind in ("float16", "bfloat16"):
             data = same("cast_encode", x, kind, np.zeros(2 * x.size, np.uint8))
             packed(data, rng, kind, 0.25, x.size, name="cast_decode_add")
+            summed(data, rng, kind, 0.25, x.size, name="cast_decode_sum")
     every = np.arange(2**16, dtype=np.uint16).view(np.uint8)
     for start in range(0, 2**17, 512):  # every 16-bit float, those that are not finite refused
         for kind in ("float16", "bfloat16"):
@@ -192,6 +221,9 @@ def check_strom():
                 data = same("strom_encode", x, tau, strict, np.zeros(4 * x.size, np.uint8),
                             used=int)
                 packed(data, rng, tau, -1.0, x.size, name="strom_decode_add")
+                owing("strom_encode_owed", x, rng, tau, strict, np.zeros(4 * x.size, np.uint8),
+                      used=int)
+        summed(data, rng, tau, -1.0, x.size, name="strom_decode_sum")
 
 
 def check_onebit():
@@ -200,24 +232,27 @@ def check_onebit():
             data = np.zeros(columns * (8 + 4 * -(-rows // 32)), np.uint8)
             data = same("onebit_encode", x, rows, columns, data)
             packed(data, rng, rows, columns, 0.3, x.size, name="onebit_decode_add")
+            summed(data, rng, rows, columns, 0.3, x.size, name="onebit_decode_sum")
+            owing("onebit_encode_owed", x, rng, rows, columns, np.zeros_like(data))
 
 
-def check_ternary():
+def check_terngrad():
     for kind, x, rng in each_gradient():
         for clip in (0.0, 2.5, 0.1):
-            same("ternary_scale", x, clip)
-            same("ternary_scale_code", x, clip)
+            same("terngrad_scale", x, clip)
+            same("terngrad_scale_code", x, clip)
         with np.errstate(all="ignore"):
-            level, scale = reference.ternary_scale(x, 2.5)
+            level, scale = reference.terngrad_scale(x, 2.5)
         if kind == "zero":
             scale = np.float32(0)
         for packing in ("2bit", "planar", "int8", "int16"):
             for start in (0, 1, 2, 3, 4 * 2**20 + 1):
-                data = np.full(reference.ternary_size(x.size, packing), 255, np.uint8)
+                data = np.full(reference.terngrad_size(x.size, packing), 255, np.uint8)
                 key = Key(2**40 + 3, 2**32 - 1, start, 5)
-                data = same("ternary_encode", x, level, scale, key, start, packing, data)
+                data = same("terngrad_encode", x, level, scale, key, start, packing, data)
             if scale < 1e36:
-                packed(data, rng, scale, packing, -0.25, x.size, name="ternary_decode_add")
+                packed(data, rng, scale, packing, -0.25, x.size, name="terngrad_decode_add")
+                summed(data, rng, Scale(scale), packing, -0.25, x.size, name="terngrad_decode_sum")
 
 
 def check_dorefa():
@@ -230,19 +265,30 @@ def check_dorefa():
             data = same("dorefa_encode", x, scale, bits_, packing, Key(1, 2, 3, 4), 6, data)
             for value in (scale, np.float32(3e38)):
                 packed(data, rng, value, bits_, packing, 0.25, x.size, name="dorefa_decode_add")
+            if bits_ not in (1, 3, 8):
+                continue
+            summed(data, rng, Scale(scale), bits_, packing, 0.25, x.size, name="dorefa_decode_sum")
+            owing("dorefa_encode_owed", x, rng, scale, bits_, packing, Key(1, 2, 3, 4), 6,
+                  np.zeros_like(data))
 
 
 def check_dropping():
     for _, x, rng in each_gradient():
         for rate, sample in ((0.9, 0), (0.0, 20), (0.99, 1000), (0.5, 7)):
-            same("drop_cut", x, rate, sample)
-            cut = reference.drop_cut(x, rate, sample)
+            same("dropping_cut", x, rate, sample)
+            cut = reference.dropping_cut(x, rate, sample)
             data = np.zeros(8 * x.size, np.uint8)
-            same("drop_select", x, cut, 0, data, used=lambda count: 4 * count)
-            same("drop_select", x, cut, 11, data[:4 * x.size], used=lambda count: 4 * count)
-            count = reference.drop_select(x, cut, 0, data)
-            data = same("drop_values", x, count, data)[:8 * count]
-            packed(data, rng, -1.0, x.size, name="drop_decode_add")
+            same("dropping_select", x, cut, 0, data, used=lambda count: 4 * count)
+            same("dropping_select", x, cut, 11, data[:4 * x.size], used=lambda count: 4 * count)
+            count = reference.dropping_select(x, cut, 0, data)
+            data = same("dropping_values", x, count, data)[:8 * count]
+            packed(data, rng, -1.0, x.size, name="dropping_decode_add")
+            scopes = [(0, x.size // 3), (x.size // 3, x.size)]
+            owing("dropping_encode_owed", x, rng, scopes, rate, sample,
+                  np.zeros(8 * x.size, np.uint8), used=int)
+            same("dropping_signs_encode", x, scopes, rate, sample, True,
+                 np.zeros(16 + 4 * x.size, np.uint8), used=int)
+        summed(data, rng, -1.0, x.size, name="dropping_decode_sum")
 
 
 def check_adacomp():
@@ -255,6 +301,31 @@ def check_adacomp():
                 data = same("adacomp_encode", g.astype(np.float32), grad, factor, size, data,
                             used=lambda result, width=width: width * result[0])
                 packed(data, rng, 0.7, size, -1.0, x.size, name="adacomp_decode_add")
+        check_adacomp_layers(x, rng)
+
+
+def check_adacomp_layers(x, rng):
+    """Two layers, their bins of both widths of an entry."""
+    cut, grad = x.size // 3, rng.standard_normal(x.size, np.float32)
+    first, second = Layout.of([("a", (cut,)), ("b", (x.size - cut,))]).segments
+    for sizes in ((500, 7), (65, 64)):
+        layers = [(0, first, sizes[0], 2), (1, second, sizes[1], 1)]
+        packet = np.zeros(16 + 2 * x.size, np.uint8)
+        same("adacomp_encode_layers", x, None, None, 2.0, layers, packet, used=int)
+        owing("adacomp_encode_layers", grad, rng, 2.0, layers, packet, used=int)
+        parts = []
+        for number, segment, size, width in layers:
+            data = np.zeros(width * segment.size, np.uint8)
+            part = x[segment.slice]
+            with np.errstate(all="ignore"):
+                count, _ = reference.adacomp_encode(part, part, 1.0, size, data)
+            parts.append((segment.slice, size, data[:width * count]))
+        for wrong in damaged(parts[1][2], rng):
+            read = [(*parts[0], [0.5, 2.0]), (*parts[1], [3.0, 0.25])]
+            read = [(at, size, [data, wrong if data is parts[1][2] else data], scales)
+                    for at, size, data, scales in read]
+            for name in ("adacomp_decode_layers", "adacomp_decode_sum"):
+                same(name, read, 0.3, np.full(x.size, 7, np.float32))
 
 
 def test_an_adacomp_entry_that_steps_back_over_a_chunk_is_refused():
@@ -277,6 +348,13 @@ def check_dryden():
                 data = np.zeros(4 + 8 * columns + 4 * x.size, np.uint8)
                 data = same("dryden_encode_2016", x, rows, columns, *cuts, data, used=int)
                 packed(data, rng, rows, columns, 0.25, x.size, name="dryden_decode_add_2016")
+                whole = np.zeros(4 + 8 * columns + 4 * x.size, np.uint8)
+                owing("dryden_encode_owed_2016", x, rng, [(0, rows, columns)], proportion, sample,
+                      key, whole, used=int)
+            for fresh in (True, False):
+                for wrong in damaged(data, rng):
+                    same("dryden_decode_sum_2016", [data, wrong], [(0, rows, columns)], 0.25,
+                         np.full(x.size, 7, np.float32), fresh)
 
 
 STRIPS = ((128, 64), (257, 607), (40, 2000), (1100, 130), (2048, 96), (33, 129))
@@ -291,13 +369,13 @@ def test_dryden_in_strips(in_place, threads):
         for (kind, owed), (_, grad) in zip(gradients(size), gradients(size, 1), strict=True):
             for proportion, sample in ((64, 32), (4, 20), (1, 9)):
                 of = rows, columns, proportion, sample, Key(9, 8, 7, 6), 0
-                theirs = owing(reference, owed, grad, in_place, of)
+                theirs = a_matrix(reference, owed, grad, in_place, of)
                 for level in {0, levels.MOST}:
                     levels.run_with(level, threads, 50, 50)
-                    assert owing(cpu, owed, grad, in_place, of) == theirs, (kind, level, *of)
+                    assert a_matrix(cpu, owed, grad, in_place, of) == theirs, (kind, level, *of)
 
 
-def owing(module, owed, grad, in_place, of):
+def a_matrix(module, owed, grad, in_place, of):
     """Packet, what is still owed and guards, or the error, of one matrix with a residual."""
     owed, whole = guarded(owed, 4)
     out, other = (owed, whole) if in_place else guarded(np.zeros_like(owed), 4)
@@ -305,30 +383,31 @@ def owing(module, owed, grad, in_place, of):
     data = np.zeros(4 + 8 * columns + 4 * owed.size, np.uint8)
     with np.errstate(all="ignore"):
         try:
-            if module is cpu:
-                used = cpu.dryden_encode_owed_2016(grad, owed, out, [(0, rows, columns)], *of[2:5],
-                                                    data)
-            else:
-                out[:] = owed + grad
-                cuts = reference.dryden_columns(out, *of)
-                used = reference.dryden_encode_2016(out, rows, columns, *cuts, data)
-                reference.dryden_decode_add_2016(data, rows, columns, -1.0, out)
+            used = module.dryden_encode_owed_2016(grad, owed, out, [(0, rows, columns)], *of[2:5],
+                                                  data)
         except PacketError as error:
             return str(error)
     return data[:used].tobytes(), whole.tobytes(), other.tobytes()
 
 
-CHECKS = {check_finite: ["finite", "take"], check_adagrad: ["adagrad"],
-          check_dense: ["dense_decode_add", "dense_scale"],
-          check_casts: ["cast_encode", "cast_decode_add"],
-          check_strom: ["strom_encode", "strom_decode_add"],
-          check_onebit: ["onebit_encode", "onebit_decode_add"],
-          check_ternary: ["ternary_scale", "ternary_scale_code", "ternary_encode",
-                          "ternary_decode_add"],
-          check_dorefa: ["dorefa_scale", "dorefa_encode", "dorefa_decode_add"],
-          check_dropping: ["drop_cut", "drop_select", "drop_values", "drop_decode_add"],
-          check_adacomp: ["adacomp_encode", "adacomp_decode_add"],
-          check_dryden: ["dryden_columns", "dryden_encode_2016", "dryden_decode_add_2016"]}
+CHECKS = {check_finite: ["finite", "copy_finite"], check_adagrad: ["adagrad"],
+          check_dense: ["dense_decode_add", "dense_decode_sum", "dense_scale"],
+          check_casts: ["cast_encode", "cast_decode_add", "cast_decode_sum"],
+          check_strom: ["strom_encode", "strom_encode_owed", "strom_decode_add",
+                        "strom_decode_sum"],
+          check_onebit: ["onebit_encode", "onebit_encode_owed", "onebit_decode_add",
+                         "onebit_decode_sum"],
+          check_terngrad: ["terngrad_scale", "terngrad_scale_code", "terngrad_encode",
+                           "terngrad_decode_add", "terngrad_decode_sum"],
+          check_dorefa: ["dorefa_scale", "dorefa_encode", "dorefa_encode_owed",
+                         "dorefa_decode_add", "dorefa_decode_sum"],
+          check_dropping: ["dropping_cut", "dropping_select", "dropping_values",
+                           "dropping_encode_owed", "dropping_signs_encode", "dropping_decode_add",
+                           "dropping_decode_sum"],
+          check_adacomp: ["adacomp_encode", "adacomp_encode_layers", "adacomp_decode_add",
+                          "adacomp_decode_layers", "adacomp_decode_sum"],
+          check_dryden: ["dryden_columns", "dryden_encode_2016", "dryden_encode_owed_2016",
+                         "dryden_decode_add_2016", "dryden_decode_sum_2016"]}
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__[6:])
@@ -336,10 +415,33 @@ def test_functions_agree(check):
     check()
 
 
+# what a backend has beside kernels
+OWN = {"cpu": {"limits", "threads", "vectors"}, "gpu": {"deferred"}}
+
+
+def offered(module):
+    """{name: function} of the kernels of a backend."""
+    return {name: value for name, value in vars(module).items()
+            if isinstance(value, FunctionType) and name not in OWN[module.__name__[16:]]}
+
+
 def test_every_compiled_function_is_checked():
-    compiled = {name for name, value in vars(cpu).items() if isinstance(value, FunctionType)
-                and value.__module__.startswith(cpu.__name__ + ".") and hasattr(reference, name)}
+    compiled = {name for name, function in offered(cpu).items()
+                if function is not getattr(reference, name)}
     assert compiled == {name for names in CHECKS.values() for name in names}
+
+
+def test_all_backends_offer_the_same_functions():
+    """Those of the reference, which has the steps they are made of beside them."""
+    assert offered(cpu).keys() == offered(gpu).keys()
+    assert all(isinstance(getattr(reference, name), FunctionType) for name in offered(cpu))
+
+
+def test_compressors_call_kernels_that_are_offered():
+    files = Path(mpicomp.compressors.__file__).parent.glob("*.py")
+    called = {name for path in files
+              for name in re.findall(r"\b(?:k|kernels\.of\(\w+\))\.(\w+)", path.read_text())}
+    assert {"onebit_encode_owed", "dense_decode_sum", "zeros"} <= called <= offered(cpu).keys()
 
 
 # ---- whole compressors --------------------------------------------------------------------------
@@ -422,8 +524,9 @@ def test_what_does_not_fit_goes_to_the_reference():
     assert cpu.finite(gaps)
     data = np.zeros(40, np.uint8)
     assert cpu.strom_encode(gaps, 3.0, True, data) == 4 * 8
-    with pytest.raises(ValueError, match="without gaps"):
-        cpu.strom_encode_owed(gaps, gaps, gaps, 3.0, True, data)
+    owed = np.zeros(20, np.float32)[::2]
+    assert cpu.strom_encode_owed(gaps, owed, owed, 3.0, True, data) == 4 * 8
+    assert owed[9] == 18 - 3
 
 
 def started_with(**variables):

@@ -223,8 +223,8 @@ def test_bootstrap_names_the_python_it_cannot_use(tmp_path):
     (tmp_path / "mpicomp" / "kernels" / "cpp").mkdir(parents=True)
     (tmp_path / "launch" / "bootstrap").write_text((ROOT / "launch" / "bootstrap").read_text())
     for name in ("setup.cfg", "setup.py", "pyproject.toml", "launch/constraints.txt",
-                 "launch/data-requirements.txt", "mpicomp/kernels/cpu.cpp",
-                 "mpicomp/kernels/cpp/sums.h"):
+                 "launch/data-requirements.txt", "mpicomp/kernels/cpu/src/cpu.cpp",
+                 "mpicomp/kernels/cpu/src/sums.h"):
         (tmp_path / name).touch()
     code, output = finish("bash", tmp_path / "launch" / "bootstrap", MPICOMP_PYTHON="/no/python")
     assert code == 1 and output.count("\n") == 1

@@ -161,7 +161,7 @@ FILES = {
     "mpicomp/kernels/__init__.py": "from mpicomp.kernels.cpu import library",
     "mpicomp/kernels/cpu/__init__.py": "",
     "mpicomp/kernels/cpu/library.py": "",
-    "mpicomp/kernels/cpp/sums.h": "",
+    "mpicomp/kernels/cpu/src/sums.h": "",
     "mpicomp/__main__.py": "from mpicomp import catalogue",
     "launch/run": "ROOT / 'hosts' / 'rank.py'",
     "launch/hosts/rank.py": "",
@@ -177,7 +177,7 @@ FILES = {
 
 @pytest.mark.parametrize("changed, needed_by", [
     ("mpicomp/reducer/__init__.py", ["helped"]), ("mpicomp/exchange/peers.py", ["helped"]),
-    ("mpicomp/kernels/cpp/sums.h", ["helped"]), ("mpicomp/catalogue.py", ["module"]),
+    ("mpicomp/kernels/cpu/src/sums.h", ["helped"]), ("mpicomp/catalogue.py", ["module"]),
     ("mpicomp/nn.py", ["direct"]), ("launch/run", ["started"]),
     ("launch/hosts/rank.py", ["started"]),
     ("docs/ddp.md", ["page"]), ("tests/helper.py", ["helped"]),

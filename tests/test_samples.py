@@ -30,7 +30,7 @@ def k(request, monkeypatch):
         monkeypatch.setattr(device, "current", lambda shim=Shim(): shim)
         yield gpu
         return
-    before = kernels.of(None)
+    before = kernels.for_numpy()
     yield kernels.use(request.param)
     kernels.use(next(name for name, module in kernels.backends().items() if module is before))
 
@@ -54,7 +54,7 @@ def ramp(n):
 def test_a_sample_stands_for_the_whole_array(n, k):
     """Of a ramp 1 % are sent, within a hundredth of that, whatever the number of elements."""
     x = ramp(n)
-    cut = float(k.drop_cut(put(k, x), 0.99, 100_000))
+    cut = float(k.dropping_cut(put(k, x), 0.99, 100_000))
     tau = float(k.strom_tau(put(k, x), 0.01))
     for limit in (cut, tau):
         assert (np.abs(x) > limit).mean() == pytest.approx(0.01, rel=0.01)
@@ -66,8 +66,8 @@ def test_every_backend_takes_the_same_sample(n, draws, k):
     x = np.random.default_rng(n).standard_normal(n, np.float32)
     for rate in (0.0, 0.5, 0.99, 0.999):
         for first in (False, True):
-            found = k.drop_cut(put(k, x), rate, draws, first)
-            assert np.float32(float(found)) == reference.drop_cut(x, rate, draws, first)
+            found = k.dropping_cut(put(k, x), rate, draws, first)
+            assert np.float32(float(found)) == reference.dropping_cut(x, rate, draws, first)
     assert np.float32(float(k.strom_tau(put(k, x), 0.02))) == reference.strom_tau(x, 0.02)
 
 
@@ -98,7 +98,7 @@ def test_the_rate_is_a_float32():
              != int(np.float32(n) * np.float32(0.999))]
     assert other
     for n in other[:5]:
-        number = reference.drop_sample(n, 0.999, 0)[2]
+        number = reference.dropping_sample(n, 0.999, 0)[2]
         assert number == int(np.float32(n) * np.float32(0.999)) - 1 != int(n * 0.999) - 1
     with pytest.raises(SpecError, match="less than 1"):
         from_spec("dropping:rate=0.99999999")  # 1 as float32: nothing would ever be sent

@@ -40,9 +40,9 @@ PACKED = {  # of both workers
 
 
 def test_terngrad_codes_of_two_workers():
-    scales = [reference.ternary_scale(g, 2.5)[1] for g in G]
+    scales = [reference.terngrad_scale(g, 2.5)[1] for g in G]
     assert scales == [1.0, 0.875]
-    codes = [reference.ternary_codes(g, np.inf, max(scales), u) for g, u in zip(G, U)]
+    codes = [reference.terngrad_codes(g, np.inf, max(scales), u) for g, u in zip(G, U)]
     assert [c.tolist() for c in codes] == T
     assert (sum(codes) / 2).tolist() == MEAN
 
@@ -66,7 +66,7 @@ def test_terngrad_packets_of_two_workers(packing, monkeypatch):
 
 def test_terngrad_planar_pads_a_whole_group():
     data = np.zeros(3, np.uint8)
-    reference.ternary_pack(np.zeros(8, np.int8), "planar", data)
+    reference.terngrad_pack(np.zeros(8, np.int8), "planar", data)
     # 111 111 110 123 -> 1 + 4 + 16 + 64, the same, 1 + 4 + 16 * 0 + 64 * 3: twelve digits, cut in
     # quarters of three, the last four of which are the padding 0 1 2 3
     assert data.tolist() == [1 + 4 + 16 + 64 * 1, 1 + 4 + 16 + 64 * 2, 1 + 4 + 0 + 64 * 3]
@@ -91,10 +91,10 @@ def test_terngrad_says_the_clipped_element_for_sure():
 def test_terngrad_clips_at_two_and_a_half_sigma():
     g1 = np.array([.5, -.25, .125, 0, -.5, .25, .375, -4, .5, -.25], np.float32)
     g2 = np.array([1, -.5, .25, .5, -1, 0, .75, -.25, .5, .25], np.float32)
-    assert reference.ternary_scale(g1, 2.5) == pytest.approx((3.165981, 3.165981), abs=1e-6)
-    assert reference.ternary_scale(g2, 2.5) == pytest.approx((1.430690, 1.0), abs=1e-6)
-    level, scale = reference.ternary_scale(g1, 2.5)
-    always = reference.ternary_codes(g1, level, scale, np.full(10, 1 - 2**-24, np.float32))
+    assert reference.terngrad_scale(g1, 2.5) == pytest.approx((3.165981, 3.165981), abs=1e-6)
+    assert reference.terngrad_scale(g2, 2.5) == pytest.approx((1.430690, 1.0), abs=1e-6)
+    level, scale = reference.terngrad_scale(g1, 2.5)
+    always = reference.terngrad_codes(g1, level, scale, np.full(10, 1 - 2**-24, np.float32))
     assert always.tolist() == [0, 0, 0, 0, 0, 0, 0, -1, 0, 0]  # what is clipped is always sent
 
 
@@ -102,7 +102,7 @@ def test_terngrad_clips_at_two_and_a_half_sigma():
 def test_terngrad_does_not_crush_what_is_constant(x):
     """sigma = 0 must not clip everything to nothing: a single bias would never train."""
     x = np.array(x, np.float32)
-    level, scale = reference.ternary_scale(x, 2.5)
+    level, scale = reference.terngrad_scale(x, 2.5)
     assert level == np.inf and scale == np.abs(x).max(initial=0)
 
 

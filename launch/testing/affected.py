@@ -17,10 +17,8 @@ EVERYTHING = {"setup.cfg", "setup.py", "pyproject.toml", "launch/constraints.txt
               "tests/conftest.py", "tests/ranks.py"}
 ALWAYS = "tests/test_architecture.py"  # reads every file
 USED_BY = {  # files other than Python, and the modules that read them
-    "mpicomp/kernels/cpu.cpp": "mpicomp/kernels/cpu/library.py",
-    "mpicomp/kernels/cpp/": "mpicomp/kernels/cpu/library.py",
-    "mpicomp/kernels/gpu.cu": "mpicomp/kernels/gpu/device.py",
-    "mpicomp/kernels/cuda/": "mpicomp/kernels/gpu/device.py",
+    "mpicomp/kernels/cpu/src/": "mpicomp/kernels/cpu/library.py",
+    "mpicomp/kernels/gpu/src/": "mpicomp/kernels/gpu/device.py",
     "tests/fixture/": "tests/test_golden.py",
     "launch/data-requirements.txt": "launch/data.py",
 }

@@ -58,7 +58,7 @@ class Settings:
                 return SpecError(f"{name}={found} found, expected {' or '.join(known)}: type  "
                                  f"unset {name}  if you did not mean to set it")
         try:
-            kernels.of(None)
+            kernels.for_numpy()
         except SpecError as error:  # MPICOMP_KERNELS
             return error
 

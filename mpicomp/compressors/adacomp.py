@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from mpicomp import kernels
 from mpicomp.compressors.base import Compressor
 from mpicomp.compressors.options import check_options, option
+from mpicomp.compressors.registry import register
 from mpicomp.errors import PacketError, SpecError
 
 MOST = 2**14  # elements in a bin: the index in a 16-bit entry has 14 bits
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class AdaComp(Compressor):
     """Sends sgn(G) * scale where |H| >= the largest |G| of the bin; the rest stays owed.
@@ -67,42 +69,12 @@ class AdaComp(Compressor):
                                               for _, segment, _, width in self._layers(layout))
 
     def encode(self, x, packet, layout, key, state):
-        k = kernels.of(x)
-        whole = getattr(k, "adacomp_encode_layers", None)
-        if whole is not None:
-            return whole(x, None, None, self.factor, self._layers(layout), packet)
-        return self._encode(packet, layout, lambda at, size, room: k.adacomp_encode(
-            x[at], x[at], self.factor, size, room))
+        return kernels.of(x).adacomp_encode_layers(x, None, None, self.factor,
+                                                   self._layers(layout), packet)
 
     def encode_owed(self, grad, owed, packet, layout, key, state, out=None):
-        out, k = owed if out is None else out, kernels.of(grad)
-        whole = getattr(k, "adacomp_encode_layers", None)
-        if whole is not None:
-            return whole(grad, owed, out, self.factor, self._layers(layout), packet)
-        fused = getattr(k, "adacomp_encode_owed", None)
-        if fused is not None:
-            used = self._encode(packet, layout, lambda at, size, room: fused(
-                grad[at], owed[at], out[at], self.factor, size, room))
-            self.expect_finite(packet[:4 * len(layout.segments)].view("float32"))
-            return used
-        if out is not owed:
-            out[...] = owed
-        out += grad
-        used = self._encode(packet, layout, lambda at, size, room: k.adacomp_encode(
-            out[at], grad[at], self.factor, size, room))
-        self.decode_add(packet[:used], out, layout, key, -1.0)  # residue = G - Gq
-        return used
-
-    def _encode(self, packet, layout, encode):
-        """Fill the packet with what encode(slice, bin, room) writes of each layer."""
-        head, used = 4 * len(layout.segments), 8 * len(layout.segments)
-        scales = packet[:head].view("float32")
-        counts = packet[head:used].view("uint32")
-        for i, segment, size, width in self._layers(layout):
-            room = packet[used:used + width * segment.size]
-            counts[i], scales[i] = encode(segment.slice, size, room)
-            used += width * int(counts[i])
-        return used
+        return kernels.of(grad).adacomp_encode_layers(grad, owed, owed if out is None else out,
+                                                      self.factor, self._layers(layout), packet)
 
     def _read(self, payloads, layout, k):
         """(slice, bin, entries in each payload, scale in each payload) of every layer, in order.
@@ -110,8 +82,7 @@ class AdaComp(Compressor):
         The entries stay where they are; heads on a device are read back with one copy for all.
         """
         layers, head = self._layers(layout), 8 * len(layout.segments)
-        fetch = getattr(k, "adacomp_heads", None)
-        heads = fetch(payloads, head) if fetch else [packet[:head] for packet in payloads]
+        heads = k.adacomp_heads(payloads, head)
         read = [(segment.slice, size, [], []) for _, segment, size, _ in layers]
         for packet, front in zip(payloads, heads):
             if len(packet) < head:
@@ -130,17 +101,8 @@ class AdaComp(Compressor):
 
     def decode_add(self, packet, out, layout, key, weight=1.0):
         k = kernels.of(out)
-        whole = getattr(k, "adacomp_decode_layers", None)
-        read = self._read([packet], layout, k)
-        if whole is not None:
-            whole(read, weight, out)
-            return
-        for at, size, (entries,), (scale,) in read:
-            k.adacomp_decode_add(entries, scale, size, weight, out[at])
+        k.adacomp_decode_layers(self._read([packet], layout, k), weight, out)
 
     def decode_sum(self, payloads, out, layout, keys, weight=1.0):
         k = kernels.of(out)
-        fused = getattr(k, "adacomp_decode_sum", None)
-        if fused is None:
-            return super().decode_sum(payloads, out, layout, keys, weight)
-        fused(self._read(payloads, layout, k), weight, out)
+        k.adacomp_decode_sum(self._read(payloads, layout, k), weight, out)

@@ -1,17 +1,17 @@
 """The contract of a compressor: gradients in, bytes out, and back.
 
 A compressor turns the gradients of one bucket (a flat float32 array) into bytes and back. It is
-frozen data: everything it may be told stands in its fields, `repr` is its specification, and
-`from_spec(repr(c)) == c`. Two compressors with the same specification decode what the other wrote.
-Arrays and state belong to the caller, so the same object serves every bucket and every thread.
+frozen data: its options are its fields, `repr` is its specification, and `from_spec(repr(c)) == c`.
+A compressor decodes what any other with the same specification encoded. Arrays and state belong to
+the caller, so one object serves every bucket and every thread.
 
-Three decisions carry the rest of the package:
+The rest of the package relies on three things:
 
-  * capacity is known from the layout alone, and encode writes into the caller's buffer;
-  * decode *accumulates* with a weight: averaging P packets is decode_add(packet, mean, 1/P) in
-    rank order, and error feedback is the same call with weight -1;
-  * what MPI may add (`summable`), what error feedback may wrap (`feedback`) and what is unbiased
-    are declared here and held by the conformance tests.
+  * the capacity follows from the layout alone, and `encode` writes into the caller's buffer;
+  * decoding adds to an array, with a weight: the mean of P packets is decode_add(packet, mean, 1/P)
+    in rank order, and error feedback is the same call with weight -1;
+  * a compressor declares whether MPI may add its payloads (`summable`), whether error feedback may
+    wrap it (`feedback`) and whether it is unbiased; the conformance tests check what it declares.
 """
 
 from abc import ABC, abstractmethod
@@ -27,12 +27,12 @@ LARGEST = 2.0**128 - 2.0**104  # the largest float32
 
 
 class State(SimpleNamespace):
-    """The arrays that a compressor keeps for one bucket; which ones is its own business."""
+    """The arrays that a compressor keeps for one bucket; each class chooses its own."""
 
 
 @dataclass(frozen=True, repr=False)
 class Compressor(ABC):
-    """Which bytes stand for these floats. Subclass, write four methods, `register` the class."""
+    """Encodes floats as bytes. Subclass it, write its three abstract methods, `register` it."""
 
     name: ClassVar[str]
     source: ClassVar[str] = ""  # the paper
@@ -45,54 +45,55 @@ class Compressor(ABC):
         """The most bytes that a payload of this layout can take; depends on the layout only."""
 
     def init(self, layout, like) -> State:
-        """State and scratch for one bucket, in the kind of array that `like` is.
+        """State and scratch for one bucket, in arrays like `like` (NumPy's or a device's).
 
-        All the memory that this compressor will ever need for the bucket is taken here.
+        All memory for the bucket is allocated here; later calls need no more.
         """
         return State()
 
     def measure(self, x, layout, state):
-        """What the ranks must agree on before `encode`, or None.
+        """The numbers that ranks must agree on before `encode`, or None.
 
-        Returns an array that lives in `state`; the exchange replaces its content by the maximum
-        over all ranks, and `encode` then reads it there.
+        Returns an array of `state`; the exchange replaces each of its elements by the maximum over
+        all ranks, and `encode` reads it there.
         """
         return None
 
     @abstractmethod
     def encode(self, x, packet, layout, key, state) -> int:
-        """Write the payload for `x` (float32, layout.size elements) to `packet` (uint8).
+        """Write the payload for `x` (float32, layout.size elements) to `packet`; returns the bytes.
 
-        Returns the bytes used; what lies behind them, up to the capacity, may serve as scratch.
-        A pure function of (self, x, layout, key, state): `x` and `state` stay as they are, and
-        random numbers come from `key` and the element alone.
+        `packet` is uint8, contiguous, at any address and at least as long as the capacity. Bytes
+        between those used and the capacity may serve as scratch, those beyond may not. A pure
+        function of (self, x, layout, key, state): it changes neither `x` nor `state`, and random
+        numbers depend on `key` and the element alone.
         """
 
     @abstractmethod
     def decode_add(self, packet, out, layout, key, weight=1.0) -> None:
-        """Add weight * (what the payload `packet` says) to `out` (float32, layout.size elements).
+        """Add weight * (the decoded payload) to `out` (float32, layout.size elements).
 
-        `packet` holds exactly the bytes used, `key` is the sender's. Raises PacketError for
-        bytes that `encode` cannot have written; `out` is then not to be used.
+        `packet` holds exactly the bytes that `encode` used, `key` is the sender's. Raises
+        PacketError for bytes that `encode` cannot have written; `out` is then undefined.
         """
 
     def decode_sum(self, payloads, out, layout, keys, weight=1.0) -> None:
-        """out = weight * the sum of what the payloads say, added in their order to zero.
+        """out = weight * the sum of the decoded payloads, added to zero in their order.
 
-        keys[i] is that of the sender of payloads[i]; none at all make zeros, for an asynchronous
-        rank may have heard of nobody. What `out` held before is lost. A kernel may do this in one
-        pass over `out`; a test proves it equal.
+        keys[i] is that of the sender of payloads[i]. No payloads make zeros: an asynchronous rank
+        may have received none. A class may override this with a kernel that passes over `out` once;
+        tests compare it with these lines.
         """
         out[...] = 0
         for packet, key in zip(payloads, keys):
             self.decode_add(packet, out, layout, key, weight)
 
     def encode_owed(self, grad, owed, packet, layout, key, state, out=None) -> int:
-        """Encode owed + grad and keep what remains unsaid: all there is to error feedback.
+        """Encode owed + grad and keep the rest: all there is to error feedback. Returns the bytes.
 
-        `owed` is what the world was not told so far; what it has still not been told is written
-        to `out`, by default `owed` itself. With another array for `out` the step can be taken
-        back. A fused kernel may replace these lines; a test proves it equal.
+        `owed` is the residual, what was not sent so far; what is still not sent goes to `out`, by
+        default `owed` itself. With another array for `out` the step can be undone. A class may
+        override this with a fused kernel; tests compare it with these lines.
         """
         out = owed if out is None else out
         _add(owed, grad, out)
@@ -111,15 +112,15 @@ class Compressor(ABC):
         return None
 
     def alias(self, x):
-        """The payload for `x` where it is the memory of `x` itself, as uint8, or None."""
+        """The memory of `x` as uint8, if that is the payload for `x`; else None."""
         return None
 
     def shared_bytes(self, layout) -> int:
-        """Bytes at the front of a payload that all ranks agreed on; MPI adds what follows them."""
+        """Bytes at the front of a payload that are the same on all ranks; MPI adds the others."""
         return 0
 
     def by_case(self, payload, layout) -> dict:
-        """{case: bytes} of a payload whose parts have other reasons than the method itself."""
+        """Bytes of a payload by the case of a `rule`, for `Reducer.stats`; {} if there is one."""
         return {}
 
     @property
@@ -133,23 +134,24 @@ class Compressor(ABC):
         return False
 
     def split(self, packet, layout, borders) -> list:
-        """The payload cut at these elements: one for every pair of neighbours in `borders`.
+        """The payload cut at these elements: a part for every pair of neighbours in `borders`.
 
-        Each part is a payload by itself, of the elements from its border on, which count from 0.
-        Only where `can_split`.
+        Each part is a payload of its own, whose elements count from 0. Only if `can_split`.
         """
         raise NotImplementedError(f"{self.name} has no split")
 
     def persistent(self, state) -> dict:
-        """The arrays (one element a gradient) that a checkpoint must hold: {"error": owed} ..."""
+        """{name: float32[layout.size]} that a checkpoint must hold, such as {"error": owed}."""
         return {}
 
     def commit(self, state) -> None:
-        """The step with the last encoded packet was applied on all ranks: it is now the past."""
+        """The step of the last encoded packet was applied on all ranks: make its state final."""
 
     @classmethod
     def from_inner(cls, text, read):
-        """The field `inner` from the text in a specification's bracket; `read` makes a compressor.
+        """The field `inner` from the text in a specification's brackets.
+
+        `read` turns a specification into a compressor.
         """
         return read(text)
 

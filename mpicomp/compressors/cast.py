@@ -1,9 +1,10 @@
-"""Float16 and BFloat16: every element rounded to 16 bits, the conventional first thing to try."""
+"""Float16 and BFloat16: every element rounded to 16 bits."""
 
 from dataclasses import dataclass
 
 from mpicomp import kernels
 from mpicomp.compressors.base import Compressor
+from mpicomp.compressors.registry import register
 
 
 class _Cast(Compressor):
@@ -21,18 +22,16 @@ class _Cast(Compressor):
         return used
 
     def decode_sum(self, payloads, out, layout, keys, weight=1.0):
-        fused = getattr(kernels.of(out), "cast_decode_sum", None)
-        if fused is None:
-            return super().decode_sum(payloads, out, layout, keys, weight)
         for packet in payloads:
             self.expect(packet, self.capacity(layout))
-        fused(payloads, self.summable, weight, out)
+        kernels.of(out).cast_decode_sum(payloads, self.summable, weight, out)
 
     def decode_add(self, packet, out, layout, key, weight=1.0):
         self.expect(packet, self.capacity(layout))
         kernels.of(out).cast_decode_add(packet, self.summable, weight, out)
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class Float16(_Cast):
     """IEEE half precision: 11 significant bits, saturating at +-65504, subnormal below 6e-5."""
@@ -41,6 +40,7 @@ class Float16(_Cast):
     summable = "float16"
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class BFloat16(_Cast):
     """The upper half of a float32: its range, 8 significant bits."""

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from mpicomp import kernels
 from mpicomp.compressors.base import Compressor, State
 from mpicomp.compressors.options import check_options, option
+from mpicomp.compressors.registry import register
 from mpicomp.errors import SpecError
 
 PACKINGS = ("bits", "int8", "int16", "int32")
-_LARGEST = {"int8": 2**7 - 1, "int16": 2**15 - 1, "int32": 2**31 - 1}
+_LARGEST_CODE = {"int8": 2**7 - 1, "int16": 2**15 - 1, "int32": 2**31 - 1}
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class DoReFa(Compressor):
     """Codes q = round(n (g / 2m + 1/2) + u), u uniform in +-1/2; they mean 2m (q / n - 1/2).
@@ -51,7 +53,7 @@ class DoReFa(Compressor):
 
     @property
     def most_ranks(self):
-        return _LARGEST[self.packing] // (2**self.bits - 1) if self.summable else None
+        return _LARGEST_CODE[self.packing] // (2**self.bits - 1) if self.summable else None
 
     def shared_bytes(self, layout):
         return 4 * len(layout.segments) if self.scale == "shared" else 0
@@ -101,14 +103,13 @@ class DoReFa(Compressor):
         return self.capacity(layout)
 
     def encode_owed(self, grad, owed, packet, layout, key, state, out=None):
-        fused = getattr(kernels.of(grad), "dorefa_encode_owed", None)
-        if fused is None or self.scale == "own":
+        if self.scale == "own":
             return super().encode_owed(grad, owed, packet, layout, key, state, out)
-        out = owed if out is None else out
+        encode_owed, out = kernels.of(grad).dorefa_encode_owed, owed if out is None else out
         packet[:self.shared_bytes(layout)].view("float32")[:] = state.scale
         for i, segment, part in self._parts(layout):
-            fused(grad[segment.slice], owed[segment.slice], out[segment.slice], state.scale[i],
-                  self.bits, self.packing, key, segment.start, packet[part])
+            encode_owed(grad[segment.slice], owed[segment.slice], out[segment.slice],
+                        state.scale[i], self.bits, self.packing, key, segment.start, packet[part])
         return self.capacity(layout)
 
     def _magnitudes(self, packet, layout):
@@ -119,13 +120,11 @@ class DoReFa(Compressor):
         return scales
 
     def decode_sum(self, payloads, out, layout, keys, weight=1.0):
-        fused = getattr(kernels.of(out), "dorefa_decode_sum", None)
-        if fused is None:
-            return super().decode_sum(payloads, out, layout, keys, weight)
+        decode_sum = kernels.of(out).dorefa_decode_sum
         scales = [self._magnitudes(packet, layout) for packet in payloads]
         for i, segment, part in self._parts(layout):
-            fused([packet[part] for packet in payloads], [scale[i] for scale in scales], self.bits,
-                  self.packing, weight, out[segment.slice])
+            decode_sum([packet[part] for packet in payloads], [scale[i] for scale in scales],
+                       self.bits, self.packing, weight, out[segment.slice])
 
     def decode_add(self, packet, out, layout, key, weight=1.0):
         decode_add, scales = kernels.of(out).dorefa_decode_add, self._magnitudes(packet, layout)

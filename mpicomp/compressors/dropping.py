@@ -7,11 +7,13 @@ import numpy as np
 from mpicomp import kernels
 from mpicomp.compressors.base import Compressor
 from mpicomp.compressors.options import check_options, option
+from mpicomp.compressors.registry import register
 from mpicomp.errors import PacketError, SpecError
 
 MOST_ELEMENTS = 2**31
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class Dropping(Compressor):
     """(index, value) of every |v| > cut, where a fraction `rate` of the magnitudes is <= cut.
@@ -77,36 +79,25 @@ class Dropping(Compressor):
         named = {"exact": 0, "marian": kernels.reference.MARIAN}
         return named[self.sample] if self.sample in named else int(self.sample)
 
-    def _cut(self, x):
-        return kernels.of(x).drop_cut(x, self.rate, self._sample(), self.cut == "marian-feb2017")
-
     def encode(self, x, packet, layout, key, state):
-        k, scopes = kernels.of(x), self._scopes(layout)
-        room = self.capacity(layout)
-        fused = getattr(k, "drop_signs_encode", None)
-        if self.survivors == "onebit" and fused:
-            return fused(x, scopes, self.rate, self._sample(), self.cut == "marian-feb2017", packet)
+        k, scopes, first_version = kernels.of(x), self._scopes(layout), self.cut == "marian-feb2017"
         if self.survivors == "onebit":
-            means = packet[:8 * len(scopes)].view("float32")
-            used = 8 * len(scopes)
-            for i, (start, stop) in enumerate(scopes):
-                part = x[start:stop]
-                used += 4 * k.drop_signs(part, self._cut(part), start, means[2 * i:2 * i + 2],
-                                         packet[used:room])
-            return used
-        count = 0
+            return k.dropping_signs_encode(x, scopes, self.rate, self._sample(), first_version,
+                                           packet)
+        count, room = 0, self.capacity(layout)
         for start, stop in scopes:
             part = x[start:stop]
-            count += k.drop_select(part, self._cut(part), start, packet[4 * count:room])
-        k.drop_values(x, count, packet)
+            cut = k.dropping_cut(part, self.rate, self._sample(), first_version)
+            count += k.dropping_select(part, cut, start, packet[4 * count:room])
+        k.dropping_values(x, count, packet)
         return 8 * count
 
     def encode_owed(self, grad, owed, packet, layout, key, state, out=None):
-        fused = getattr(kernels.of(grad), "drop_encode_owed", None)
-        if fused is None or (self.survivors, self.cut) != ("value", "marian"):
+        if (self.survivors, self.cut) != ("value", "marian"):
             return super().encode_owed(grad, owed, packet, layout, key, state, out)
-        return fused(grad, owed, owed if out is None else out, self._scopes(layout), self.rate,
-                     self._sample(), packet)
+        return kernels.of(grad).dropping_encode_owed(
+            grad, owed, owed if out is None else out, self._scopes(layout), self.rate,
+            self._sample(), packet)
 
     can_split = property(lambda self: self.survivors == "value")
 
@@ -122,22 +113,26 @@ class Dropping(Compressor):
         return parts
 
     def decode_sum(self, payloads, out, layout, keys, weight=1.0):
-        fused = getattr(kernels.of(out), "drop_decode_sum", None)
-        if fused is None or self.survivors != "value" or any(len(p) % 8 for p in payloads):
+        if self.survivors != "value":
             return super().decode_sum(payloads, out, layout, keys, weight)
-        fused(payloads, weight, out)
+        for packet in payloads:
+            self._expect_pairs(packet)
+        kernels.of(out).dropping_decode_sum(payloads, weight, out)
+
+    def _expect_pairs(self, packet):
+        if len(packet) % 8:
+            raise PacketError("dropping: a payload of whole (index, value) pairs of 8 bytes "
+                              f"expected, found {len(packet)} bytes")
 
     def decode_add(self, packet, out, layout, key, weight=1.0):
         k = kernels.of(out)
         if self.survivors == "value":
-            if len(packet) % 8:
-                raise PacketError("dropping: a payload of whole (index, value) pairs of 8 bytes "
-                                  f"expected, found {len(packet)} bytes")
-            k.drop_decode_add(packet, weight, out)
-            return
+            self._expect_pairs(packet)
+            return k.dropping_decode_add(packet, weight, out)
         starts = [start for start, stop in self._scopes(layout)]
         head = 8 * len(starts)
         if len(packet) < head or len(packet) % 4:
             raise PacketError(f"dropping: {head} bytes of means and whole 32-bit words expected, "
                               f"found {len(packet)} bytes")
-        k.drop_signs_decode_add(packet[head:], packet[:head].view("float32"), starts, weight, out)
+        k.dropping_signs_decode_add(packet[head:], packet[:head].view("float32"), starts, weight,
+                                    out)

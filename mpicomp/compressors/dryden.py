@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from mpicomp import kernels
 from mpicomp.compressors.base import Compressor
 from mpicomp.compressors.options import check_options, option
+from mpicomp.compressors.registry import register
 from mpicomp.errors import PacketError, SpecError
 
 _SAMPLE = {"2016": 128, "2017": 1024}  # draws from a column, and from a matrix
 MOST_ELEMENTS = 2**31
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class Dryden(Compressor):
     """Index and sign of the largest elements, and two means a column that stand for them.
@@ -104,35 +106,29 @@ class Dryden(Compressor):
         return used
 
     def encode_owed(self, grad, owed, packet, layout, key, state, out=None):
-        fused = getattr(kernels.of(grad), "dryden_encode_owed_2016", None)
-        if fused is None or self.version != "2016":
+        if self.version != "2016":
             return super().encode_owed(grad, owed, packet, layout, key, state, out)
-        return fused(grad, owed, owed if out is None else out, self._matrices(layout),
-                     self.proportion, self._sample(), key, packet[:self.capacity(layout)])
+        return kernels.of(grad).dryden_encode_owed_2016(
+            grad, owed, owed if out is None else out, self._matrices(layout), self.proportion,
+            self._sample(), key, packet[:self.capacity(layout)])
 
     def decode_sum(self, payloads, out, layout, keys, weight=1.0):
-        if not (fused := self._fused(kernels.of(out))):
+        if self.version != "2016":
             return super().decode_sum(payloads, out, layout, keys, weight)
-        used = fused(payloads, self._matrices(layout), weight, out)
+        used = kernels.of(out).dryden_decode_sum_2016(payloads, self._matrices(layout), weight, out)
         for packet, size in zip(payloads, used):
             self._expect_end(packet, size)
 
-    def _fused(self, k):
-        """The function for all matrices of several packets, where these kernels have one."""
-        return getattr(k, "dryden_decode_sum_2016", None) if self.version == "2016" else None
+    def decode_add(self, packet, out, layout, key, weight=1.0):
+        k, used = kernels.of(out), 0
+        if self.version == "2016":
+            used, = k.dryden_decode_sum_2016([packet], self._matrices(layout), weight, out, False)
+            return self._expect_end(packet, used)
+        for start, rows, columns in self._matrices(layout):
+            used += k.dryden_decode_add_2017(packet[used:], rows, columns, weight,
+                                             out[start:start + rows * columns])
+        self._expect_end(packet, used)
 
     def _expect_end(self, packet, used):
         if used != len(packet):
             raise PacketError(f"dryden: {used} bytes expected, {len(packet)} found")
-
-    def decode_add(self, packet, out, layout, key, weight=1.0):
-        k, used = kernels.of(out), 0
-        if fused := self._fused(k):
-            return self._expect_end(packet, *fused([packet], self._matrices(layout), weight, out,
-                                                   False))
-        decode_add = k.dryden_decode_add_2016 if self.version == "2016" else \
-            k.dryden_decode_add_2017
-        for segment in filter(lambda s: s.size, layout.segments):
-            rows, columns = self.matrix(segment)
-            used += decode_add(packet[used:], rows, columns, weight, out[segment.slice])
-        self._expect_end(packet, used)

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from mpicomp import kernels
 from mpicomp.compressors.base import Compressor
 from mpicomp.compressors.options import check_options, option
+from mpicomp.compressors.registry import register
 from mpicomp.errors import SpecError
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class OneBit(Compressor):
     """Each column of a weight keeps its signs and the means of its two halves.
@@ -62,7 +64,7 @@ class OneBit(Compressor):
         for segment in layout.segments:
             if segment.size:
                 rows, columns = self.matrix(segment)
-                size = columns * (8 + 4 * kernels.reference.column_words(rows, self.bits))
+                size = columns * (8 + 4 * kernels.reference.onebit_words(rows, self.bits))
                 yield segment, rows, columns, slice(at, at + size)
                 at += size
 
@@ -71,7 +73,7 @@ class OneBit(Compressor):
         for segment, rows, columns, part in self._parts(layout):
             values, room = x[segment.slice], packet[part]
             if self.bits > 1:
-                k.columns_encode(values, rows, columns, self.bits, self.wire, room)
+                k.onebit_encode_bits(values, rows, columns, self.bits, self.wire, room)
             elif self.threshold == "mean":
                 k.onebit_encode_mean(values, rows, columns, self.wire, room)
             elif self.wire == "cntk":
@@ -82,35 +84,36 @@ class OneBit(Compressor):
         return used
 
     def encode_owed(self, grad, owed, packet, layout, key, state, out=None):
-        fused = getattr(kernels.of(grad), "onebit_encode_owed", None)
-        if fused is None or (self.wire, self.threshold, self.bits) != ("means", "zero", 1):
+        if (self.wire, self.threshold, self.bits) != ("means", "zero", 1):
             return super().encode_owed(grad, owed, packet, layout, key, state, out)
-        out, used = owed if out is None else out, 0
+        k, out, used = kernels.of(grad), owed if out is None else out, 0
         for segment, rows, columns, part in self._parts(layout):
-            fused(grad[segment.slice], owed[segment.slice], out[segment.slice], rows, columns,
-                  packet[part])
+            k.onebit_encode_owed(grad[segment.slice], owed[segment.slice], out[segment.slice], rows,
+                                 columns, packet[part])
             used = part.stop
         return used
 
-    def _decoder(self, k, kind):
-        """k's function that decodes these payloads, or None, and what it is told of their words."""
-        if self.bits > 1:
-            return getattr(k, f"columns_{kind}", None), (self.bits, self.wire)
-        name = f"onebit_{kind}_cntk" if self.wire == "cntk" else f"onebit_{kind}"
-        return getattr(k, name, None), ()
-
     def decode_sum(self, payloads, out, layout, keys, weight=1.0):
-        fused, told = self._decoder(kernels.of(out), "decode_sum")
-        if fused is None:
-            return super().decode_sum(payloads, out, layout, keys, weight)
         for packet in payloads:
             self.expect(packet, self.capacity(layout))
+        k = kernels.of(out)
         for segment, rows, columns, part in self._parts(layout):
-            fused([packet[part] for packet in payloads], rows, columns, *told, weight,
-                  out[segment.slice])
+            parts, to = [packet[part] for packet in payloads], out[segment.slice]
+            if self.bits > 1:
+                k.onebit_decode_sum_bits(parts, rows, columns, self.bits, self.wire, weight, to)
+            elif self.wire == "cntk":
+                k.onebit_decode_sum_cntk(parts, rows, columns, weight, to)
+            else:
+                k.onebit_decode_sum(parts, rows, columns, weight, to)
 
     def decode_add(self, packet, out, layout, key, weight=1.0):
         self.expect(packet, self.capacity(layout))
-        decode, told = self._decoder(kernels.of(out), "decode_add")
+        k = kernels.of(out)
         for segment, rows, columns, part in self._parts(layout):
-            decode(packet[part], rows, columns, *told, weight, out[segment.slice])
+            codes, to = packet[part], out[segment.slice]
+            if self.bits > 1:
+                k.onebit_decode_add_bits(codes, rows, columns, self.bits, self.wire, weight, to)
+            elif self.wire == "cntk":
+                k.onebit_decode_add_cntk(codes, rows, columns, weight, to)
+            else:
+                k.onebit_decode_add(codes, rows, columns, weight, to)

@@ -1,4 +1,4 @@
-"""Options: dataclass fields that say what they mean, which values they take, and check them."""
+"""Options of a compressor: dataclass fields with a sentence and limits, and their check."""
 
 from dataclasses import field, fields
 from numbers import Integral, Real
@@ -8,7 +8,10 @@ from mpicomp.errors import SpecError
 
 
 def option(default, doc, *, choices=None, above=None, least=None, most=None):
-    """A dataclass field that says what it means and which values it takes."""
+    """A dataclass field with `doc`, a sentence for errors and listings, and its limits.
+
+    `choices`: the values it may have; `above`, `least`, `most`: a number's bounds.
+    """
     limits = dict(doc=doc, choices=choices, above=above, least=least, most=most)
     return field(default=default, metadata=limits)
 
@@ -16,7 +19,7 @@ def option(default, doc, *, choices=None, above=None, least=None, most=None):
 def check_options(compressor) -> None:
     """Raise SpecError for a field whose value is outside of what `option` declared.
 
-    A whole number for a float or a text, and NumPy's numbers, are turned into what it is.
+    Converts a whole number given for a float or a text, and NumPy's numbers, to the field's type.
     """
     for f in fields(compressor):
         value = getattr(compressor, f.name)

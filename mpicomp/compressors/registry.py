@@ -11,7 +11,7 @@ _REGISTRY: dict[str, type[Compressor]] = {}
 
 
 def register(cls):
-    """Make a Compressor class known under `cls.name`; usable as a decorator.
+    """Decorates a Compressor class: it is then found under `cls.name`. Returns the class.
 
     Packages may also name their classes in the entry-point group `mpicomp.compressors`.
     """

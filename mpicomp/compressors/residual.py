@@ -1,20 +1,22 @@
-"""Residual: error feedback for any compressor. What was not said is owed, and said later."""
+"""Residual: error feedback for any compressor. What was not sent is kept, and sent later."""
 
 from dataclasses import dataclass
 
 from mpicomp import kernels
 from mpicomp.compressors.base import Compressor, State
 from mpicomp.compressors.options import check_options, option
+from mpicomp.compressors.registry import register
 from mpicomp.errors import SpecError
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class Residual(Compressor):
     """Encodes owed + gradient with the inner compressor and keeps the difference.
 
-    The residual is held twice: `owed` as of the last step that was applied, and `ahead` as it
-    will be if the packet just encoded is applied too. `commit` swaps them. So encode may be
-    repeated, and a step that all ranks skip has never happened: nothing is lost.
+    The residual is held twice: `owed` after the last step that was applied, and `ahead` as it will
+    be once the packet just encoded is applied. `commit` swaps them. So `encode` may be repeated,
+    and a step that all ranks skip leaves no trace: nothing is lost.
 
     Source: Seide, Fu, Droppo, Li, Yu, Interspeech 2014, section 3, with the old residual inside
     the difference as in CNTK's code (the paper's second line omits it).

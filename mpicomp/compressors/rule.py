@@ -14,6 +14,7 @@ from mpicomp.compressors.base import Compressor, State
 from mpicomp.compressors.dense import Dense
 from mpicomp.compressors.onebit import OneBit
 from mpicomp.compressors.options import check_options, option
+from mpicomp.compressors.registry import register
 from mpicomp.compressors.residual import Residual
 from mpicomp.errors import SpecError
 from mpicomp.layout import Layout
@@ -23,7 +24,7 @@ _TEST = re.compile(r"(size|ndim|last) *(<=|>=|=|<|>) *(\d+)")
 _SHAPE = re.compile(r"shape *= *([\dx*?]+)")
 _COMPARE = {"<": operator.lt, "<=": operator.le, "=": operator.eq, ">=": operator.ge,
             ">": operator.gt}
-LARGEST = 2**32  # a length word has 32 bits
+MOST_BYTES = 2**32  # a length word has 32 bits
 
 
 class Cases(tuple):
@@ -138,6 +139,7 @@ def runs(rule, layout) -> tuple[Run, ...]:
                  for number, (case, own) in enumerate(groups))
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class Rule(Compressor):
     """The first case whose test holds for a parameter says how it is compressed.
@@ -175,7 +177,7 @@ class Rule(Compressor):
         The v lengths are those of the runs whose compressor is not fixed, without the filling.
         """
         parts = [run.compressor.capacity(run.layout) for run in runs(self, layout)]
-        if max(parts, default=0) >= LARGEST:
+        if max(parts, default=0) >= MOST_BYTES:
             raise ValueError(f"rule: neighbouring parameters may take {max(parts)} bytes, a length "
                              "has 32 bits: make bucket_bytes smaller")
         return self._head(layout) + sum(_whole(part) for part in parts)

@@ -7,11 +7,13 @@ import numpy as np
 from mpicomp import kernels
 from mpicomp.compressors.base import Compressor, State
 from mpicomp.compressors.options import check_options, option
+from mpicomp.compressors.registry import register
 from mpicomp.errors import PacketError, SpecError
 
 MOST_ELEMENTS = 2**31
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class Strom(Compressor):
     """A word index << 1 | positive for every element beyond +-tau; at most one tau a step.
@@ -113,11 +115,11 @@ class Strom(Compressor):
         return self._head + used
 
     def encode_owed(self, grad, owed, packet, layout, key, state, out=None):
-        fused = getattr(kernels.of(grad), "strom_encode_owed", None)
-        if fused is None or self.coding != "words":
+        if self.coding != "words":
             return super().encode_owed(grad, owed, packet, layout, key, state, out)
         tau, room = self._begin(packet, state)
-        return self._head + fused(grad, owed, owed if out is None else out, tau, self.strict, room)
+        return self._head + kernels.of(grad).strom_encode_owed(
+            grad, owed, owed if out is None else out, tau, self.strict, room)
 
     def _read(self, packet, layout):
         """(tau, codes) of a payload."""
@@ -148,11 +150,11 @@ class Strom(Compressor):
         return parts
 
     def decode_sum(self, payloads, out, layout, keys, weight=1.0):
-        fused = getattr(kernels.of(out), "strom_decode_sum", None)
-        if fused is not None and self.coding == "words":
+        if self.coding == "words":
             read = [self._read(packet, layout) for packet in payloads]
             if len({float(tau) for tau, _ in read}) == 1:
-                return fused([codes for _, codes in read], read[0][0], weight, out)
+                return kernels.of(out).strom_decode_sum([codes for _, codes in read], read[0][0],
+                                                        weight, out)
         return super().decode_sum(payloads, out, layout, keys, weight)
 
     def decode_add(self, packet, out, layout, key, weight=1.0):

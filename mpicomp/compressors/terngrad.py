@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from mpicomp import kernels
 from mpicomp.compressors.base import Compressor, State
 from mpicomp.compressors.options import check_options, option
+from mpicomp.compressors.registry import register
 from mpicomp.errors import PacketError
 
-LARGEST = 3.4e38
+MOST_SCALE = 3.4e38  # close to the largest float32
 PACKINGS = ("2bit", "planar", "5trit", "int8", "int16")
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class TernGrad(Compressor):
     """Ternary codes s * sgn(g) * b, P(b = 1) = |g| / s, after clipping at `clip` sigma.
@@ -62,7 +64,7 @@ class TernGrad(Compressor):
         bits an element; int8: n; int16: 2n.
         """
         return 4 * len(layout.segments) + sum(
-            kernels.reference.ternary_size(s.size, self.packing) for s in layout.segments)
+            kernels.reference.terngrad_size(s.size, self.packing) for s in layout.segments)
 
     def init(self, layout, like):
         zeros = kernels.of(like).zeros
@@ -77,7 +79,7 @@ class TernGrad(Compressor):
 
     def _scale(self, x, layout, level, scale):
         k = kernels.of(x)
-        scale_of = k.ternary_scale if self.scaler == "paper" else k.ternary_scale_code
+        scale_of = k.terngrad_scale if self.scaler == "paper" else k.terngrad_scale_code
         for i, segment in enumerate(layout.segments):
             level[i], scale[i] = scale_of(x[segment.slice], self.clip)
 
@@ -85,7 +87,7 @@ class TernGrad(Compressor):
         """(number, segment, slice of the payload) of each layer."""
         at = 4 * len(layout.segments)
         for i, segment in enumerate(layout.segments):
-            size = kernels.reference.ternary_size(segment.size, self.packing)
+            size = kernels.reference.terngrad_size(segment.size, self.packing)
             yield i, segment, slice(at, at + size)
             at += size
 
@@ -100,17 +102,18 @@ class TernGrad(Compressor):
         for i, segment, part in self._parts(layout):
             values = x[segment.slice]
             if self.packing == "5trit":
-                k.ternary_encode_5trit(values, level[i], scale[i], key, segment.start, packet[part])
+                k.terngrad_encode_5trit(values, level[i], scale[i], key, segment.start,
+                                        packet[part])
             else:
-                k.ternary_encode(values, level[i], scale[i], key, segment.start, self.packing,
-                                 packet[part])
+                k.terngrad_encode(values, level[i], scale[i], key, segment.start, self.packing,
+                                  packet[part])
         return self.capacity(layout)
 
     def _scalers(self, packet, layout):
         """The scalers of all layers from a payload; PacketError where they cannot be right."""
         self.expect(packet, self.capacity(layout))
         scale = packet[:4 * len(layout.segments)].view("float32")
-        most = LARGEST / (self.most_ranks or 1)  # a sum of codes must stay finite
+        most = MOST_SCALE / (self.most_ranks or 1)  # a sum of codes must stay finite
 
         def complain(scale):
             raise PacketError(f"{self.name}: scales from 0 to {most:.3g} expected, "
@@ -120,19 +123,19 @@ class TernGrad(Compressor):
         return scale
 
     def decode_sum(self, payloads, out, layout, keys, weight=1.0):
-        fused = getattr(kernels.of(out), "ternary_decode_sum", None)
-        if fused is None or self.packing == "5trit":
+        if self.packing == "5trit":
             return super().decode_sum(payloads, out, layout, keys, weight)
+        decode_sum = kernels.of(out).terngrad_decode_sum
         scales = [self._scalers(packet, layout) for packet in payloads]
         for i, segment, part in self._parts(layout):
-            fused([packet[part] for packet in payloads], [scale[i] for scale in scales],
-                  self.packing, weight, out[segment.slice])
+            decode_sum([packet[part] for packet in payloads], [scale[i] for scale in scales],
+                       self.packing, weight, out[segment.slice])
 
     def decode_add(self, packet, out, layout, key, weight=1.0):
         k, scale = kernels.of(out), self._scalers(packet, layout)
         for i, segment, part in self._parts(layout):
             if self.packing == "5trit":
-                k.ternary_decode_add_5trit(packet[part], scale[i], weight, out[segment.slice])
+                k.terngrad_decode_add_5trit(packet[part], scale[i], weight, out[segment.slice])
             else:
-                k.ternary_decode_add(packet[part], scale[i], self.packing, weight,
-                                     out[segment.slice])
+                k.terngrad_decode_add(packet[part], scale[i], self.packing, weight,
+                                      out[segment.slice])

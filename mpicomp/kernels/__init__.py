@@ -1,9 +1,13 @@
-"""The few loops that everything else is made of, in as many versions as there are kinds of array.
+"""The loops over gradients and payloads, in three backends that offer the same functions.
 
-`of(array)` is the module whose functions take that array. `reference` (NumPy, slow and obvious) is
-the specification: every other backend has functions of the same names and writes the same bytes.
-`cpu` (compiled, several times faster) serves NumPy arrays wherever it was built; `use` or the
-environment variable MPICOMP_KERNELS=reference|cpu chooses. `gpu` serves arrays on a CUDA device.
+`of(array)` is the backend whose functions take that array. `reference` (NumPy, slow and plain) is
+the specification: the others have functions of the same names, which write the same bytes. `cpu`
+(C++, several times faster) serves NumPy arrays wherever it was compiled; `use` or the environment
+variable MPICOMP_KERNELS=reference|cpu chooses. `gpu` (CUDA) serves arrays on a device.
+
+Functions are called <method>_<what>. Those called *_owed and *_sum are fused, several steps of a
+compressor in one pass over memory: the reference shows which steps. `out` of an *_owed may be the
+array `owed` itself.
 """
 
 import os
@@ -21,6 +25,11 @@ def of(array):
         from mpicomp.kernels import gpu
 
         return gpu
+    return _chosen or for_numpy()
+
+
+def for_numpy():
+    """The kernels for NumPy's arrays. Raises SpecError where MPICOMP_KERNELS names none."""
     return _chosen or use(os.environ.get("MPICOMP_KERNELS") or None)
 
 
@@ -46,7 +55,7 @@ def use(name=None):
 
 def note() -> str | None:
     """Why training will be slower than it could be, in one sentence; None where it will not."""
-    if of(None) is not reference or os.environ.get("MPICOMP_KERNELS") == "reference":
+    if for_numpy() is not reference or os.environ.get("MPICOMP_KERNELS") == "reference":
         return None
     return ("mpicomp runs on its NumPy kernels, 5 to 50 times slower than the compiled ones "
             f"{cure()}")

@@ -112,7 +112,7 @@ class GradientSlot(Slot):
         if gradient is None:
             self.view.zero_()
         elif self._on_host and self.scale == 1.0 and _side_by_side(gradient, self.view):
-            one_pass = kernels.of(self.flat).take
+            one_pass = kernels.of(self.flat).copy_finite
             self.fine = one_pass(gradient.detach().numpy().reshape(-1), self.flat)
             return
         elif not self._is_here(gradient):

@@ -2,8 +2,8 @@
 
 from mpicomp.kernels import reference
 from mpicomp.kernels.cpu.library import (
+    accepted,
     all_payloads,
-    decode_sum,
     floats,
     lib,
     or_reference,
@@ -20,37 +20,35 @@ def _float_decode(payloads, kind, weight, out, fresh):
                                floats(out, out.size, True), out.size, fresh)
 
 
-@or_reference
+@or_reference(reference.dense_decode_add)
 def dense_decode_add(data, weight, out):
     result = _float_decode([data], "float32", weight, out, False)
     refused(result, reference.dense_decode_add, data, weight, out)
 
 
+@or_reference(reference.dense_decode_sum)
 def dense_decode_sum(payloads, weight, out):
-    """out = the sum of weight * float32[n] over the payloads, in their order."""
-    decode_sum(lambda: _float_decode(payloads, "float32", weight, out, True),
-               lambda _, data: reference.dense_decode_add(data, weight, out), payloads, out)
+    accepted(_float_decode(payloads, "float32", weight, out, True))
 
 
-@or_reference
+@or_reference(reference.dense_scale)
 def dense_scale(data, weight, out):
     n = out.size
     result = lib.mp_dense_scale(payload(data, 4 * n), n, weight, floats(out, n, True))
     refused(result, reference.dense_scale, data, weight, out)
 
 
-@or_reference
+@or_reference(reference.cast_encode)
 def cast_encode(x, kind, data):
     lib.mp_cast_encode(floats(x, x.size), x.size, _KINDS[kind], payload(data, 2 * x.size, True))
 
 
-@or_reference
+@or_reference(reference.cast_decode_add)
 def cast_decode_add(data, kind, weight, out):
     result = _float_decode([data], kind, weight, out, False)
     refused(result, reference.cast_decode_add, data, kind, weight, out)
 
 
+@or_reference(reference.cast_decode_sum)
 def cast_decode_sum(payloads, kind, weight, out):
-    """out = the sum of weight * the 16-bit floats over the payloads, in their order."""
-    decode_sum(lambda: _float_decode(payloads, kind, weight, out, True),
-               lambda _, data: reference.cast_decode_add(data, kind, weight, out), payloads, out)
+    accepted(_float_decode(payloads, kind, weight, out, True))

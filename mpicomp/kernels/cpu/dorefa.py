@@ -7,8 +7,8 @@ import numpy as np
 from mpicomp.kernels import reference
 from mpicomp.kernels.cpu.library import (
     Unfit,
+    accepted,
     all_payloads,
-    decode_sum,
     floats,
     lib,
     or_reference,
@@ -19,7 +19,7 @@ from mpicomp.kernels.cpu.library import (
 _WIDTHS = {"bits": 0, **reference.DOREFA_INTEGERS}
 
 
-@or_reference
+@or_reference(reference.dorefa_scale)
 def dorefa_scale(x):
     return np.float32(lib.mp_largest(floats(x, x.size), x.size))
 
@@ -33,23 +33,16 @@ def _dorefa_encode(grad, owed, out, scale, bits, packing, key, start, data):
         payload(data, reference.dorefa_size(n, bits, packing), True))
 
 
-@or_reference
+@or_reference(reference.dorefa_encode)
 def dorefa_encode(x, scale, bits, packing, key, start, data):
     _dorefa_encode(x, None, None, scale, bits, packing, key, start, data)
 
 
+@or_reference(reference.dorefa_encode_owed)
 def dorefa_encode_owed(grad, owed, out, scale, bits, packing, key, start, data):
-    """`dorefa_encode` of owed + grad; what is then still owed goes to `out`."""
     n = grad.size
-    try:
-        if _dorefa_encode(grad, floats(owed, n), floats(out, n, True), scale, bits, packing, key,
-                          start, data) >= 0:
-            return
-    except Unfit:
-        pass
-    np.add(owed, grad, out=out)
-    reference.dorefa_encode(out, scale, bits, packing, key, start, data)
-    reference.dorefa_decode_add(data, scale, bits, packing, -1.0, out)
+    accepted(_dorefa_encode(grad, floats(owed, n), floats(out, n, True), scale, bits, packing, key,
+                            start, data))
 
 
 def _dorefa_decode(payloads, scales, bits, packing, weight, out, fresh):
@@ -59,15 +52,12 @@ def _dorefa_decode(payloads, scales, bits, packing, weight, out, fresh):
                                 fresh)
 
 
-@or_reference
+@or_reference(reference.dorefa_decode_add)
 def dorefa_decode_add(data, scale, bits, packing, weight, out):
     if _dorefa_decode([data], [scale], bits, packing, weight, out, False) < 0:
         reference.dorefa_decode_add(data, scale, bits, packing, weight, out)
 
 
+@or_reference(reference.dorefa_decode_sum)
 def dorefa_decode_sum(payloads, scales, bits, packing, weight, out):
-    """out = the sum of weight * what the codes mean, over the payloads in their order."""
-    decode_sum(lambda: _dorefa_decode(payloads, scales, bits, packing, weight, out, True),
-               lambda i, data: reference.dorefa_decode_add(data, scales[i], bits, packing, weight,
-                                                           out),
-               payloads, out)
+    accepted(_dorefa_decode(payloads, scales, bits, packing, weight, out, True))

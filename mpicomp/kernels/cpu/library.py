@@ -1,4 +1,4 @@
-"""The compiled library of cpu.cpp through ctypes, and what its callers need for their arguments."""
+"""The library compiled from src/cpu.cpp, through ctypes, and checks of what is handed to it."""
 
 import ctypes
 import os
@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from mpicomp.errors import SpecError
-from mpicomp.kernels import reference
 from mpicomp.philox import MASK32
 
-VERSION = 3  # of the compiled functions: mp_version in cpp/common.h
+VERSION = 4  # of the compiled functions: mp_version in src/common.h
 _P, _N, _I, _F, _U = c_void_p, c_int64, c_int, c_float, c_uint32
 _KEY = (c_uint64, _U, _U, _U)
 _FUNCTIONS = {  # name: (result, arguments)
@@ -21,13 +20,14 @@ _FUNCTIONS = {  # name: (result, arguments)
     "mp_adacomp_encode": (_N, (_P, _P, _P, _N, _F, _N, _I, _P, _P)),
     "mp_adagrad": (None, (_P, _N, _P, _P)),
     "mp_cast_encode": (None, (_P, _N, _I, _P)),
+    "mp_copy_finite": (_I, (_P, _P, _N)),
     "mp_dense_scale": (_N, (_P, _N, _F, _P)),
     "mp_dorefa_decode": (_N, (_P, _P, _N, _I, _I, _F, _P, _N, _I)),
     "mp_dorefa_encode": (_N, (_P, _P, _P, _N, _F, _I, *_KEY, _N, _I, _P)),
-    "mp_drop_cut": (_F, (_P, _P, _N, _N, _N)),
-    "mp_drop_decode": (_N, (_P, _P, _N, _F, _P, _N, _I)),
-    "mp_drop_encode": (_N, (_P, _P, _P, _N, _F, _N, _P, _P)),
-    "mp_drop_values": (_N, (_P, _N, _N, _P)),
+    "mp_dropping_cut": (_F, (_P, _P, _N, _N, _N)),
+    "mp_dropping_decode": (_N, (_P, _P, _N, _F, _P, _N, _I)),
+    "mp_dropping_encode": (_N, (_P, _P, _P, _N, _F, _N, _P, _P)),
+    "mp_dropping_values": (_N, (_P, _N, _N, _P)),
     "mp_dryden_columns": (None, (_P, _P, _N, _N, _N, _N, *_KEY, _N, _P, _P)),
     "mp_dryden_decode": (_N, (_P, _P, _N, _N, _N, _F, _P, _I)),
     "mp_dryden_encode": (_N, (_P, _P, _P, _N, _N, _P, _P, _P)),
@@ -41,10 +41,9 @@ _FUNCTIONS = {  # name: (result, arguments)
     "mp_onebit_encode": (_N, (_P, _P, _P, _N, _N, _P)),
     "mp_strom_decode": (_N, (_P, _P, _N, _F, _F, _P, _N, _I)),
     "mp_strom_encode": (_N, (_P, _P, _P, _N, _F, _I, _P)),
-    "mp_take": (_I, (_P, _P, _N)),
-    "mp_ternary_decode": (_N, (_P, _P, _N, _I, _F, _P, _N, _I)),
-    "mp_ternary_encode": (None, (_P, _N, _F, _F, *_KEY, _N, _I, _P)),
-    "mp_ternary_level": (None, (_P, _N, c_double, _P)),
+    "mp_terngrad_decode": (_N, (_P, _P, _N, _I, _F, _P, _N, _I)),
+    "mp_terngrad_encode": (None, (_P, _N, _F, _F, *_KEY, _N, _I, _P)),
+    "mp_terngrad_level": (None, (_P, _N, c_double, _P)),
     "mp_threads": (_I, (_I,)),
     "mp_vectors": (_I, (_I,)),
     "mp_version": (_I, ()),
@@ -53,8 +52,7 @@ _FUNCTIONS = {  # name: (result, arguments)
 
 def _load():
     """The compiled library. Raises OSError where there is none that fits."""
-    folder = Path(__file__).parent.parent
-    paths = [folder / f"_cpu{suffix}" for suffix in EXTENSION_SUFFIXES]
+    paths = [Path(__file__).with_name(f"_cpu{suffix}") for suffix in EXTENSION_SUFFIXES]
     if other := os.environ.get("MPICOMP_KERNELS_LIBRARY"):
         paths = [Path(other)]  # as tests/fuzz.py builds it, with sanitizers
     path = next((path for path in paths if path.exists()), None)
@@ -120,16 +118,21 @@ class Unfit(ValueError):
         super().__init__("float32 and uint8 arrays without gaps, of the right sizes, are expected")
 
 
-def or_reference(function):
-    """The function, with the reference's in its place for a call that is Unfit."""
-    @wraps(function)
-    def call(*arguments):
-        try:
-            return function(*arguments)
-        except Unfit:
-            return getattr(reference, function.__name__)(*arguments)
+def or_reference(theirs):
+    """Decorates a compiled function: a call that is Unfit goes to `theirs`, the reference's."""
+    def decorate(function):
+        @wraps(function)
+        def call(*arguments):
+            try:
+                return function(*arguments)
+            except Unfit:
+                pass  # outside of this block an error of the reference's has no context
+            return theirs(*arguments)
 
-    return call
+        call.__doc__ = theirs.__doc__
+        return call
+
+    return decorate
 
 
 def at(array, dtype, least, write=False):
@@ -157,13 +160,15 @@ def payload(array, size, write=False):
 
 
 def all_payloads(payloads, size):
-    """The addresses of payloads of exactly `size` bytes each."""
+    """The addresses of one or more payloads of exactly `size` bytes each."""
+    if not payloads:
+        raise Unfit()
     return (c_void_p * len(payloads))(*[payload(data, size) for data in payloads])
 
 
 def some_payloads(payloads, multiple):
-    """(addresses, sizes) of payloads whose sizes are multiples of `multiple`."""
-    if any(data.size % multiple for data in payloads):
+    """(addresses, sizes) of one or more payloads whose sizes are multiples of `multiple`."""
+    if not payloads or any(data.size % multiple for data in payloads):
         raise Unfit()
     return ((c_void_p * len(payloads))(*[at(data, np.uint8, 0) for data in payloads]),
             (c_int64 * len(payloads))(*[data.size for data in payloads]))
@@ -175,20 +180,14 @@ def philox_key(key):
 
 
 def refused(result, function, *arguments):
-    """Where the compiled function refused a packet the reference says what is wrong with it."""
+    """`result`; where the compiled function refused a packet, the reference says why and raises."""
     if result < 0:
         function(*arguments)
         raise AssertionError(f"the reference's {function.__name__} accepts what cpu.cpp refuses")
     return result
 
 
-def decode_sum(decode, decode_add, payloads, out):
-    """out = what decode() makes of all payloads; where it cannot, one payload after the other."""
-    try:
-        if payloads and decode() >= 0:
-            return
-    except Unfit:
-        pass
-    out[...] = 0
-    for number, data in enumerate(payloads):
-        decode_add(number, data)
+def accepted(result) -> None:
+    """Raise Unfit where the compiled function refused to fill an array that the reference can."""
+    if result < 0:
+        raise Unfit()

@@ -2,8 +2,8 @@
 
 from mpicomp.kernels import reference
 from mpicomp.kernels.cpu.library import (
+    accepted,
     all_payloads,
-    decode_sum,
     floats,
     lib,
     or_reference,
@@ -16,14 +16,14 @@ def _onebit_size(rows, columns):
     return columns * (8 + 4 * reference.onebit_words(rows))
 
 
-@or_reference
+@or_reference(reference.onebit_encode)
 def onebit_encode(x, rows, columns, data):
     lib.mp_onebit_encode(floats(x, rows * columns), None, None, rows, columns,
                          payload(data, _onebit_size(rows, columns), True))
 
 
+@or_reference(reference.onebit_encode_owed)
 def onebit_encode_owed(grad, owed, out, rows, columns, data):
-    """`onebit_encode` of owed + grad; what is then still owed goes to `out`."""
     n = rows * columns
     result = lib.mp_onebit_encode(floats(grad, n), floats(owed, n), floats(out, n, True), rows,
                                   columns, payload(data, _onebit_size(rows, columns), True))
@@ -35,14 +35,12 @@ def _onebit_decode(payloads, rows, columns, weight, out, fresh):
                                 rows, columns, weight, floats(out, rows * columns, True), fresh)
 
 
-@or_reference
+@or_reference(reference.onebit_decode_add)
 def onebit_decode_add(data, rows, columns, weight, out):
     result = _onebit_decode([data], rows, columns, weight, out, False)
     refused(result, reference.onebit_decode_add, data, rows, columns, weight, out)
 
 
+@or_reference(reference.onebit_decode_sum)
 def onebit_decode_sum(payloads, rows, columns, weight, out):
-    """out = the sum of weight * the mean of each bit, over the payloads in their order."""
-    decode_sum(lambda: _onebit_decode(payloads, rows, columns, weight, out, True),
-               lambda _, data: reference.onebit_decode_add(data, rows, columns, weight, out),
-               payloads, out)
+    accepted(_onebit_decode(payloads, rows, columns, weight, out, True))

@@ -4,8 +4,8 @@ import numpy as np
 
 from mpicomp.kernels import reference
 from mpicomp.kernels.cpu.library import (
+    accepted,
     at,
-    decode_sum,
     floats,
     lib,
     or_reference,
@@ -14,14 +14,14 @@ from mpicomp.kernels.cpu.library import (
 )
 
 
-@or_reference
+@or_reference(reference.strom_encode)
 def strom_encode(x, tau, strict, data):
     return lib.mp_strom_encode(floats(x, x.size), None, None, x.size, tau, strict,
                                at(data, np.uint8, 4 * x.size, True))
 
 
+@or_reference(reference.strom_encode_owed)
 def strom_encode_owed(grad, owed, out, tau, strict, data):
-    """`strom_encode` of owed + grad; what is then still owed goes to `out`, which may be `owed`."""
     n = grad.size
     return lib.mp_strom_encode(floats(grad, n), floats(owed, n), floats(out, n, True), n, tau,
                                strict, at(data, np.uint8, 4 * n, True))
@@ -32,13 +32,12 @@ def _strom_decode(payloads, tau, weight, out, fresh):
                                floats(out, out.size, True), out.size, fresh)
 
 
-@or_reference
+@or_reference(reference.strom_decode_add)
 def strom_decode_add(data, tau, weight, out):
     result = _strom_decode([data], tau, weight, out, False)
     refused(result, reference.strom_decode_add, data, tau, weight, out)
 
 
+@or_reference(reference.strom_decode_sum)
 def strom_decode_sum(payloads, tau, weight, out):
-    """out = the sum of +-(weight * tau) at the indices named, over the payloads in their order."""
-    decode_sum(lambda: _strom_decode(payloads, tau, weight, out, True),
-               lambda _, data: reference.strom_decode_add(data, tau, weight, out), payloads, out)
+    accepted(_strom_decode(payloads, tau, weight, out, True))

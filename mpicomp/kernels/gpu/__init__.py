@@ -1,30 +1,91 @@
-"""The kernels for device arrays: gpu.cu, compiled by NVRTC through CuPy when the first one comes.
+"""The kernels for device arrays: src/gpu.cu, compiled by NVRTC through CuPy at the first launch.
 
-See `reference` for what each function does; the bytes and floats are the same. Arguments `x`,
-`out` and `data` lie on the device, numbers (a scale, a cut) may lie there as well, and those that
-are returned do, so that nothing is waited for; lengths are read back. The functions called
-`*_owed` and `*_sum` are several steps of a compressor in one pass. What is missing here is done by
-the CPU kernels on copies in host memory; docs/gpu.md says what that is.
+`reference` says what each function does; the bytes and floats are the same. Arguments `x`, `out`
+and `data` are device arrays. Numbers (a scale, a cut) may be on the device too, and those that are
+returned are, so that the host does not wait for them; lengths are read back. What has no CUDA
+kernel is done by the reference on copies in host memory: docs/gpu.md lists it.
 
 Importing this imports neither CuPy nor anything of CUDA.
 """
 
-from types import FunctionType
+# ruff: noqa: F401 - what this backend offers
 
-from mpicomp.kernels import reference
-from mpicomp.kernels.gpu.adacomp import *  # noqa: F403
-from mpicomp.kernels.gpu.arguments import deferred, on_host  # noqa: F401
-from mpicomp.kernels.gpu.cast import *  # noqa: F403
-from mpicomp.kernels.gpu.dorefa import *  # noqa: F403
-from mpicomp.kernels.gpu.dropping import *  # noqa: F403
-from mpicomp.kernels.gpu.dryden import *  # noqa: F403
-from mpicomp.kernels.gpu.onebit import *  # noqa: F403
-from mpicomp.kernels.gpu.strom import *  # noqa: F403
-from mpicomp.kernels.gpu.sums import *  # noqa: F403
-from mpicomp.kernels.gpu.ternary import *  # noqa: F403
-
-
-def __getattr__(name):
-    if not name.startswith("_") and isinstance(getattr(reference, name, None), FunctionType):
-        return on_host(name)
-    raise AttributeError(f"there is no kernel {name!r}")
+from mpicomp.kernels.gpu.adacomp import (
+    adacomp_decode_add,
+    adacomp_decode_layers,
+    adacomp_decode_sum,
+    adacomp_encode,
+    adacomp_encode_layers,
+    adacomp_heads,
+)
+from mpicomp.kernels.gpu.arguments import deferred
+from mpicomp.kernels.gpu.cast import (
+    cast_decode_add,
+    cast_decode_sum,
+    cast_encode,
+    dense_decode_add,
+    dense_decode_sum,
+    dense_scale,
+)
+from mpicomp.kernels.gpu.dorefa import (
+    dorefa_decode_add,
+    dorefa_decode_sum,
+    dorefa_encode,
+    dorefa_encode_owed,
+    dorefa_scale,
+)
+from mpicomp.kernels.gpu.dropping import (
+    dropping_cut,
+    dropping_decode_add,
+    dropping_decode_sum,
+    dropping_encode_owed,
+    dropping_select,
+    dropping_signs,
+    dropping_signs_decode_add,
+    dropping_signs_encode,
+    dropping_values,
+)
+from mpicomp.kernels.gpu.dryden import (
+    dryden_columns,
+    dryden_decode_add_2016,
+    dryden_decode_add_2017,
+    dryden_decode_sum_2016,
+    dryden_encode_2016,
+    dryden_encode_2017,
+    dryden_encode_owed_2016,
+    dryden_matrix,
+)
+from mpicomp.kernels.gpu.onebit import (
+    onebit_decode_add,
+    onebit_decode_add_bits,
+    onebit_decode_add_cntk,
+    onebit_decode_sum,
+    onebit_decode_sum_bits,
+    onebit_decode_sum_cntk,
+    onebit_encode,
+    onebit_encode_bits,
+    onebit_encode_cntk,
+    onebit_encode_mean,
+    onebit_encode_owed,
+)
+from mpicomp.kernels.gpu.strom import (
+    strom_2bit_decode_add,
+    strom_2bit_encode,
+    strom_decode_add,
+    strom_decode_sum,
+    strom_encode,
+    strom_encode_owed,
+    strom_rice_decode_add,
+    strom_rice_encode,
+    strom_tau,
+)
+from mpicomp.kernels.gpu.sums import adagrad, copy_finite, finite, within, zeros
+from mpicomp.kernels.gpu.terngrad import (
+    terngrad_decode_add,
+    terngrad_decode_add_5trit,
+    terngrad_decode_sum,
+    terngrad_encode,
+    terngrad_encode_5trit,
+    terngrad_scale,
+    terngrad_scale_code,
+)

@@ -55,7 +55,7 @@ def _encode_layer(x, more, out, grad, ahead, size, packet, ends, scale, count, f
              most, previous, place, entries, scale, width, ends, packet)
 
 
-@or_host
+@or_host(reference.adacomp_encode)
 def adacomp_encode(g, grad, factor, size, data):
     d, n, width = device.current(), floats(g).size, reference.adacomp_width(size)
     if n == 0:
@@ -115,7 +115,7 @@ def _adacomp_add(data, scale, size, weight, out, fault):
              fault)
 
 
-@or_host
+@or_host(reference.adacomp_decode_add)
 def adacomp_decode_add(data, scale, size, weight, out):
     fault = new_fault()
     _adacomp_add(data, scale, size, weight, floats(out), fault)

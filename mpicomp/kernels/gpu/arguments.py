@@ -1,7 +1,7 @@
-"""What the kernels' callers need: fitting arrays, tables of addresses, faults, and the way back.
+"""Arguments of launches: arrays that fit, tables of addresses, faults, and the host in their place.
 
 A function that has no kernel, or a call that does not fit one, is served by the host: arrays are
-copied there, the CPU's function works on them, and what it wrote is copied back.
+copied there, the reference works on them, and what it wrote is copied back.
 """
 
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ _deferred = None  # (fault, complain) of the block `deferred`
 
 
 class Unfit(ValueError):
-    """A call that the kernels cannot take; the host may."""
+    """A call that the kernels cannot take; the reference may."""
 
 
 def is_device_array(value) -> bool:
@@ -173,14 +173,13 @@ def _to_host(value):
     return device.current().host(value) if is_device_array(value) else value
 
 
-def on_host(name):
-    """The function of the CPU kernels called `name`, for device arrays."""
+def on_host(theirs):
+    """The reference's function `theirs` for device arrays, by way of copies in host memory."""
+    @wraps(theirs)
     def call(*arguments, **keywords):
-        from mpicomp import kernels
-
         copies = [_to_host(a) for a in arguments]
         before = [c.copy() if isinstance(c, np.ndarray) else None for c in copies]
-        result = getattr(kernels.of(None), name)(*copies, **keywords)
+        result = theirs(*copies, **keywords)
         for argument, copy, old in zip(arguments, copies, before):
             if is_device_array(argument) and copy.tobytes() != old.tobytes():
                 argument[...] = device.current().array(copy).reshape(argument.shape)
@@ -188,7 +187,6 @@ def on_host(name):
             return tuple(_to_device(part) for part in result)
         return _to_device(result)
 
-    call.__name__ = name
     return call
 
 
@@ -196,13 +194,18 @@ def _to_device(value):
     return device.current().array(value) if isinstance(value, np.ndarray) else value
 
 
-def or_host(function):
-    """The function, with the host's in its place for a call that is Unfit."""
-    @wraps(function)
-    def call(*arguments):
-        try:
-            return function(*arguments)
-        except Unfit:
-            return on_host(function.__name__)(*arguments)
+def or_host(theirs):
+    """Decorates a function of device arrays: a call that is Unfit goes to `on_host(theirs)`."""
+    def decorate(function):
+        @wraps(function)
+        def call(*arguments):
+            try:
+                return function(*arguments)
+            except Unfit:
+                pass  # outside of this block an error of the reference's has no context
+            return on_host(theirs)(*arguments)
 
-    return call
+        call.__doc__ = theirs.__doc__
+        return call
+
+    return decorate

@@ -25,7 +25,7 @@ def _float_decode(payloads, kind, weight, out, fresh, decode_add):
     checked(fault, refusals(decode_add, payloads, out))
 
 
-@or_host
+@or_host(reference.dense_decode_add)
 def dense_decode_add(data, weight, out):
     _float_decode([data], "float32", weight, out, False,
                   lambda _, data, out: reference.dense_decode_add(data, weight, out))
@@ -37,21 +37,21 @@ def dense_decode_sum(payloads, weight, out):
                   lambda _, data, out: reference.dense_decode_add(data, weight, out))
 
 
-@or_host
+@or_host(reference.dense_scale)
 def dense_scale(data, weight, out):
     n, fault = floats(out).size, new_fault()
     device.current().launch("dense_scale", n, payload(data, 4, 4 * n), weight, out, n, fault)
     checked(fault, refusal(reference.dense_scale, data, weight, out))
 
 
-@or_host
+@or_host(reference.cast_encode)
 def cast_encode(x, kind, data):
     n = floats(x).size
     with room(data, 2, 2 * n) as words:
         device.current().launch("cast_encode", n, x, n, _KINDS[kind], words)
 
 
-@or_host
+@or_host(reference.cast_decode_add)
 def cast_decode_add(data, kind, weight, out):
     _float_decode([data], kind, weight, out, False,
                   lambda _, data, out: reference.cast_decode_add(data, kind, weight, out))

@@ -1,7 +1,7 @@
-"""The device as the kernels need it: memory, small copies, and launches of what gpu.cu defines.
+"""The device: its memory, copies from and to the host, and launches of the kernels of gpu.cu.
 
-`current()` is CuPy's device from the first call on. Tests put another one in its place (`use`),
-which runs the same source on the CPU; it has the methods of `Cupy`.
+`current()` is CuPy's device, made at the first call. Tests replace it (`use`) by one that runs the
+same source on the CPU and has the methods of `Cupy`.
 """
 
 import re
@@ -14,8 +14,8 @@ import numpy as np
 
 from mpicomp.errors import DeviceError
 
-FOLDER = Path(__file__).parent.parent
-THREADS = 256  # of a block: THREADS in cuda/common.cuh
+FOLDER = Path(__file__).parent / "src"
+THREADS = 256  # of a block: THREADS in src/common.cuh
 OPTIONS = ("--std=c++17", "--fmad=false")
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.M)
 _KERNEL = re.compile(r"KERNEL (\w+)\(([^)]*)\)")
@@ -40,7 +40,7 @@ def use(device):
 
 @cache
 def source() -> str:
-    """gpu.cu with the files that it includes in their places: one text, which needs no paths."""
+    """gpu.cu with its includes pasted in: one text, for a compiler that sees no files."""
     def pasted(found):
         name = found.group(1)
         text = (FOLDER / name).read_text().replace("#pragma once\n", "\n")
@@ -149,13 +149,13 @@ class Cupy:
         return array
 
     def mark(self):
-        """An event; `done` once all that was launched until now is done."""
+        """An event whose `done` is true once everything launched before it has finished."""
         event = self.cupy.cuda.Event(disable_timing=True)
         event.record(self.cupy.cuda.get_current_stream())
         return event
 
     def leave(self, array, host):
-        """Begin to copy a device array to pinned memory behind what was launched; its event."""
+        """Start copying a device array to pinned memory, after all launches so far; its event."""
         out, _ = self._sides()
         out.wait_event(self.mark())
         runtime = self.cupy.cuda.runtime
@@ -166,17 +166,17 @@ class Cupy:
         return event
 
     def enter(self, host, array):
-        """Begin to copy pinned memory to a device array, beside what was launched: see `join`."""
+        """Start copying pinned memory to a device array, concurrently with launches: see `join`."""
         self._put(host, array, self._sides()[1])
 
     def join(self):
-        """What is launched from now on comes after all that `enter` has begun."""
+        """Launches from now on wait for all copies that `enter` started."""
         event = self.cupy.cuda.Event(disable_timing=True)
         event.record(self._sides()[1])
         self.cupy.cuda.get_current_stream().wait_event(event)
 
     def put(self, host, array):
-        """Copy pinned memory to a device array, in turn with what is launched."""
+        """Copy pinned memory to a device array, in order with launches."""
         self._put(host, array, self.cupy.cuda.get_current_stream())
 
     def _put(self, host, array, stream):
@@ -185,7 +185,7 @@ class Cupy:
                             runtime.memcpyHostToDevice, stream.ptr)
 
     def _sides(self):
-        """The streams of the current GPU for what leaves it and for what enters."""
+        """The current GPU's streams for copies to the host and for copies from it."""
         number, cuda = self.cupy.cuda.runtime.getDevice(), self.cupy.cuda
         if number not in self._streams:
             self._streams[number] = cuda.Stream(non_blocking=True), cuda.Stream(non_blocking=True)

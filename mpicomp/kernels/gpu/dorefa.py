@@ -21,7 +21,7 @@ from mpicomp.kernels.gpu.sums import host, largest
 _WIDTHS = {"bits": 0, **reference.DOREFA_INTEGERS}
 
 
-@or_host
+@or_host(reference.dorefa_scale)
 def dorefa_scale(x):
     return largest(floats(x)).view(np.float32)[0]
 
@@ -37,7 +37,7 @@ def _dorefa_encode(x, more, out, scale, bits, packing, key, start, data, fault):
                                 *philox_key(key), start, width, packet, fault)
 
 
-@or_host
+@or_host(reference.dorefa_encode)
 def dorefa_encode(x, scale, bits, packing, key, start, data):
     _dorefa_encode(x, None, None, scale, bits, packing, key, start, data, None)
 
@@ -67,7 +67,7 @@ def _refusals(payloads, scales, bits, packing, weight, out):
     return refusals(decode_add, payloads, out)
 
 
-@or_host
+@or_host(reference.dorefa_decode_add)
 def dorefa_decode_add(data, scale, bits, packing, weight, out):
     _dorefa_decode([data], [scale], bits, packing, weight, out, False)
 

@@ -10,6 +10,7 @@ from mpicomp.kernels.gpu.arguments import (
     constants,
     floats,
     new_fault,
+    on_host,
     or_host,
     payload,
     philox_key,
@@ -30,7 +31,7 @@ def _dryden_columns(x, more, rows, columns, proportion, sample, key, start):
     return lower, upper
 
 
-@or_host
+@or_host(reference.dryden_columns)
 def dryden_columns(x, rows, columns, proportion, sample, key, start):
     return _dryden_columns(floats(x, rows * columns), None, rows, columns, proportion, sample, key,
                            start)
@@ -55,7 +56,7 @@ def _dryden_encode(x, more, out, rows, columns, lower, upper, packet, place, fau
              columns, place, packet)
 
 
-@or_host
+@or_host(reference.dryden_encode_2016)
 def dryden_encode_2016(x, rows, columns, lower, upper, data):
     n, place = rows * columns, device.current().zeros(2, np.int64)
     with room(data, 4, 4 + 8 * columns + 4 * n) as packet:
@@ -115,7 +116,7 @@ def _dryden_add(packet, begin, end, rows, columns, weight, out, fault):
                             columns, weight, out, rows * columns, fault)
 
 
-@or_host
+@or_host(reference.dryden_decode_add_2016)
 def dryden_decode_add_2016(data, rows, columns, weight, out):
     fault, packet = new_fault(), payload(data[:data.size // 4 * 4], 4)
     begin, end = map(int, _begins([packet], [(0, rows, columns)])[0])
@@ -146,3 +147,8 @@ def dryden_decode_sum_2016(payloads, matrices, weight, out, fresh=True):
                         out[start:start + rows * columns], fault)
     checked(fault, complain)
     return [4 * begins[-1] for begins in places.tolist()]
+
+
+dryden_matrix = on_host(reference.dryden_matrix)
+dryden_encode_2017 = on_host(reference.dryden_encode_2017)
+dryden_decode_add_2017 = on_host(reference.dryden_decode_add_2017)

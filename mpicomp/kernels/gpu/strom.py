@@ -8,6 +8,7 @@ from mpicomp.kernels.gpu.arguments import (
     checked,
     floats,
     new_fault,
+    on_host,
     or_host,
     payload,
     refusal,
@@ -30,7 +31,7 @@ def _strom_encode(x, more, out, tau, strict, data):
     return 4 * int(host(total)[0])
 
 
-@or_host
+@or_host(reference.strom_encode)
 def strom_encode(x, tau, strict, data):
     return _strom_encode(floats(x), None, None, tau, strict, data)
 
@@ -48,7 +49,7 @@ def _strom_add(data, tau, weight, out, fault):
                             out.size, fault)
 
 
-@or_host
+@or_host(reference.strom_decode_add)
 def strom_decode_add(data, tau, weight, out):
     fault = new_fault()
     _strom_add(data, tau, weight, floats(out), fault)
@@ -63,3 +64,10 @@ def strom_decode_sum(payloads, tau, weight, out):
         _strom_add(data, tau, weight, floats(out), fault)
     checked(fault, refusals(lambda _, data, out: reference.strom_decode_add(data, tau, weight, out),
                             payloads, out))
+
+
+strom_tau = on_host(reference.strom_tau)
+strom_rice_encode = on_host(reference.strom_rice_encode)
+strom_rice_decode_add = on_host(reference.strom_rice_decode_add)
+strom_2bit_encode = on_host(reference.strom_2bit_encode)
+strom_2bit_decode_add = on_host(reference.strom_2bit_decode_add)

@@ -1,7 +1,8 @@
-"""Sums, the largest magnitude and small things, on the device."""
+"""What the kernels of all methods share, on the device."""
 
 import numpy as np
 
+from mpicomp.kernels import reference
 from mpicomp.kernels.gpu import device
 from mpicomp.kernels.gpu.arguments import (
     anywhere,
@@ -30,11 +31,17 @@ def finite_fault(x, fault):
     device.current().launch("all_finite", min(x.size, SWEEP), x, x.size, fault)
 
 
-@or_host
+@or_host(reference.finite)
 def finite(x):
     fault = new_fault()
     finite_fault(floats(x), fault)
     return not host(fault)[0]
+
+
+def copy_finite(x, to):
+    """Copy x to `to`, both flat; returns whether every element is finite."""
+    to[...] = x
+    return finite(to)
 
 
 def within(x, least, most, complain):
@@ -44,7 +51,7 @@ def within(x, least, most, complain):
     checked(fault, lambda: complain(host(x)))
 
 
-@or_host
+@or_host(reference.adagrad)
 def adagrad(x, history, ahead):
     n = floats(x).size
     device.current().launch("adagrad", n, x, n, floats(history, n), floats(ahead, n))

@@ -1,10 +1,10 @@
-"""Ordered compaction: words are selected tile by tile, their counts scanned, and moved together."""
+"""Ordered compaction: select words in each tile, scan the counts, move the words together."""
 
 import numpy as np
 
 from mpicomp.kernels.gpu import device
 
-TILE = 4096  # elements that one block selects from: cuda/tiles.cuh
+TILE = 4096  # elements that one block selects from: src/tiles.cuh
 
 
 def tiles_of(n) -> int:
@@ -21,7 +21,7 @@ def scanned(numbers, kernel="scan_sums"):
 
 
 def compact(n, select):
-    """(room, counts scanned, total) of what select(room, counts) left tile by tile.
+    """(room, counts scanned, total) of the words that select(room, counts) wrote to each tile.
 
     `room` has a place for every element of every tile, `total` is int64[1] on the device.
     """

@@ -72,3 +72,58 @@ def adacomp_decode_add(data, scale, size, weight, out):
     if not finite(quantum):
         raise PacketError("adacomp: the scale in the payload is not finite")
     out[index] += np.where(positive[~skip] == 1, quantum, -quantum)
+
+
+def adacomp_encode_layers(grad, owed, out, factor, layers, data) -> int:
+    """Write a packet of owed + grad, what is then still owed to `out`; returns the bytes used.
+
+    Without a residual owed and out are None. `layers` are (number, segment, bin, bytes of an
+    entry) in the order of their entries; see `adacomp_packet`.
+    """
+    def encode(at, size, room):
+        if owed is None:
+            return adacomp_encode(grad[at], grad[at], factor, size, room)
+        np.add(owed[at], grad[at], out=out[at])
+        count, scale = adacomp_encode(out[at], grad[at], factor, size, room)
+        if not finite(scale):
+            raise PacketError("adacomp: a number in the payload is not finite")
+        entries = room[:count * adacomp_width(size)]
+        adacomp_decode_add(entries, scale, size, -1.0, out[at])
+        return count, scale
+
+    return adacomp_packet(layers, data, encode)
+
+
+def adacomp_packet(layers, data, encode) -> int:
+    """float32 scale[layers], uint32 count[layers], then the entries; returns the bytes used.
+
+    encode(slice, bin, room) writes the entries of a layer to `room`: (how many, scale).
+    """
+    head, used = 4 * len(layers), 8 * len(layers)
+    scales, counts = data[:head].view(np.float32), data[head:used].view(np.uint32)
+    for number, segment, size, width in layers:
+        room = data[used:used + width * segment.size]
+        counts[number], scales[number] = encode(segment.slice, size, room)
+        used += width * int(counts[number])
+    return used
+
+
+def adacomp_heads(payloads, size) -> list:
+    """The first `size` bytes of each payload, or all that it has, in memory of the host."""
+    return [data[:size] for data in payloads]
+
+
+def adacomp_decode_layers(layers, weight, out):
+    """out[at] += +-(weight * scale) at the elements named, packet after packet, in order.
+
+    `layers` are (at, bin, the entries in each packet, the scale in each packet).
+    """
+    for packet in zip(*[zip(entries, scales) for _, _, entries, scales in layers]):
+        for (at, size, *_), (entries, scale) in zip(layers, packet):
+            adacomp_decode_add(entries, scale, size, weight, out[at])
+
+
+def adacomp_decode_sum(layers, weight, out):
+    """`adacomp_decode_layers` from zero."""
+    out[...] = 0
+    adacomp_decode_layers(layers, weight, out)

@@ -14,6 +14,13 @@ def dense_decode_add(data, weight, out):
     out += values * np.float32(weight)
 
 
+def dense_decode_sum(payloads, weight, out):
+    """out = the sum of weight * float32[n] over the payloads, in their order."""
+    out[...] = 0
+    for data in payloads:
+        dense_decode_add(data, weight, out)
+
+
 def dense_scale(data, weight, out):
     """out = weight * float32[n]."""
     np.multiply(data.view(np.float32), np.float32(weight), out=out)
@@ -48,3 +55,10 @@ def cast_decode_add(data, kind, weight, out):
     if not finite(values):
         raise PacketError(f"{kind}: a value in the payload is not finite")
     out += values * np.float32(weight)
+
+
+def cast_decode_sum(payloads, kind, weight, out):
+    """out = the sum of weight * the 16-bit floats over the payloads, in their order."""
+    out[...] = 0
+    for data in payloads:
+        cast_decode_add(data, kind, weight, out)

@@ -81,3 +81,17 @@ def dorefa_decode_add(data, scale, bits, packing, weight, out):
     if not finite(values):
         raise PacketError("dorefa: a value in the payload is not finite")
     out += values
+
+
+def dorefa_encode_owed(grad, owed, out, scale, bits, packing, key, start, data):
+    """`dorefa_encode` of owed + grad; what is then still owed goes to `out`."""
+    np.add(owed, grad, out=out)
+    dorefa_encode(out, scale, bits, packing, key, start, data)
+    dorefa_decode_add(data, scale, bits, packing, -1.0, out)
+
+
+def dorefa_decode_sum(payloads, scales, bits, packing, weight, out):
+    """out = the sum of weight * what the codes mean, a scale each, over the payloads in order."""
+    out[...] = 0
+    for data, scale in zip(payloads, scales, strict=True):
+        dorefa_decode_add(data, scale, bits, packing, weight, out)

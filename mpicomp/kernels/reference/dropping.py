@@ -5,10 +5,10 @@ import numpy as np
 from mpicomp.errors import PacketError
 from mpicomp.kernels.reference.sums import finite, sample, total
 
-MARIAN = -1  # as `draws` of drop_cut: Marian's sample
+MARIAN = -1  # as `draws` of dropping_cut: Marian's sample
 
 
-def drop_sample(n, rate, draws, first_version=False):
+def dropping_sample(n, rate, draws, first_version=False):
     """(S, span, number): the cut of n elements is number `number` of S magnitudes (`sample`).
 
     S = min(draws, n), spread over all elements; draws = 0: all of them; MARIAN: min(100000, n) at
@@ -22,32 +22,33 @@ def drop_sample(n, rate, draws, first_version=False):
     return size, size * (n // size) if draws == MARIAN else n, number
 
 
-def drop_cut(x, rate, draws, first_version=False):
-    """The magnitude that a fraction `rate` of a sample of |x| does not exceed: see `drop_sample`.
+def dropping_cut(x, rate, draws, first_version=False):
+    """The magnitude that a fraction `rate` of a sample of |x| does not exceed.
 
-    A single element has the cut 0: it would never exceed itself.
+    `dropping_sample` says which sample. A single element has the cut 0: it would never exceed
+    itself.
     """
     if x.size < 2:
         return np.float32(0)
-    size, span, number = drop_sample(x.size, rate, draws, first_version)
+    size, span, number = dropping_sample(x.size, rate, draws, first_version)
     magnitudes = np.abs(x if size == x.size else x[sample(x.size, size, span)])
     return np.partition(magnitudes, number)[number]
 
 
-def drop_select(x, cut, start, data) -> int:
+def dropping_select(x, cut, start, data) -> int:
     """int32 start + i for each |x[i]| > cut at the front of `data`; returns how many."""
     sent = np.flatnonzero(np.abs(x) > cut)
     data[:4 * sent.size].view(np.int32)[:] = sent + start
     return sent.size
 
 
-def drop_values(x, count, data):
+def dropping_values(x, count, data):
     """float32 x[index] behind the `count` indices at the front of `data`."""
     index = data[:4 * count].view(np.int32)
     data[4 * count:8 * count].view(np.float32)[:] = x[index]
 
 
-def drop_decode_add(data, weight, out):
+def dropping_decode_add(data, weight, out):
     """out += weight * value at the indices named, which must ascend."""
     count = data.size // 8
     index = data[:4 * count].view(np.int32).astype(np.int64)
@@ -59,7 +60,30 @@ def drop_decode_add(data, weight, out):
     out[index] += np.float32(weight) * values
 
 
-def drop_signs(x, cut, start, means, data) -> int:
+def dropping_encode_owed(grad, owed, out, scopes, rate, draws, data) -> int:
+    """Cut, indices and values of owed + grad; what is then still owed goes to `out`.
+
+    `scopes` are the (start, stop) that have a cut of their own; `data` has 8 * n bytes. Returns
+    the bytes used.
+    """
+    np.add(owed, grad, out=out)
+    count = 0
+    for start, stop in scopes:
+        cut = dropping_cut(out[start:stop], rate, draws)
+        count += dropping_select(out[start:stop], cut, start, data[4 * count:])
+    dropping_values(out, count, data)
+    dropping_decode_add(data[:8 * count], -1.0, out)
+    return 8 * count
+
+
+def dropping_decode_sum(payloads, weight, out):
+    """out = the sum of weight * value at the indices named, over the payloads in their order."""
+    out[...] = 0
+    for data in payloads:
+        dropping_decode_add(data, weight, out)
+
+
+def dropping_signs(x, cut, start, means, data) -> int:
     """uint32 (start + i) << 1 | (x[i] > 0) for each |x[i]| > cut; returns how many.
 
     means = the mean of the negative and of the positive ones of these, 0 where there are none;
@@ -74,7 +98,17 @@ def drop_signs(x, cut, start, means, data) -> int:
     return sent.size
 
 
-def drop_signs_decode_add(data, means, starts, weight, out):
+def dropping_signs_encode(x, scopes, rate, draws, first_version, data) -> int:
+    """float32 means[scopes][2], then the words of all scopes, (start, stop); returns the bytes."""
+    used = 8 * len(scopes)
+    means = data[:used].view(np.float32).reshape(-1, 2)
+    for own, (start, stop) in zip(means, scopes):
+        cut = dropping_cut(x[start:stop], rate, draws, first_version)
+        used += 4 * dropping_signs(x[start:stop], cut, start, own, data[used:])
+    return used
+
+
+def dropping_signs_decode_add(data, means, starts, weight, out):
     """out += weight * the mean of the word's sign in its scope; scope i begins at starts[i]."""
     words = data.view(np.uint32)
     index = (words >> 1).astype(np.int64)

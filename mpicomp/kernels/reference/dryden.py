@@ -115,6 +115,39 @@ def dryden_decode_add_2016(data, rows, columns, weight, out) -> int:
     return end
 
 
+def dryden_encode_owed_2016(grad, owed, out, matrices, proportion, sample, key, data) -> int:
+    """Encode all matrices of owed + grad, (start, rows, columns); what is left goes to `out`.
+
+    Returns the bytes used.
+    """
+    np.add(owed, grad, out=out)
+    used = 0
+    for start, rows, columns in matrices:
+        part, room = out[start:start + rows * columns], data[used:]
+        lower, upper = dryden_columns(part, rows, columns, proportion, sample, key, start)
+        used += dryden_encode_2016(part, rows, columns, lower, upper, room)
+        dryden_decode_add_2016(room, rows, columns, -1.0, part)
+    return used
+
+
+def dryden_decode_sum_2016(payloads, matrices, weight, out, fresh=True) -> list:
+    """out = the sum over the payloads in their order; returns the bytes that each of them needs.
+
+    Not `fresh`: what is in `out` stays in the sum.
+    """
+    if fresh:
+        out[...] = 0
+    return [_matrices_add(data, matrices, weight, out) for data in payloads]
+
+
+def _matrices_add(data, matrices, weight, out):
+    used = 0
+    for start, rows, columns in matrices:
+        part = out[start:start + rows * columns]
+        used += dryden_decode_add_2016(data[used:], rows, columns, weight, part)
+    return used
+
+
 def dryden_encode_2017(x, rows, columns, lower, upper, data) -> int:
     """Write one matrix, return the bytes: means, counts, row << 1 | positive column by column.
 

@@ -20,9 +20,9 @@ def onebit_means(v):
     return lower, upper
 
 
-def onebit_words(rows):
-    """The 32-bit words that hold the bits of one column."""
-    return -(-rows // 32)
+def onebit_words(rows, bits=1):
+    """The 32-bit words that hold the codes of one column."""
+    return -(-rows * bits // 32)
 
 
 def onebit_encode(x, rows, columns, data):
@@ -53,40 +53,15 @@ def onebit_decode_add(data, rows, columns, weight, out):
     out += np.where(bits == 1, weighted[1], weighted[0]).reshape(-1)
 
 
-def onebit_encode_cntk(x, rows, columns, data):
-    """The same in CNTK's layout: a column after the other, each float lower, upper, uint32 words.
-
-    lower = c - r and upper = c + r about the centre c = (mean0 + mean1) / 2 with the radius
-    r = 2 * (mean1 - c); row i is bit i // W of word i % W, where W is the number of words.
-    """
-    v = x.reshape(rows, columns)
-    count = onebit_words(rows)
-    mean0, mean1 = onebit_means(v)
-    centre = (mean0 + mean1) * np.float32(0.5)
-    radius = (mean1 - centre) * np.float32(2)
-    bits = np.zeros((32 * count, columns), np.uint32)
-    bits[:rows] = v >= 0
-    place = np.arange(32, dtype=np.uint32)[:, None, None]
-    words = data.view(np.uint32).reshape(columns, 2 + count)
-    words[:, 0] = (centre - radius).view(np.uint32)
-    words[:, 1] = (centre + radius).view(np.uint32)
-    words[:, 2:] = np.bitwise_or.reduce(bits.reshape(32, count, columns) << place, axis=0).T
+def onebit_encode_owed(grad, owed, out, rows, columns, data):
+    """`onebit_encode` of owed + grad; what is then still owed goes to `out`."""
+    np.add(owed, grad, out=out)
+    onebit_encode(out, rows, columns, data)
+    onebit_decode_add(data, rows, columns, -1.0, out)
 
 
-def onebit_decode_add_cntk(data, rows, columns, weight, out):
-    """out += weight * ((bit + 0.5) * (upper - lower) / 2 + lower); lower if 1e-36 close."""
-    count = onebit_words(rows)
-    words = data.view(np.uint32).reshape(columns, 2 + count)
-    lower, upper = (np.ascontiguousarray(words[:, k]).view(np.float32) for k in (0, 1))
-    if not (finite(lower) and finite(upper)):
-        raise PacketError("onebit: a bound in the payload is not finite")
-    with np.errstate(over="ignore", invalid="ignore"):
-        half = (upper - lower) * np.float32(0.5)
-        same = upper - lower < np.float32(1e-36)
-        level = [np.where(same, lower, np.float32(bit + 0.5) * half + lower) * np.float32(weight)
-                 for bit in (0, 1)]
-    if not (finite(level[0]) and finite(level[1])):
-        raise PacketError("onebit: the bounds of a column are too far apart")
-    row = np.arange(rows, dtype=np.uint32)
-    bits = words[:, 2 + row % count].T >> (row // count)[:, None] & 1
-    out += np.where(bits == 1, level[1], level[0]).reshape(-1)
+def onebit_decode_sum(payloads, rows, columns, weight, out):
+    """out = the sum of weight * the mean of each bit, over the payloads in their order."""
+    out[...] = 0
+    for data in payloads:
+        onebit_decode_add(data, rows, columns, weight, out)

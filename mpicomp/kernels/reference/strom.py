@@ -33,6 +33,21 @@ def strom_decode_add(data, tau, weight, out):
     out[index] += np.where(words & 1, quantum, -quantum)
 
 
+def strom_encode_owed(grad, owed, out, tau, strict, data) -> int:
+    """`strom_encode` of owed + grad; what is then still owed goes to `out`, which may be `owed`."""
+    np.add(owed, grad, out=out)
+    used = strom_encode(out, tau, strict, data)
+    strom_decode_add(data[:used], tau, -1.0, out)
+    return used
+
+
+def strom_decode_sum(payloads, tau, weight, out):
+    """out = the sum of +-(weight * tau) at the indices named, over the payloads in their order."""
+    out[...] = 0
+    for data in payloads:
+        strom_decode_add(data, tau, weight, out)
+
+
 def strom_tau(x, density):
     """The tau beyond which about a fraction `density` of x lies, at least one element.
 

@@ -1,4 +1,4 @@
-"""Sums and small things that every kernel shares; `fold` is the one order of summation."""
+"""What the kernels of all methods share; `fold` defines the order of every summation."""
 
 from functools import lru_cache
 
@@ -23,8 +23,8 @@ def within(x, least, most, complain) -> None:
         complain(x)
 
 
-def take(x, to) -> bool:
-    """to = x, both flat; is every element finite?"""
+def copy_finite(x, to) -> bool:
+    """Copy x to `to`, both flat; returns whether every element is finite."""
     to[...] = x
     return finite(to)
 

@@ -7,7 +7,7 @@ namespace {
 
 // Are all of these finite? The sum has the top bit where the exponent is all ones. Unless `to` is
 // null, they are copied there.
-bool take_plain(const float* x, float* to, i64 n) {
+bool copy_finite_plain(const float* x, float* to, i64 n) {
     u32 seen = 0;
     for (i64 i = 0; i < n; i++) {
         seen |= (bits_of(x[i]) & 0x7F800000u) + 0x00800000u;
@@ -17,11 +17,11 @@ bool take_plain(const float* x, float* to, i64 n) {
 }
 
 #if HAVE_AVX2
-template <bool COPY> AVX2 bool take_avx2(const float* x, float* to, i64 n, bool stream) {
+template <bool COPY> AVX2 bool copy_finite_avx2(const float* x, float* to, i64 n, bool stream) {
     const __m256i exponent = _mm256_set1_epi32(0x7F800000), one = _mm256_set1_epi32(0x00800000);
     __m256i seen[4] = {};
     i64 i = stream ? until_aligned(to, n) : 0;
-    bool fine = take_plain(x, to, i);
+    bool fine = copy_finite_plain(x, to, i);
     for (; i + 32 <= n; i += 32) {
         next_page(x + i);
         for (int k = 0; k < 4; k++) {
@@ -35,23 +35,23 @@ template <bool COPY> AVX2 bool take_avx2(const float* x, float* to, i64 n, bool 
     const __m256i any = _mm256_or_si256(_mm256_or_si256(seen[0], seen[1]),
                                         _mm256_or_si256(seen[2], seen[3]));
     fine &= !_mm256_movemask_ps(_mm256_castsi256_ps(any));
-    return take_plain(x + i, COPY ? to + i : nullptr, n - i) && fine;
+    return copy_finite_plain(x + i, COPY ? to + i : nullptr, n - i) && fine;
 }
 #endif
 
 bool finite(const float* x, i64 n) {
 #if HAVE_AVX2
-    if (avx2) return take_avx2<false>(x, nullptr, n, false);
+    if (avx2) return copy_finite_avx2<false>(x, nullptr, n, false);
 #endif
-    return take_plain(x, nullptr, n);
+    return copy_finite_plain(x, nullptr, n);
 }
 
 // Copies x and says whether all of it is finite.
-bool take(const float* x, float* to, i64 n, bool stream) {
+bool copy_finite(const float* x, float* to, i64 n, bool stream) {
 #if HAVE_AVX2
-    if (avx2) return take_avx2<true>(x, to, n, stream);
+    if (avx2) return copy_finite_avx2<true>(x, to, n, stream);
 #endif
-    return take_plain(x, to, n);
+    return copy_finite_plain(x, to, n);
 }
 
 bool finite_bytes(const u8* data, i64 n) {
@@ -155,10 +155,10 @@ API int mp_finite(const float* x, i64 n) {
 }
 
 // to = x; are all of them finite?
-API int mp_take(const float* x, float* to, i64 n) {
+API int mp_copy_finite(const float* x, float* to, i64 n) {
     std::atomic<bool> fine{true};
     split(n, 16, grain, [&](int, i64 begin, i64 end) {
-        if (!take(x + begin, to + begin, end - begin, n >= stream_from)) fine = false;
+        if (!copy_finite(x + begin, to + begin, end - begin, n >= stream_from)) fine = false;
     });
     return fine;
 }

@@ -13,7 +13,7 @@ constexpr i64 BRANCH = 1 << 20;  // elements whose folded sums are one row of th
 // ---- the level ----
 
 // max |x|, and lane by lane (element i is in lane i % 32) the sums of x and of x * x, in float64.
-float ternary_sums_plain(const float* x, i64 n, float largest, double* sum, double* square) {
+float terngrad_sums_plain(const float* x, i64 n, float largest, double* sum, double* square) {
     for (i64 i = 0; i < n; i++) {
         const double wide = x[i];
         sum[i % 32] += wide;
@@ -24,7 +24,7 @@ float ternary_sums_plain(const float* x, i64 n, float largest, double* sum, doub
 }
 
 #if HAVE_AVX2
-AVX2 float ternary_sums_avx2(const float* x, float largest, double* sum, double* square) {
+AVX2 float terngrad_sums_avx2(const float* x, float largest, double* sum, double* square) {
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
     __m256 most = _mm256_set1_ps(largest);
     for (int lane = 0; lane < 32; lane += 16) {
@@ -53,7 +53,7 @@ AVX2 float ternary_sums_avx2(const float* x, float largest, double* sum, double*
 #endif
 
 // The folded lanes of up to BRANCH elements to `sums` (32 of x, 32 of x * x); returns max |x|.
-float ternary_branch(const float* x, i64 n, double* sums) {
+float terngrad_branch(const float* x, i64 n, double* sums) {
     double memory[64 * Fold<double>::LEVELS], block[64];
     Fold<double> fold(memory, 64);
     float largest = 0;
@@ -62,10 +62,10 @@ float ternary_branch(const float* x, i64 n, double* sums) {
         std::fill(block, block + 64, 0.0);
 #if HAVE_AVX2
         if (avx2 && count == 1024)
-            largest = ternary_sums_avx2(x + at, largest, block, block + 32);
+            largest = terngrad_sums_avx2(x + at, largest, block, block + 32);
         else
 #endif
-            largest = ternary_sums_plain(x + at, count, largest, block, block + 32);
+            largest = terngrad_sums_plain(x + at, count, largest, block, block + 32);
         fold.add(block);
     }
     std::copy(fold.result(), fold.result() + 64, sums);
@@ -73,7 +73,7 @@ float ternary_branch(const float* x, i64 n, double* sums) {
 }
 
 // The sums of x and of x * x from the branches' folded lanes.
-void ternary_totals(const double* rows, i64 branches, double* total) {
+void terngrad_totals(const double* rows, i64 branches, double* total) {
     double memory[64 * Fold<double>::LEVELS], block[64];
     Fold<double> fold(memory, 64);
     for (i64 b = 0; b < branches; b += 32) {
@@ -99,7 +99,7 @@ struct Ternary {
 };
 
 #if HAVE_AVX2
-AVX2 i64 ternary_digits_avx2(const float* x, i64 n, Ternary t, const u32* words, u8* digits) {
+AVX2 i64 terngrad_digits_avx2(const float* x, i64 n, Ternary t, const u32* words, u8* digits) {
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
     const __m256 level = _mm256_set1_ps(t.level), scale = _mm256_set1_ps(t.scale);
     const __m256 unit = _mm256_set1_ps(TINY), zero = _mm256_setzero_ps();
@@ -128,7 +128,7 @@ AVX2 i64 ternary_digits_avx2(const float* x, i64 n, Ternary t, const u32* words,
     return i;
 }
 
-AVX2 i64 ternary_pack_avx2(const u8* digits, i64 n, u8* data) {
+AVX2 i64 terngrad_pack_avx2(const u8* digits, i64 n, u8* data) {
     const __m256i pair = _mm256_set1_epi16(0x0401), quad = _mm256_set1_epi32(0x00100001);
     const __m256i first = _mm256_set1_epi64x(0x0C080400);  // of each four bytes
     i64 i = 0;
@@ -143,7 +143,7 @@ AVX2 i64 ternary_pack_avx2(const u8* digits, i64 n, u8* data) {
 }
 
 // out += level[digit] for whole groups of 32 two-bit digits; *bad collects the threes among them.
-AVX2 i64 ternary_add_avx2(const u8* data, i64 n, const float* level, float* out, u64* bad) {
+AVX2 i64 terngrad_add_avx2(const u8* data, i64 n, const float* level, float* out, u64* bad) {
     const __m256 table = _mm256_setr_ps(level[0], level[1], level[2], level[3], level[0], level[1],
                                         level[2], level[3]);
     const __m256i shift = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
@@ -174,12 +174,12 @@ template <class F> void planar(i64 at, i64 count, i64 n, const F& f) {
 
 // The digits of elements at ... at + count - 1 of n to their places. TWOBIT: `at` is a multiple of
 // 4; PLANAR: the bytes were zero before.
-void ternary_pack(const u8* digits, i64 at, i64 count, i64 n, int packing, u8* data) {
+void terngrad_pack(const u8* digits, i64 at, i64 count, i64 n, int packing, u8* data) {
     i64 i = 0;
     if (packing == TWOBIT) {
         u8* to = data + at / 4;
 #if HAVE_AVX2
-        if (avx2) i = ternary_pack_avx2(digits, count, to);
+        if (avx2) i = terngrad_pack_avx2(digits, count, to);
 #endif
         for (; i < count; i += 4) {
             u8 byte = 0;
@@ -197,14 +197,14 @@ void ternary_pack(const u8* digits, i64 at, i64 count, i64 n, int packing, u8* d
 }
 
 // out += code * scale for elements at ... at + count - 1 of n; false if a digit is 3.
-bool ternary_add(const u8* data, i64 at, i64 count, i64 n, int packing, float scale, float* out) {
+bool terngrad_add(const u8* data, i64 at, i64 count, i64 n, int packing, float scale, float* out) {
     const float level[4] = {-1.0f * scale, 0.0f * scale, 1.0f * scale, 0.0f};
     u64 bad = 0;
     i64 i = 0;
     if (packing == TWOBIT) {
         const u8* from = data + at / 4;
 #if HAVE_AVX2
-        if (avx2) i = ternary_add_avx2(from, count, level, out, &bad);
+        if (avx2) i = terngrad_add_avx2(from, count, level, out, &bad);
 #endif
         for (; i < count; i++) {
             const int digit = from[i / 4] >> 2 * (i % 4) & 3;
@@ -228,26 +228,26 @@ bool ternary_add(const u8* data, i64 at, i64 count, i64 n, int packing, float sc
 }  // namespace
 
 // levels[0] = where x is clipped, levels[1] = the largest magnitude of all.
-API void mp_ternary_level(const float* x, i64 n, double clip, float* levels) {
+API void mp_terngrad_level(const float* x, i64 n, double clip, float* levels) {
     const i64 branches = (n + BRANCH - 1) / BRANCH;
     std::vector<double> rows(64 * branches);
     std::vector<float> most(branches + 1, 0.0f);
     split(branches, 1, 1, [&](int, i64 begin, i64 end) {
         for (i64 b = begin; b < end; b++)
-            most[b] = ternary_branch(x + b * BRANCH, std::min(BRANCH, n - b * BRANCH),
-                                     &rows[64 * b]);
+            most[b] = terngrad_branch(x + b * BRANCH, std::min(BRANCH, n - b * BRANCH),
+                                      &rows[64 * b]);
     });
     levels[0] = INFINITY;
     levels[1] = *std::max_element(most.begin(), most.end());
     double total[2];
-    ternary_totals(rows.data(), branches, total);
+    terngrad_totals(rows.data(), branches, total);
     const double mean = total[0] / double(n), variance = total[1] / double(n) - mean * mean;
     const float level = float(clip * std::sqrt(std::max(variance, 0.0)));
     if (level > 0 && !(levels[1] * 1e-6f > level)) levels[0] = level;
 }
 
-API void mp_ternary_encode(const float* x, i64 n, float level, float scale, u64 seed, u32 rank,
-                           u32 step, u32 bucket, i64 start, int packing, u8* data) {
+API void mp_terngrad_encode(const float* x, i64 n, float level, float scale, u64 seed, u32 rank,
+                            u32 step, u32 bucket, i64 start, int packing, u8* data) {
     const Philox key{bucket, step, rank, u32(seed), u32(seed >> 32)};
     const Ternary t{level, scale};
     const auto encode = [&](int, i64 begin, i64 end) {
@@ -260,10 +260,10 @@ API void mp_ternary_encode(const float* x, i64 n, float level, float scale, u64 
             const u32* words = philox_words(key, start + at, count, room);
             i64 i = 0;
 #if HAVE_AVX2
-            if (avx2) i = ternary_digits_avx2(x + at, count, t, words, digits);
+            if (avx2) i = terngrad_digits_avx2(x + at, count, t, words, digits);
 #endif
             for (; i < count; i++) digits[i] = t.digit(x[at + i], words[i]);
-            ternary_pack(digits, at, count, n, packing, data);
+            terngrad_pack(digits, at, count, n, packing, data);
         }
     };
     if (packing != PLANAR) return split(n, 1024, grain / 4, encode);
@@ -274,11 +274,11 @@ API void mp_ternary_encode(const float* x, i64 n, float level, float scale, u64 
 }
 
 // out += or, if fresh, = the sum over packets of code * (weight * scale); INVALID for a digit of 3.
-API i64 mp_ternary_decode(const u8* const* data, const float* scales, i64 packets, int packing,
-                          float weight, float* out, i64 n, int fresh) {
+API i64 mp_terngrad_decode(const u8* const* data, const float* scales, i64 packets, int packing,
+                           float weight, float* out, i64 n, int fresh) {
     std::atomic<bool> bad{false};
     add_packets(packets, out, n, fresh, [&](i64 p, i64 at, i64 count, float* to) {
-        if (!ternary_add(data[p], at, count, n, packing, weight * scales[p], to)) bad = true;
+        if (!terngrad_add(data[p], at, count, n, packing, weight * scales[p], to)) bad = true;
     });
     return bad ? INVALID : 0;
 }

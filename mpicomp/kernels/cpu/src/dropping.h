@@ -19,8 +19,8 @@ struct Survivors {
 
 // Elements begin ... end - 1 of owed + grad (of grad, if `owed` is null) with a magnitude beyond
 // `cut`, counted from `start`; what is still owed goes to `out`. `s.value` null: indices only.
-Survivors drop_plain(const float* grad, const float* owed, float* out, i64 begin, i64 end,
-                     float cut, i64 start, Survivors s) {
+Survivors dropping_plain(const float* grad, const float* owed, float* out, i64 begin, i64 end,
+                         float cut, i64 start, Survivors s) {
     for (i64 i = begin; i < end; i++) {
         float v = owed ? owed[i] + grad[i] : grad[i];
         if (std::fabs(v) > cut) {
@@ -35,12 +35,12 @@ Survivors drop_plain(const float* grad, const float* owed, float* out, i64 begin
 #if HAVE_AVX2
 // 32 elements at a time, as in strom.h.
 template <bool OWED>
-AVX2 Survivors drop_avx2(const float* grad, const float* owed, float* out, i64 begin, i64 end,
-                         float cut, i64 start, bool stream, Survivors s) {
+AVX2 Survivors dropping_avx2(const float* grad, const float* owed, float* out, i64 begin, i64 end,
+                             float cut, i64 start, bool stream, Survivors s) {
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
     const __m256 limit = _mm256_set1_ps(cut);
     i64 i = begin + (stream ? until_aligned(out + begin, end - begin) : 0);
-    s = drop_plain(grad, owed, out, begin, i, cut, start, s);
+    s = dropping_plain(grad, owed, out, begin, i, cut, start, s);
     for (; i + 32 <= end; i += 32) {
         __m256 v[4], hit[4];
         next_page(grad + i);
@@ -69,7 +69,7 @@ AVX2 Survivors drop_avx2(const float* grad, const float* owed, float* out, i64 b
         for (int k = 0; OWED && k < 4; k++) store(out + i + 8 * k, v[k], stream);
     }
     if (stream) _mm_sfence();
-    return drop_plain(grad, owed, out, i, end, cut, start, s);
+    return dropping_plain(grad, owed, out, i, end, cut, start, s);
 }
 #endif
 
@@ -78,7 +78,7 @@ AVX2 Survivors drop_avx2(const float* grad, const float* owed, float* out, i64 b
 // Number `number` in ascending order of `size` magnitudes of owed + grad (of grad, if `owed` is
 // null), of elements k * span / size rounded down. Magnitudes are ordered like their bits: a
 // histogram of the upper bits leaves few to sort.
-API float mp_drop_cut(const float* grad, const float* owed, i64 span, i64 size, i64 number) {
+API float mp_dropping_cut(const float* grad, const float* owed, i64 span, i64 size, i64 number) {
     constexpr int SHIFT = 19;
     thread_local std::vector<u32> magnitudes, rest;
     magnitudes.resize(size);
@@ -103,8 +103,8 @@ API float mp_drop_cut(const float* grad, const float* owed, i64 span, i64 size, 
 // Writes indices to `index` and, unless it is null, values to `value`; there is room for 4 * n
 // bytes in each. `owed` and `out` null: of `grad`; else of owed + grad, and what is still owed goes
 // to `out`. Returns how many.
-API i64 mp_drop_encode(const float* grad, const float* owed, float* out, i64 n, float cut,
-                       i64 start, u8* index, u8* value) {
+API i64 mp_dropping_encode(const float* grad, const float* owed, float* out, i64 n, float cut,
+                           i64 start, u8* index, u8* value) {
     const bool stream = owed && out != owed && n >= stream_from;
     Pieces indices, values;
     split(n, 32, grain, [&](int part, i64 begin, i64 end) {
@@ -112,11 +112,11 @@ API i64 mp_drop_encode(const float* grad, const float* owed, float* out, i64 n, 
         Survivors to = from;
 #if HAVE_AVX2
         if (avx2)
-            to = (owed ? drop_avx2<true> : drop_avx2<false>)(grad, owed, out, begin, end, cut,
-                                                            start, stream, from);
+            to = (owed ? dropping_avx2<true> : dropping_avx2<false>)(
+                grad, owed, out, begin, end, cut, start, stream, from);
         else
 #endif
-            to = drop_plain(grad, owed, out, begin, end, cut, start, from);
+            to = dropping_plain(grad, owed, out, begin, end, cut, start, from);
         indices.piece[part] = values.piece[part] = {4 * begin, to.index - from.index};
     });
     if (value) values.join(value);
@@ -125,7 +125,7 @@ API i64 mp_drop_encode(const float* grad, const float* owed, float* out, i64 n, 
 
 // float32 x[index] behind the `count` indices at the front of `data`; INVALID for one that is not
 // from 0 to n - 1.
-API i64 mp_drop_values(const float* x, i64 n, i64 count, u8* data) {
+API i64 mp_dropping_values(const float* x, i64 n, i64 count, u8* data) {
     for (i64 k = 0; k < count; k++) {
         const u32 i = get<u32>(data + 4 * k);
         if (i >= n) return INVALID;
@@ -136,8 +136,8 @@ API i64 mp_drop_values(const float* x, i64 n, i64 count, u8* data) {
 
 // out += or, if fresh, = the sum over packets of weight * value at the indices named. `sizes` in
 // bytes, multiples of 8. INVALID unless indices ascend from 0 to n - 1 and values are finite.
-API i64 mp_drop_decode(const u8* const* data, const i64* sizes, i64 packets, float weight,
-                       float* out, i64 n, int fresh) {
+API i64 mp_dropping_decode(const u8* const* data, const i64* sizes, i64 packets, float weight,
+                           float* out, i64 n, int fresh) {
     std::vector<i64> halves(sizes, sizes + packets);
     for (i64 p = 0; p < packets; p++) {
         halves[p] = sizes[p] / 2;

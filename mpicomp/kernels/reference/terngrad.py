@@ -7,7 +7,7 @@ from mpicomp.errors import PacketError
 from mpicomp.kernels.reference.sums import total
 
 
-def ternary_scale(x, clip):
+def terngrad_scale(x, clip):
     """(level, scale): where this rank clips one layer, and the largest magnitude after clipping.
 
     level = clip * sigma, sigma the standard deviation about the mean, in float64 from the sums of
@@ -36,7 +36,7 @@ def _level(x, clip, largest):
     return level
 
 
-def ternary_scale_code(x, clip):
+def terngrad_scale_code(x, clip):
     """(inf, clip * sigma): the scaler of the authors' code, which does not look at the maximum.
 
     Nothing is clipped here: what exceeds the scaler that the ranks agree on is sent as that. The
@@ -48,7 +48,7 @@ def ternary_scale_code(x, clip):
     return np.float32(np.inf), level if level < np.inf else largest
 
 
-def ternary_codes(x, level, scale, draws):
+def terngrad_codes(x, level, scale, draws):
     """int8 codes sgn(x) * b with P(b = 1) = min(|x|, level) / scale (TernGrad, equation 3).
 
     `draws` are uniform in [0, 1): b = 1 iff draw * scale < min(|x|, level). Zero has the code 0.
@@ -57,13 +57,13 @@ def ternary_codes(x, level, scale, draws):
     return np.where(hit, np.sign(x), 0).astype(np.int8)
 
 
-def ternary_size(n, packing):
+def terngrad_size(n, packing):
     """The bytes of n packed codes."""
     return {"2bit": -(-n // 4), "planar": n // 4 + 1 if n else 0, "int8": n, "int16": 2 * n,
             "5trit": -(-n // 5)}[packing]
 
 
-def ternary_pack(codes, packing, data):
+def terngrad_pack(codes, packing, data):
     """Codes -1, 0, 1 to bytes.
 
     2bit: byte j holds codes 4j ... 4j+3 plus one, the first in the lowest bits; missing codes at
@@ -86,7 +86,7 @@ def ternary_pack(codes, packing, data):
         data[:] = quarter[0] | quarter[1] << 2 | quarter[2] << 4 | quarter[3] << 6
 
 
-def ternary_unpack(data, packing, n):
+def terngrad_unpack(data, packing, n):
     """The n codes (or sums of codes) in `data`; PacketError where a 2-bit digit is 3."""
     if packing in ("int8", "int16"):
         return data.view(packing)
@@ -97,29 +97,36 @@ def ternary_unpack(data, packing, n):
     return digits.astype(np.int8) - np.int8(1)
 
 
-def ternary_encode(x, level, scale, key, start, packing, data):
-    """`ternary_codes` with the random words of elements start ... of the bucket, then packed."""
+def terngrad_encode(x, level, scale, key, start, packing, data):
+    """`terngrad_codes` with the random words of elements start ... of the bucket, then packed."""
     draws = philox.uniform(key, start, x.size)
-    ternary_pack(ternary_codes(x, level, scale, draws), packing, data)
+    terngrad_pack(terngrad_codes(x, level, scale, draws), packing, data)
 
 
-def ternary_decode_add(data, scale, packing, weight, out):
+def terngrad_decode_add(data, scale, packing, weight, out):
     """out += code * (weight * scale)."""
-    codes = ternary_unpack(data, packing, out.size)
+    codes = terngrad_unpack(data, packing, out.size)
     out += codes.astype(np.float32) * (np.float32(weight) * np.float32(scale))
+
+
+def terngrad_decode_sum(payloads, scales, packing, weight, out):
+    """out = the sum of code * (weight * scale), a scale each, over the payloads in their order."""
+    out[...] = 0
+    for data, scale in zip(payloads, scales, strict=True):
+        terngrad_decode_add(data, scale, packing, weight, out)
 
 
 _TRITS = np.array([1, 3, 9, 27, 81], np.uint8)
 
 
-def ternary_encode_5trit(x, level, scale, key, start, data):
+def terngrad_encode_5trit(x, level, scale, key, start, data):
     """Five codes a byte: the sum of (code + 1) * 3**i, the first at i = 0; missing ones are 0."""
     digits = np.zeros(5 * data.size, np.uint8)
-    digits[:x.size] = ternary_codes(x, level, scale, philox.uniform(key, start, x.size)) + 1
+    digits[:x.size] = terngrad_codes(x, level, scale, philox.uniform(key, start, x.size)) + 1
     data[:] = (digits.reshape(-1, 5) * _TRITS).sum(axis=1, dtype=np.uint8)
 
 
-def ternary_decode_add_5trit(data, scale, weight, out):
+def terngrad_decode_add_5trit(data, scale, weight, out):
     """out += code * (weight * scale)."""
     digits = (data[:, None] // _TRITS % 3).reshape(-1)
     if (data > 242).any() or digits[out.size:].any():

@@ -5,7 +5,7 @@ enum TernaryPacking { TWO_BITS = 0, PLANAR = 1, INT8 = 2, INT16 = 3, FIVE_TRITS 
 
 // The first level of the lanes' folds (as total_floats) of x and of x * x in float64:
 // sums[2][blocks of 1024][32].
-KERNEL ternary_sums(const float* x, i64 n, double* sums) {
+KERNEL terngrad_sums(const float* x, i64 n, double* sums) {
     const i64 t = thread_number(), blocks = ceil_div(n, 1024), begin = t / 32 * 1024 + t % 32;
     if (t >= 32 * blocks) return;
     double sum = 0, squares = 0;
@@ -19,9 +19,9 @@ KERNEL ternary_sums(const float* x, i64 n, double* sums) {
 }
 
 // result = {level, scale} from the folded lanes lanes[2][32] and the largest magnitude: _level and
-// ternary_scale of the reference or, if `code`, ternary_scale_code. One thread works.
-KERNEL ternary_level(const double* lanes, i64 n, double clip, int code, const u32* largest,
-                     float* result) {
+// terngrad_scale of the reference or, if `code`, terngrad_scale_code. One thread works.
+KERNEL terngrad_level(const double* lanes, i64 n, double clip, int code, const u32* largest,
+                      float* result) {
     if (thread_number() > 0) return;
     const float none = float_of(0x7F800000u), most = float_of(*largest);
     float level = none;
@@ -37,7 +37,7 @@ KERNEL ternary_level(const double* lanes, i64 n, double clip, int code, const u3
 }
 
 // -1, 0, 1: the sign of x where draw * scale < min(|x|, level).
-__device__ inline int ternary_code(float x, float level, float scale, float draw) {
+__device__ inline int terngrad_code(float x, float level, float scale, float draw) {
     const float size = fabsf(x), least = size < level ? size : level;
     return draw * scale < least ? (x > 0) - (x < 0) : 0;
 }
@@ -49,14 +49,14 @@ struct TernaryInput {
     i64 start;
 
     __device__ int code(i64 i, Draws& draws) const {
-        return ternary_code(x[i], level, scale, draws.uniform(u64(start + i)));
+        return terngrad_code(x[i], level, scale, draws.uniform(u64(start + i)));
     }
     __device__ u32 digit(i64 i, Draws& draws) const { return u32(code(i, draws) + 1); }
 };
 
 // A thread takes four consecutive elements of each byte's place: one Philox block serves them.
-KERNEL ternary_encode(const float* x, i64 n, const float* level, const float* scale, u32 bucket,
-                      u32 step, u32 rank, u32 key0, u32 key1, i64 start, int packing, u8* data) {
+KERNEL terngrad_encode(const float* x, i64 n, const float* level, const float* scale, u32 bucket,
+                       u32 step, u32 rank, u32 key0, u32 key1, i64 start, int packing, u8* data) {
     const TernaryInput in{x, n, *level, *scale, start};
     Draws draws(Key{bucket, step, rank, key0, key1});
     const i64 t = thread_number();
@@ -88,7 +88,7 @@ KERNEL ternary_encode(const float* x, i64 n, const float* level, const float* sc
 }
 
 // The code of element i, or a sum of codes; a digit that is none is a fault.
-__device__ inline int ternary_read(const u8* data, int packing, i64 n, i64 i, u32* fault) {
+__device__ inline int terngrad_read(const u8* data, int packing, i64 n, i64 i, u32* fault) {
     if (packing == INT8) return reinterpret_cast<const s8*>(data)[i];
     if (packing == INT16) return reinterpret_cast<const s16*>(data)[i];
     if (packing == FIVE_TRITS) {
@@ -106,15 +106,15 @@ __device__ inline int ternary_read(const u8* data, int packing, i64 n, i64 i, u3
 }
 
 // out = (fresh) or += the sum over packets of code * (weight * scale), in the packets' order.
-KERNEL ternary_decode(const u64* packets, const u64* scales, int count, int packing, float weight,
-                      float* out, i64 n, int fresh, u32* fault) {
+KERNEL terngrad_decode(const u64* packets, const u64* scales, int count, int packing, float weight,
+                       float* out, i64 n, int fresh, u32* fault) {
     const i64 i = thread_number();
     if (i >= n) return;
     float sum = fresh ? 0.0f : out[i];
     for (int p = 0; p < count; p++) {
         const float scale = *reinterpret_cast<const float*>(scales[p]);
         const u8* data = reinterpret_cast<const u8*>(packets[p]);
-        sum += float(ternary_read(data, packing, n, i, fault)) * (weight * scale);
+        sum += float(terngrad_read(data, packing, n, i, fault)) * (weight * scale);
     }
     out[i] = sum;
 }

@@ -4,8 +4,9 @@
 // Of one scope of x, or of x + more, whose remainder goes to `out` (0 where a value was sent). The
 // scope's tiles are first_tile, first_tile + 1 ...; indices, and values unless that is null, go to
 // each tile's own place, and their number to counts[tile].
-KERNEL drop_select(const float* x, const float* more, float* out, i64 n, const float* cut,
-                   i64 start, i64 first_tile, u32* room, float* values, i64* counts, u32* fault) {
+KERNEL dropping_select(const float* x, const float* more, float* out, i64 n, const float* cut,
+                       i64 start, i64 first_tile, u32* room, float* values, i64* counts,
+                       u32* fault) {
     __shared__ u32 cells[CELLS + 1];
     const i64 own = blockIdx.x, at = (first_tile + own) * TILE;
     u32 sent = 0, place[ITEMS];
@@ -42,16 +43,16 @@ KERNEL gather_pairs(const u32* room, const float* values, const i64* before, i64
 }
 
 // x[index] behind the `count` indices at the front of data.
-KERNEL drop_values(const float* x, i64 count, u32* data) {
+KERNEL dropping_values(const float* x, i64 count, u32* data) {
     const i64 k = thread_number();
     if (k < count) data[count + k] = bits_of(x[data[k]]);
 }
 
-// Of one scope of x: words index << 1 | positive of what is larger than the cut, as drop_select
+// Of one scope of x: words index << 1 | positive of what is larger than the cut, as dropping_select
 // leaves indices, and in the same way the values that are negative and the others, whose numbers go
 // to below[tile] and above[tile].
-KERNEL drop_signs(const float* x, i64 n, const float* cut, i64 start, u32* room, float* lower,
-                  float* upper, i64* counts, i64* below, i64* above) {
+KERNEL dropping_signs(const float* x, i64 n, const float* cut, i64 start, u32* room, float* lower,
+                      float* upper, i64* counts, i64* below, i64* above) {
     __shared__ u32 cells[CELLS + 1];
     __shared__ u32 others[CELLS + 1];
     const i64 own = blockIdx.x, at = own * TILE;
@@ -80,8 +81,8 @@ KERNEL drop_signs(const float* x, i64 n, const float* cut, i64 start, u32* room,
 }
 
 // means[2] = sum / count of the negative and of the positive ones; 0 where there are none.
-KERNEL drop_means(const float* lower, const i64* below, const float* upper, const i64* above,
-                  float* means) {
+KERNEL dropping_means(const float* lower, const i64* below, const float* upper, const i64* above,
+                      float* means) {
     const i64 side = thread_number();
     if (side > 1) return;
     const i64 count = side ? *above : *below;

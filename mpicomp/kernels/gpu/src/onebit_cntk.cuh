@@ -35,7 +35,7 @@ struct Columns {
 
 // The first level of the folds of each column of x, or of |x - means|: sums[blocks][columns]. A
 // thread takes 32 rows of one column.
-KERNEL column_sums(const float* x, const float* means, i64 rows, i64 columns, float* sums) {
+KERNEL onebit_column_sums(const float* x, const float* means, i64 rows, i64 columns, float* sums) {
     const i64 t = thread_number(), first = t / columns * 32, column = t % columns;
     if (first >= rows) return;
     float sum = 0;
@@ -47,7 +47,7 @@ KERNEL column_sums(const float* x, const float* means, i64 rows, i64 columns, fl
 }
 
 // The same of the squares, in double.
-KERNEL column_squares(const float* x, i64 rows, i64 columns, double* sums) {
+KERNEL onebit_column_squares(const float* x, i64 rows, i64 columns, double* sums) {
     const i64 t = thread_number(), first = t / columns * 32, column = t % columns;
     if (first >= rows) return;
     double sum = 0;
@@ -58,13 +58,13 @@ KERNEL column_squares(const float* x, i64 rows, i64 columns, double* sums) {
     sums[t] = sum;
 }
 
-KERNEL column_means(const float* sums, i64 rows, i64 columns, float* means) {
+KERNEL onebit_column_means(const float* sums, i64 rows, i64 columns, float* means) {
     const i64 column = thread_number();
     if (column < columns) means[column] = sums[column] / float(rows);
 }
 
 // The bounds that CNTK sends for means[2][columns] of the negative and of the others.
-KERNEL bounds_about_zero(const float* means, i64 rows, i64 columns, u32* packet) {
+KERNEL onebit_bounds_about_zero(const float* means, i64 rows, i64 columns, u32* packet) {
     const i64 column = thread_number();
     if (column >= columns) return;
     const float upper = means[columns + column], centre = (means[column] + upper) * 0.5f;
@@ -73,8 +73,8 @@ KERNEL bounds_about_zero(const float* means, i64 rows, i64 columns, u32* packet)
 }
 
 // mean -+ the mean distance from it, whose folded sums are `sums`; -+ twice that for cntk.
-KERNEL bounds_about_mean(const float* means, const float* sums, i64 rows, i64 columns, int cntk,
-                         u32* packet) {
+KERNEL onebit_bounds_about_mean(const float* means, const float* sums, i64 rows, i64 columns,
+                                int cntk, u32* packet) {
     const i64 column = thread_number();
     if (column >= columns) return;
     const float mean = means[column], reach = sums[column] / float(rows) * (cntk ? 2.0f : 1.0f);
@@ -82,8 +82,8 @@ KERNEL bounds_about_mean(const float* means, const float* sums, i64 rows, i64 co
 }
 
 // -+ 4 standard deviations about 0, from the folded sums of squares.
-KERNEL bounds_of_squares(const double* sums, i64 rows, i64 columns, int bits, int cntk,
-                         u32* packet) {
+KERNEL onebit_bounds_of_squares(const double* sums, i64 rows, i64 columns, int bits, int cntk,
+                                u32* packet) {
     const i64 column = thread_number();
     if (column >= columns) return;
     const float upper = float(4 * sqrt(sums[column] / double(rows)));
@@ -92,8 +92,8 @@ KERNEL bounds_of_squares(const double* sums, i64 rows, i64 columns, int bits, in
 
 // A thread writes one word of codes, behind the pairs of a packet. bits = 1: v >= means[column],
 // or >= 0 where that is null. More: the step between the column's bounds that v is in.
-KERNEL columns_code(const float* x, const float* means, i64 rows, i64 columns, int bits, int cntk,
-                    u32* packet) {
+KERNEL onebit_code_bits(const float* x, const float* means, i64 rows, i64 columns, int bits,
+                        int cntk, u32* packet) {
     const Columns in(rows, columns, bits, cntk);
     const i64 t = thread_number(), w = t / columns, column = t % columns;
     if (w >= in.count) return;
@@ -172,8 +172,8 @@ __device__ void decode_columns(const u64* packets, int count, const Columns& in,
 
 // out = (fresh) or += the sum over packets of weight * what the codes stand for. A thread takes the
 // codes of one word.
-KERNEL columns_decode(const u64* packets, int count, i64 rows, i64 columns, int bits, int cntk,
-                      float weight, float* out, int fresh, u32* fault) {
+KERNEL onebit_decode_bits(const u64* packets, int count, i64 rows, i64 columns, int bits, int cntk,
+                          float weight, float* out, int fresh, u32* fault) {
     const Columns in(rows, columns, bits, cntk);
     if (bits == 1) decode_columns<1>(packets, count, in, weight, out, fresh, fault);
     if (bits == 2) decode_columns<2>(packets, count, in, weight, out, fresh, fault);
