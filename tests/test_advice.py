@@ -69,9 +69,9 @@ def test_what_is_timed_for_dense_is_the_exchange_of_dense(n, around, comm, monke
     opened, summed = [], []
     run = allreduce.Allreduce.run
 
-    def noted(self, mail, step, flags):
-        opened.append(mail.grad.size)
-        return run(self, mail, step, flags)
+    def noted(self, bucket, step, flags):
+        opened.append(bucket.grad.size)
+        return run(self, bucket, step, flags)
 
     monkeypatch.setattr(allreduce.Allreduce, "run", noted)
     monkeypatch.setattr(ring.Ring, "run", lambda *_, run=ring.Ring.run: summed.append(1) or run(*_))

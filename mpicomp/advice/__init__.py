@@ -42,20 +42,13 @@ class Prediction:
 
 def predict(method, codec, links, n, ranks, hidden=0.0, copy=0.0) -> Prediction:
     """The parts of one step's exchange, by the model above; `copy` is seconds an element."""
-    size = codec.bytes * n
-    encode, decode = codec.encode * n, codec.decode * n
-    share = (ranks - 1) / ranks
-    if method.exchange == "allreduce":
-        wire = links[reduction(method)].seconds(2 * share * size)
-        if method.compressor.alias(np.zeros(1, np.float32)) is not None:
-            encode = 0.0
-    elif method.exchange == "sharded":
-        wire = links["gather"].seconds(2 * share * size, calls=2)
-        # into the order of the shards, and back from the sum and from the packets
-        encode, decode = encode * (1 + 1 / ranks) + copy * n, decode * 2 + 2 * copy * n
-    else:
-        wire = links["gather"].seconds((ranks - 1) * size)
-        decode *= ranks
+    cost = method.carrier.cost(ranks)
+    link = links[reduction(method) if method.carrier.adds else "gather"]
+    wire = link.seconds(cost.packets * codec.bytes * n, cost.calls)
+    encode = codec.encode * n * cost.encodes + copy * n * cost.copies_before
+    if method.carrier.adds and method.compressor.alias(np.zeros(1, np.float32)) is not None:
+        encode = 0.0  # MPI adds up the gradient where it lies
+    decode = codec.decode * n * cost.decodes + copy * n * cost.copies_after
     return Prediction(repr(method), encode, wire, decode, hidden)
 
 

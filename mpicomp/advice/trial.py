@@ -129,7 +129,7 @@ def measure_codec(method, comm, sample) -> Codec:
     c, x, layout = method.compressor, sample.x.copy(), sample.layout
     out, packet = np.zeros_like(x), np.zeros(c.capacity(layout), np.uint8)
     state, key = c.init(layout, x), Key()
-    whole = method.exchange == "allreduce" and c.alias(x) is not None
+    whole = method.carrier.adds and c.alias(x) is not None
     encode, decode = [], []
     for _ in range(4):
         meet(comm)
@@ -168,7 +168,7 @@ def measure_links(comm, n, methods=(), codecs=None) -> dict:
     """
     wire, pipeline = Wire(comm, Meter()), Pipeline(comm, mpi.limit(comm))
     sums = {reduction(m): m for m in (catalogue.method("dense"), *methods)
-            if m.exchange == "allreduce"}
+            if m.carrier.adds}
     large = min(MOST, max(1 << 16, 4 * n))
     links = {"gather": _line(comm, pipeline, [_Gather(wire, size) for size in (SMALL, LARGE)])}
     for name, method in sums.items():
@@ -205,14 +205,14 @@ class _Sum:
         layout = Layout.of([("sum", (elements,))])
         self.elements, self.step = elements, -1
         self.exchange = method.open(wire)
-        self.mail = self.exchange.open(method.compressor, layout, 0,
-                                       np.ones(elements, np.float32), 0, 0)
+        self.bucket = self.exchange.open(method.compressor, layout, 0,
+                                         np.ones(elements, np.float32), 0, 0)
         size = method.compressor.capacity(layout) - method.compressor.shared_bytes(layout)
         self.received = 2 * (wire.size - 1) / wire.size * size
 
     def run(self):
         self.step += 1
-        return self.exchange.run(self.mail, self.step, 0)
+        return self.exchange.run(self.bucket, self.step, 0)
 
 
 def _line(comm, pipeline, trials):

@@ -23,7 +23,6 @@ from mpicomp import mpi
 from mpicomp.ddp.process_group import MpiGroup, init_process_group
 from mpicomp.ddp.process_group.watch import Vigil
 from mpicomp.errors import SpecError
-from mpicomp.exchange import exchange
 from mpicomp.reducer import Reducer, amp
 from mpicomp.reducer.bucket import Slot
 from mpicomp.reducer.lost_hooks import Nodes
@@ -61,7 +60,7 @@ class HookState:
             comm, keywords.get("stall_timeout"), "making a HookState"), keywords
         self.method = catalogue.method(method)
         self._begin()
-        if self.method.delay or exchange(self.method.exchange).asynchronous:
+        if self.method.delay or self.method.asynchronous:
             raise SpecError(f"HookState: {self.method!r} applies a gradient in another step than "
                             "the one it is of, which a hook of DDP cannot; use mpicomp.Reducer")
         if named_parameters is not None:
@@ -307,11 +306,11 @@ class _Reducer(Reducer):
 
     @property
     def _weight(self):
-        _, mails = self._lane
+        exchange, mails = self._lane
         away = max(len(mail.flagged(packet.JOINED)) if mail.headers else 0 for mail in mails)
-        if away and self.method.exchange == "hierarchical":
+        if away and exchange.holders < self.comm.size:  # one header a node
             raise SpecError("model.join(divide_by_initial_world_size=False): with exchange="
-                            "hierarchical nobody knows how many ranks of another node have "
+                            f"{exchange.name} nobody knows how many ranks of another node have "
                             "joined; leave the argument out, or take another exchange")
         return 1.0 / (self.comm.size - away) if self.average else 1.0
 

@@ -89,7 +89,7 @@ class Reducer(Attachment, Backward, Connection, Delivery, Persistence, Replicas)
         self._wire = Wire(self.comm, self.stats)
         self._pipeline = Pipeline(self.comm, stall_timeout, progress, self._place.again)
         # a server cuts parameters into one shard a rank, and a worker has one threshold for all
-        whole = self.method.exchange == "server"
+        whole = self.method.owns
         # backward ends with the first parameters
         self._buckets = make_buckets(named[::-1], float("inf") if whole else bucket_bytes,
                                      self._place)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from mpicomp.errors import DeviceError, SpecError
+from mpicomp.exchange import exchange as find
 from mpicomp.kernels.gpu import device
 from mpicomp.transport import probe, staging
 
-ON_DEVICE = ("allgather", "allreduce", "sharded", "silent")  # exchanges that know rooms
 WAYS = ("auto", "host", "mirror", "direct")
 
 
@@ -94,7 +94,7 @@ def of(named, exchange):
         return Host()
     if way == "host":
         return Host("gradients on a GPU are compressed in host memory (MPICOMP_STAGING=host)")
-    if exchange not in ON_DEVICE:
+    if not find(exchange).on_device:
         return Host(f"gradients on a GPU are compressed in host memory: exchange={exchange} works "
                     "there")
     if len(devices) > 1:
