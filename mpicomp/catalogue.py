@@ -97,7 +97,7 @@ class Method:
 
     @property
     def feedback(self) -> bool:
-        """Is there a residual?"""
+        """Does error feedback keep a residual?"""
         return isinstance(self.compressor, Residual)
 
     def __repr__(self):
@@ -143,7 +143,7 @@ def _exchange_options(method, given) -> tuple:
 
 
 def _options(compressor) -> dict:
-    """The options that name this compressor as part of a method."""
+    """{name: value} of the compressor, as they stand in the specification of a method."""
     feedback = isinstance(compressor, Residual)
     core = compressor.inner if feedback else compressor
     return {f.name: getattr(core, f.name) for f in fields(core)} | {"feedback": feedback}

@@ -9,9 +9,11 @@ from mpicomp.exchange.registry import exchange, exchanges, register
 from mpicomp.exchange.server import Server
 from mpicomp.exchange.sharded import Sharded
 from mpicomp.exchange.silent import Silent
+from mpicomp.transport import packet, staging
 
+# What an exchange of one's own is written with: see docs/adding-an-exchange.md.
 __all__ = ["BucketExchange", "Codec", "Cost", "Exchange", "WholeBucket", "exchange", "exchanges",
-           "register"]
+           "packet", "register", "staging"]
 
 for _class in (Allgather, Allreduce, Hierarchical, Sharded, Silent, Peers, Server):
     register(_class)
