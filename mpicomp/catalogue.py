@@ -48,17 +48,13 @@ class Method:
     def __post_init__(self):
         _check_exchange(self.name, self.exchange)
         object.__setattr__(self, "options", _exchange_options(self, dict(self.options)))
-        carrier = self.carrier
-        if refusal := carrier.refusal(self.compressor):
+        if refusal := self.carrier.refusal(self.compressor):
             raise SpecError(f"{self.name}: {refusal}")
-        if self.delay and not carrier.can_delay:
-            late = ", in which gradients are late anyhow" if self.asynchronous else ""
-            raise SpecError(f"{self.name}: delay=1 belongs to synchronous exchanges, found "
-                            f"exchange={self.exchange}{late}")
-        if self.warmup and not carrier.can_warm_up:
-            why = ": its optimizers would start anew after it" if carrier.owns else ""
-            raise SpecError(f"{self.name}: warmup={self.warmup} found, exchange={self.exchange} "
-                            f"has no warm-up{why}")
+        for option_name, value in (("delay", self.delay), ("warmup", self.warmup)):
+            if value and option_name in self.carrier.lacks:
+                raise SpecError(f"{self.name}: {option_name}={value} found, exchange="
+                                f"{self.exchange} has no {option_name}: "
+                                f"{self.carrier.lacks[option_name]}")
 
     def open(self, wire):
         """The exchange object that carries this method's packets over `wire`."""

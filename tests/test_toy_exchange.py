@@ -1,10 +1,12 @@
 """An exchange defined here by docs/adding-an-exchange.md: found by name, and held to the laws."""
 
+import ast
 from dataclasses import dataclass
 
 import exchange_laws
 import numpy as np
 import pytest
+from test_architecture import MODULES
 from training import parameters, same_error
 
 import mpicomp
@@ -100,6 +102,22 @@ def test_its_cost_is_predicted():
     assert found.wire == pytest.approx(4e-3 + 3e-6) and found.decode == pytest.approx(8e-6)
 
 
+def compared(path):
+    """(line, text) of the exchanges' names that a file compares a method's exchange with."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Compare) and ast.unparse(node.left).split(".")[-1] == "exchange":
+            yield from ((node.lineno, c.value) for c in ast.walk(node)
+                        if isinstance(c, ast.Constant) and c.value in exchanges())
+
+
+def test_nobody_outside_of_the_folder_knows_an_exchange_by_its_name(tmp_path):
+    found = {str(path): list(compared(path)) for path in MODULES if path.parent.name != "exchange"}
+    assert not {path: names for path, names in found.items() if names}
+    source = tmp_path / "a.py"
+    source.write_text("x = method.exchange in ('peers', 'server') or exchange == 'sharded'\n")
+    assert [name for _, name in compared(source)] == ["peers", "server", "sharded"]
+
+
 @pytest.fixture
 def own_registry(monkeypatch):
     """What is registered in this test is gone after it."""
@@ -128,11 +146,11 @@ def test_one_without_delay_or_warmup_or_rows_is_refused(comm, own_registry):
     @register
     class Plain(Passed):
         name = "plain"
-        can_delay = can_warm_up = can_take_rows = False
+        lacks = dict.fromkeys(("delay", "warmup", "sparse"), "it is too plain")
 
-    for option_ in ("delay=1", "warmup=3"):
-        with pytest.raises(mpicomp.SpecError, match=option_):
-            mpicomp.method(f"onebit:exchange=plain,{option_}")
+    for value in ("delay=1", "warmup=3"):
+        with pytest.raises(mpicomp.SpecError, match=f"{value} found, .* has no .*: it is too plai"):
+            mpicomp.method(f"onebit:exchange=plain,{value}")
     named = parameters(w=(4, 3))
     assert "sparse= needs a synchronous exchange" in same_error(
         comm, mpicomp.SpecError,

@@ -44,7 +44,7 @@ class Asynchronous(Exchange):
     """
 
     asynchronous = True
-    can_delay = can_take_rows = False
+    lacks = {"delay": "gradients are late anyhow", "sparse": "ranks do not meet in a step"}
     stages = 0
 
     def __post_init__(self, wire):

@@ -211,9 +211,7 @@ class Exchange(ABC):
     owns = False  # each rank updates a part of the parameters; one bucket holds all: see server.py
     adds = False  # MPI adds up payloads: the compressor must say what they are (`summable`)
     on_device = False  # takes arrays on a GPU; otherwise gradients are copied to host memory
-    can_delay = True  # delay=1: a step's gradient may arrive in the next one
-    can_warm_up = True  # warmup=N: the first steps may be exchanged by another method
-    can_take_rows = True  # Reducer(sparse=...): all ranks meet in a step and can gather rows
+    lacks = {}  # {"delay", "warmup" or "sparse": why it cannot be combined with that}
     settled = True  # nothing is under way between two steps
 
     def __post_init__(self, wire):

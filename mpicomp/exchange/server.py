@@ -44,7 +44,7 @@ class Server(Asynchronous):
 
     name = "server"
     owns = True
-    can_warm_up = False  # its optimizers would start anew after it
+    lacks = Asynchronous.lacks | {"warmup": "its optimizers would start anew after it"}
 
     thread: bool = option(True, "a thread serves this rank's shard while it computes")
 
