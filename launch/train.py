@@ -294,8 +294,7 @@ def settle():
 
 # A rank that waits in a collective of ours must serve its shard all the same. Where no thread does
 # that, there must be nothing under way.
-unattended = method.exchange == "server" and not (
-    method.thread and MPI.Query_thread() == MPI.THREAD_MULTIPLE)
+unattended = method.unattended
 
 
 # ---------------------------------------------------------------- the loop

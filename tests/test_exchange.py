@@ -405,3 +405,19 @@ def test_what_ranks_agree_on_is_four_bytes_a_piece_where_tensors_are_cut(comm):
         reducer.finish()
         named[0][1].grad = None
         assert reducer.stats.calls["Iallreduce"] == 4 * pieces
+
+
+@pytest.mark.parametrize("spec, known", [
+    ("onebit", True), ("terngrad:exchange=allreduce", True), ("dense", False),
+    ("onebit:exchange=sharded", False), ("onebit:exchange=hierarchical", False)])
+def test_what_a_rank_has_sent_where_it_is_one_packet(spec, known, comm):
+    """By parameter; elsewhere it was an AttributeError, or a packet that was none."""
+    named = parameters(w=(40, 5))
+    reducer = mpicomp.Reducer(named, spec, comm)
+    give(named, [np.ones((40, 5))])
+    reducer.finish()
+    if known:
+        assert reducer.named() == {"w": 200}
+        return
+    with pytest.raises(SpecError, match="with exchange=allgather only"):
+        reducer.named()

@@ -10,7 +10,7 @@ import numpy as np
 from mpicomp import kernels
 from mpicomp.compressors import Residual
 from mpicomp.errors import NonFiniteError, PacketError
-from mpicomp.exchange.base import Cost, Exchange, WholeBucket
+from mpicomp.exchange.base import BucketExchange, Cost, Exchange, WholeBucket
 from mpicomp.transport import packet, ring, staging
 
 _ops = {}  # kind of float: MPI operation, which nobody frees
@@ -35,6 +35,11 @@ class AllreduceBucket(WholeBucket):
         dtype, _ = exchange.operation(compressor.summable)
         added = size - compressor.shared_bytes(layout)
         wire.fits(added // np.dtype(dtype).itemsize, f"elements of {np.dtype(dtype)}")
+
+    def own(self, step, rank):
+        if self.alias is not None:  # the mean has taken its place
+            return BucketExchange.own(self, step, rank)
+        return super().own(step, rank)
 
 
 class Allreduce(Exchange):

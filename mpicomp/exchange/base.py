@@ -159,9 +159,10 @@ class BucketExchange:
             self.codecs[0].restore(arrays)
 
     def own(self, step, rank):
-        """float32[layout.size]: what this rank's packet of that step says. SpecError if several."""
-        raise SpecError("only with exchange=allgather is there one packet that says what this rank "
-                        "has sent")
+        """float32[layout.size]: what this rank's packet of that step says. SpecError if there is
+        no such packet, or several."""
+        raise SpecError("what a rank has sent is known with exchange=allgather only: elsewhere it "
+                        "is not one packet of the whole bucket")
 
 
 class WholeBucket(BucketExchange):
