@@ -1,5 +1,5 @@
-"""The methods by the names of their papers: which compressor, with or without error feedback,
-over which exchange."""
+"""The methods by the names of their papers: a compressor, with or without error feedback, and the
+exchange that carries its packets."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -21,69 +21,69 @@ from mpicomp.compressors import (
 from mpicomp.compressors.base import Compressor
 from mpicomp.compressors.options import option, parse_options
 from mpicomp.compressors.registry import find, from_spec, registry
-from mpicomp.compressors.spec import spec_text, split_spec
+from mpicomp.compressors.spec import show, spec_text, split_spec
 from mpicomp.errors import SpecError
-from mpicomp.exchange import EXCHANGES, exchange
+from mpicomp.exchange import exchange, exchanges
 
 
 @dataclass(frozen=True, repr=False)
 class Method:
-    """A compressor and the exchange that carries its packets; `repr` is its specification."""
+    """A compressor and the exchange that carries its packets; `repr` is its specification.
+
+    exchange  its name, such as "allgather"
+    options   the exchange's own: a dict, kept as pairs (name, value) of all that it has
+    warmup    steps at the start that are exchanged dense
+    delay     1: a gradient is exchanged while the next step computes
+
+    Raises SpecError for what cannot be combined, and says what to type.
+    """
 
     name: str
     compressor: Compressor
     exchange: str
-    own: str = "quantised"
-    adagrad: bool = False
+    options: tuple = ()
     warmup: int = 0
-    staleness: int = 4
     delay: int = 0
-    thread: bool = True
 
     def __post_init__(self):
-        if self.exchange not in EXCHANGES:
-            raise SpecError(f"{self.name}: exchange={self.exchange} found, there are: "
-                            + ", ".join(EXCHANGES))
-        if self.exchange == "allreduce" and self.compressor.summable is None:
-            raise SpecError(f"{self.name}: MPI cannot add the payloads of {self.compressor!r}: "
-                            "use exchange=allgather")
-        if self.exchange == "allreduce" and self.feedback and "float16" in self.compressor.summable:
-            raise SpecError(f"{self.name}: MPI's sum of 16-bit floats rounds, and with "
-                            "feedback=yes nobody would owe that: use exchange=allgather")
-        if self.delay and self.exchange in ("server", "peers"):
-            raise SpecError(f"{self.name}: delay=1 belongs to synchronous exchanges, found "
-                            f"exchange={self.exchange}, in which gradients are late anyhow")
-        if self.exchange != "sharded" and (self.own != "quantised" or self.adagrad):
-            raise SpecError(f"{self.name}: own and adagrad belong to exchange=sharded, found "
-                            f"exchange={self.exchange}")
-        if self.exchange != "peers" and self.staleness != 4:
-            raise SpecError(f"{self.name}: staleness belongs to exchange=peers, found "
-                            f"exchange={self.exchange}")
-        self._check_server()
-
-    def _check_server(self):
-        if self.exchange != "server":
-            if not self.thread:
-                raise SpecError(f"{self.name}: thread belongs to exchange=server, found "
-                                f"exchange={self.exchange}")
-            return
-        if not self.compressor.core.feedback:
-            raise SpecError(f"{self.name}: exchange=server keeps what a worker was not told, and "
-                            f"{self.compressor.core.name} does not declare that this stays "
-                            "bounded: use exchange=peers")
-        if self.warmup:
-            raise SpecError(f"{self.name}: warmup={self.warmup} found, exchange=server has no "
-                            "warm-up: its optimizers would start anew after it")
+        _check_exchange(self.name, self.exchange)
+        object.__setattr__(self, "options", _exchange_options(self, dict(self.options)))
+        if refusal := self.carrier.refusal(self.compressor):
+            raise SpecError(f"{self.name}: {refusal}")
+        for option_name, value in (("delay", self.delay), ("warmup", self.warmup)):
+            if value and option_name in self.carrier.lacks:
+                raise SpecError(f"{self.name}: {option_name}={value} found, exchange="
+                                f"{self.exchange} has no {option_name}: "
+                                f"{self.carrier.lacks[option_name]}")
 
     def open(self, wire):
         """The exchange object that carries this method's packets over `wire`."""
-        return exchange(self.exchange)(wire, **self._carriage())
+        return self.carrier(wire, **dict(self.options))
 
-    def _carriage(self) -> dict:
-        """The options that belong to the exchange."""
-        names = {"sharded": ("own", "adagrad"), "peers": ("staleness",),
-                 "server": ("thread",)}
-        return {name: getattr(self, name) for name in names.get(self.exchange, ())}
+    @property
+    def carrier(self):
+        """The class of the exchange, which says what it is able to do: see exchange/base.py."""
+        return exchange(self.exchange)
+
+    @property
+    def asynchronous(self) -> bool:
+        """Do ranks not meet in a step, so that replicas are equal only after `deliver`?"""
+        return self.carrier.asynchronous
+
+    @property
+    def owns(self) -> bool:
+        """Does each rank update a part of the parameters, with an optimizer of its own?"""
+        return self.carrier.owns
+
+    @property
+    def unattended(self) -> bool:
+        """Do others wait for this rank while it makes no call of its Reducer?"""
+        return self.carrier.unattended(**dict(self.options))
+
+    @property
+    def adagrad(self) -> bool:
+        """Do owners keep sums of squares that no other rank has?"""
+        return self.carrier.keeps_history(**dict(self.options))
 
     def of(self, names):
         """This method for a model whose parameters have these names, in order of registration."""
@@ -93,7 +93,7 @@ class Method:
 
     @property
     def feedback(self) -> bool:
-        """Is there a residual?"""
+        """Does error feedback keep a residual?"""
         return isinstance(self.compressor, Residual)
 
     def __repr__(self):
@@ -103,7 +103,7 @@ class Method:
             head, options = f"{self.name}({self.compressor.inner.text(_show_case)})", {}
         else:
             head, options = self.name, _options(self.compressor)
-        options |= {"exchange": self.exchange, **self._carriage()}
+        options |= {"exchange": self.exchange, **dict(self.options)}
         if self.warmup:
             options["warmup"] = self.warmup
         if self.delay:
@@ -111,8 +111,35 @@ class Method:
         return spec_text(head, options)
 
 
+def _check_exchange(name, found):
+    """SpecError if no exchange has this name."""
+    if found not in exchanges():
+        raise SpecError(f"{name}: exchange={found} found, there are: " + ", ".join(exchanges()))
+
+
+def _exchange_options(method, given) -> tuple:
+    """((name, value), ...) of all options of the method's exchange, in their order.
+
+    SpecError for one that it does not have, also at the default value of the exchange that has it.
+    """
+    known = fields(method.carrier)
+    names = [f.name for f in known]
+    for key, value in given.items():
+        homes = [name for name, cls in exchanges().items() if key in [f.name for f in fields(cls)]]
+        if key not in names and homes:
+            raise SpecError(f"{method.name}: {key} belongs to exchange={' or '.join(homes)}, found "
+                            f"exchange={method.exchange}: leave {key} out, or type "
+                            f"exchange={homes[0]},{key}={show(value)}")
+    taken = {f.name for f in (*fields(method.compressor.core), *fields(_Common))}
+    if twice := [name for name in names if name in taken]:
+        raise SpecError(f"{method.name}: {twice[0]} is an option of the method and of "
+                        f"exchange={method.exchange}: one of them needs another name")
+    values = {f.name: f.default for f in known} | parse_options(method.name, known, given)
+    return tuple((name, values[name]) for name in names)
+
+
 def _options(compressor) -> dict:
-    """The options that name this compressor as part of a method."""
+    """{name: value} of the compressor, as they stand in the specification of a method."""
     feedback = isinstance(compressor, Residual)
     core = compressor.inner if feedback else compressor
     return {f.name: getattr(core, f.name) for f in fields(core)} | {"feedback": feedback}
@@ -120,6 +147,11 @@ def _options(compressor) -> dict:
 
 def _owing(compressor, feedback):
     return Residual(compressor) if feedback else compressor
+
+
+def _adds(name) -> bool:
+    """Does MPI add up payloads in the exchange of this name?"""
+    return exchange(name).adds
 
 
 def dense(exchange="allreduce", feedback=False):
@@ -139,7 +171,7 @@ def bf16(exchange="allgather", feedback=False):
 
 def terngrad(exchange="allgather", feedback=False, **options):
     """TernGrad (Wen et al. 2017): random ternary codes, clipped, one shared scaler a layer"""
-    if exchange == "allreduce":
+    if _adds(exchange):
         options.setdefault("packing", "int8")
     return Method("terngrad", _owing(TernGrad(**options), feedback), exchange)
 
@@ -151,7 +183,7 @@ def onebit(exchange="allgather", feedback=True, **options):
 
 def dorefa(exchange="allgather", feedback=False, **options):
     """DoReFa (Zhou et al. 2016): random k-bit codes between -m and m, one shared m a tensor"""
-    if exchange == "allreduce":
+    if _adds(exchange):
         # sums of int8 codes are exact up to 127 // (2**bits - 1) ranks: 8 with 4 bits, 1 with 7
         options.setdefault("packing", "int8" if options.get("bits", 4) <= 4 else "int16")
     return Method("dorefa", _owing(DoReFa(**options), feedback), exchange)
@@ -193,7 +225,7 @@ def _read_case(text):
     if name == "auto":
         raise SpecError(f"rule: {text!r} found as a case, auto chooses a method for the whole "
                         "model: name one, or make the model's method auto")
-    for key in ("exchange", *_OF_METHOD):
+    for key in ("exchange", *_of_method(name)):
         if key in options:
             raise SpecError(f"rule: {key}={options[key]} found in the case {text!r}, it belongs "
                             f"behind the bracket: rule(...):{key}={options[key]}")
@@ -216,31 +248,35 @@ METHODS = {f.__name__: f for f in (dense, fp16, bf16, terngrad, onebit, dorefa, 
 
 @dataclass
 class _Common:
-    """What every method may be told besides its compressor's own options."""
+    """What every method may be told besides the options of its compressor and its exchange."""
 
-    exchange: str = option("the method's own", "who gets which packet: " + ", ".join(EXCHANGES))
-    feedback: bool = option("the method's own", "error feedback: what was not said is said later")
-    own: str = option("quantised", "sharded: how a rank's gradient reaches its own shard",
-                      choices=("quantised", "raw"))
+    exchange: str = option("the method's own", "who gets which packet, such as allgather")
+    feedback: bool = option("the method's own", "error feedback: what a packet leaves out is sent "
+                                                "later")
     warmup: int = option(0, "steps at the start that are exchanged dense", least=0)
-    adagrad: bool = option(False, "sharded: AdaGrad on the sum, between the two quantisations")
     delay: int = option(0, "1: a gradient is exchanged while the next step computes, and applied "
                            "one step late", least=0, most=1)
-    staleness: int = option(4, "peers: how many steps a rank may be ahead of what it has heard of "
-                               "another; 0 is lock step", least=0)
-    thread: bool = option(True, "server: a thread serves this rank's shard while it computes")
 
 
 def common_options():
-    """The dataclass fields of what every method may be told."""
+    """The dataclass fields of what every method may be told, whatever its exchange."""
     return fields(_Common)
 
 
-_OF_METHOD = ("own", "adagrad", "warmup", "staleness", "delay", "thread")
+def exchange_options() -> list:
+    """The dataclass fields of all options that exchanges have."""
+    return [f for cls in exchanges().values() for f in fields(cls)]
+
+
+def _of_method(name) -> list[str]:
+    """The options of a method's name that are not its compressor's: of exchanges, warmup, delay."""
+    own = {f.name for f in fields(find(name))} if name in registry() else ()
+    return [f.name for f in (*exchange_options(), *common_options())
+            if f.name not in own and f.name not in ("exchange", "feedback")]
 
 
 def methods() -> dict[str, str]:
-    """Every method's name and what it is in one line; registered compressors are methods too."""
+    """{name: what it is in one line} of all methods; registered compressors are methods, too."""
     own = {name: function.__doc__ for name, function in METHODS.items()}
     for name, cls in registry().items():
         if name != "residual" and name not in own:
@@ -251,8 +287,9 @@ def methods() -> dict[str, str]:
 def method(spec) -> Method:
     """The method that a specification names: `name` or `name:option=value,option=value`.
 
-    Options are the compressor's own and, for all, exchange=NAME and feedback=yes|no.
-    Raises SpecError that lists what exists for an unknown name, option or value.
+    Options are those of the compressor, those of the exchange, and of every method exchange=NAME,
+    feedback=yes|no, warmup=STEPS and delay=0|1. Raises SpecError that lists what exists for an
+    unknown name, option or value, and for an option that the chosen exchange does not have.
     """
     if isinstance(spec, Method):
         return spec
@@ -270,10 +307,17 @@ def method(spec) -> Method:
     cls = find(name)
     if inner is not None:
         options["inner"] = Cases.read(inner, _read_case)
-    options = parse_options(name, (*fields(cls), *fields(_Common)), options)
-    own = {key: options.pop(key) for key in _OF_METHOD if key in options}
+    if "exchange" in options:
+        _check_exchange(name, options["exchange"])
+    known = (*fields(cls), *fields(_Common))
+    named = {f.name for f in known}
+    carried = {f.name: options.pop(f.name) for f in exchange_options()
+               if f.name in options and f.name not in named}
+    options = parse_options(name, (*known, *exchange_options()), options)
+    own = {key: options.pop(key) for key in ("warmup", "delay") if key in options}
     if name in METHODS:
-        return replace(METHODS[name](**options), **own)
+        made = METHODS[name](**options)
+        return replace(made, options=carried or made.options, **own)
     feedback = options.pop("feedback", cls.feedback)
     carried_by = options.pop("exchange", "allgather")
-    return Method(name, _owing(cls(**options), feedback), carried_by, **own)
+    return Method(name, _owing(cls(**options), feedback), carried_by, carried, **own)

@@ -1,4 +1,4 @@
-"""The seven systems: where they were published, and the variants of their sources by name."""
+"""The seven systems: where each was published, and its variants as specifications."""
 
 from textwrap import wrap
 
@@ -47,7 +47,7 @@ def listing() -> str:
 
     from mpicomp.catalogue import common_options, method, methods
     from mpicomp.compressors.registry import find
-    from mpicomp.exchange import EXCHANGES
+    from mpicomp.exchange import exchanges
 
     summaries, lines = methods(), ["The seven systems", ""]
     for name, (publication, variants) in SEVEN.items():
@@ -58,7 +58,10 @@ def listing() -> str:
     for name, summary in summaries.items():
         lines.append(f"{name:9} {summary}")
     lines += ["", "Options of every method", *_options(common_options()), "",
-              f"Exchanges: {', '.join(EXCHANGES)}", "", "What a name alone means"]
+              "Exchanges (exchange=NAME), with their options", ""]
+    for name, cls in exchanges().items():
+        lines += [f"{name:12} {cls.__doc__.strip().splitlines()[0]}", *_options(fields(cls))]
+    lines += ["", "What a name alone means"]
     for name in (*SEVEN, "dense"):
         lines += wrap(repr(method(name)).replace(",", ", "), 99, initial_indent=" " * 12,
                       subsequent_indent=" " * 14)
@@ -66,7 +69,7 @@ def listing() -> str:
 
 
 def _options(known):
-    """Lines for each option: name=default, what it means, its values."""
+    """The lines of each option: name=default, what it means, its values."""
     for f in known:
         if f.name != "inner":
             default = {True: "yes", False: "no"}[f.default] if f.type is bool and \

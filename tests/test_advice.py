@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mpicomp import SpecError, advice, cli
-from mpicomp import catalogue
+from mpicomp import SpecError, advice, catalogue, cli
 from mpicomp.advice import advise, predict, trial
 from mpicomp.advice.trial import Codec, Link, given, made_up
 from mpicomp.exchange import allreduce
@@ -69,9 +68,9 @@ def test_what_is_timed_for_dense_is_the_exchange_of_dense(n, around, comm, monke
     opened, summed = [], []
     run = allreduce.Allreduce.run
 
-    def noted(self, mail, step, flags):
-        opened.append(mail.grad.size)
-        return run(self, mail, step, flags)
+    def noted(self, bucket, step, flags):
+        opened.append(bucket.grad.size)
+        return run(self, bucket, step, flags)
 
     monkeypatch.setattr(allreduce.Allreduce, "run", noted)
     monkeypatch.setattr(ring.Ring, "run", lambda *_, run=ring.Ring.run: summed.append(1) or run(*_))

@@ -91,7 +91,7 @@ def test_torch_mpi4py_and_cupy_stay_in_their_layers(path):
 def test_the_table_tells_a_wrong_import(tmp_path):
     """The test of the test: an import of a higher layer is found."""
     source = tmp_path / "strom.py"
-    source.write_text("def f():\n    from mpicomp.exchange.base import Mail\n")
+    source.write_text("def f():\n    from mpicomp.exchange.base import Codec\n")
     (name, inside), = imports(source)
     assert inside and own_part(name) == "exchange"
     assert LAYERS.index("exchange") > LAYERS.index("compressors")

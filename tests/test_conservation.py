@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from training import give, parameters
+from exchange_laws import SHAPES, exchanged, joined, said_and_owed_is_given
+from training import parameters
 
 import mpicomp
 from mpicomp import catalogue
@@ -10,7 +11,6 @@ from mpicomp.exchange import hierarchical
 
 pytestmark = pytest.mark.mpi(sizes=(1, 3, 4))  # 2 would be 4 without the other node
 STEPS = 100
-SHAPES = {"w": (40, 5), "b": (40,), "k": (5, 2, 3)}
 OWING = {  # at least one of each system that has a residual
     "onebit": ["onebit", "onebit:min_rows=1", "onebit:bits=2,wire=cntk"],
     "dorefa": ["dorefa:feedback=yes"],
@@ -22,11 +22,6 @@ OWING = {  # at least one of each system that has a residual
 }
 EXCHANGES = ["exchange=allgather", "exchange=sharded", "exchange=sharded,own=raw",
              "exchange=hierarchical"]
-
-
-def joined(spec, options):
-    """The specification with more options."""
-    return spec + ("," if ":" in spec.rpartition(")")[2] else ":") + options
 
 
 def specs():
@@ -45,23 +40,6 @@ def nodes_of_two(monkeypatch):
     monkeypatch.setattr(hierarchical, "node_of", lambda comm: comm.Split(comm.rank // 2))
 
 
-def train(reducer, named, rank, scale=0.05):
-    """(given here, applied, the largest number on the way) by parameter, over STEPS steps."""
-    rng = np.random.default_rng(rank)
-    given, applied = ([np.zeros(p.shape) for _, p in named] for _ in range(2))
-    largest = 0.0
-    for _ in range(STEPS):
-        gradients = [(scale * rng.normal(size=p.shape)).astype(np.float32) for _, p in named]
-        give(named, gradients)
-        reducer.finish()
-        for k, (_, p) in enumerate(named):
-            given[k] += gradients[k]
-            applied[k] += p.grad.numpy()
-            largest = max(largest, np.abs(gradients[k]).max(), p.grad.abs().max().item())
-            p.grad = None
-    return given, applied, largest
-
-
 def test_all_seven_are_here():
     """TernGrad is the one that owes nothing; see below."""
     assert {*OWING, "terngrad"} >= {"terngrad", "onebit", "dorefa", "strom", "dryden", "dropping",
@@ -71,25 +49,9 @@ def test_all_seven_are_here():
 
 @pytest.mark.parametrize("spec", list(specs()))
 def test_said_and_owed_is_given(spec, comm):
-    """The sum of what was applied + all residuals, of both stages and all ranks, is the sum of
-    all gradients, to the rounding of float32 sums."""
-    named = parameters(**SHAPES)
-    reducer = mpicomp.Reducer(named, spec, comm, average=False, bucket_bytes=500)
-    given, applied, largest = train(reducer, named, comm.rank)
-    state = reducer.state_dict()
-    owed = [sum(v.double().numpy() for kind, v in state.items() if kind.endswith(f"/{name}"))
-            + np.zeros(p.shape) for name, p in named]
+    state = said_and_owed_is_given(spec, comm, STEPS)
     assert {kind.split("/")[0] for kind in state} <= {"step", "error", "error2"}
     assert ("error2/w" in state) == ("sharded" in spec)
-    total_owed, total_given = ([sum(parts) for parts in zip(*comm.allgather(part))]
-                               for part in (owed, given))
-    largest = max(largest, *(np.abs(part).max() for part in total_owed))
-    # a step rounds twice at each sender, and at each of P additions, in two stages at most
-    bound = STEPS * 4 * (comm.size + 1) * 2.0**-24 * 4 * largest
-    for k in range(len(named)):
-        np.testing.assert_allclose(applied[k] + total_owed[k], total_given[k], rtol=0, atol=bound)
-        assert np.abs(applied[k]).max() > 0
-    assert any(np.abs(part).max() > bound for part in total_owed), "nothing was owed: no test"
 
 
 @pytest.mark.parametrize("exchange", ["allgather", "allreduce", "sharded", "hierarchical"])
@@ -101,7 +63,7 @@ def test_terngrad_owes_nothing_and_is_right_on_average(exchange, comm):
     named = parameters(**SHAPES)
     reducer = mpicomp.Reducer(named, f"terngrad:clip=0,exchange={exchange}", comm, average=False,
                               seed=3)
-    given, applied, largest = train(reducer, named, comm.rank)
+    given, applied, largest = exchanged(reducer, named, comm.rank, STEPS)
     assert reducer.state_dict().keys() == {"step"}
     for k in range(len(named)):
         total = sum(comm.allgather(given[k]))

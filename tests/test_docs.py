@@ -13,15 +13,16 @@ import runpy
 import sys
 from functools import partial
 
+import exchange_laws
 import numpy as np
 import pytest
 import torch
-from mpi4py import MPI
 from test_architecture import ROOT, fresh
 
 import mpicomp
 from mpicomp import checkpoint
 from mpicomp.compressors import registry
+from mpicomp.exchange import registry as exchange_registry
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<why>[^>]+) -->\n)?"
@@ -92,6 +93,7 @@ def page(comm, tmp_path, monkeypatch):
     """Runs the blocks of a page in a folder that all ranks share; what they registered is gone."""
     monkeypatch.chdir(comm.bcast(str(tmp_path)))
     monkeypatch.setattr(registry, "_REGISTRY", registry.registry())
+    monkeypatch.setattr(exchange_registry, "_REGISTRY", exchange_registry.exchanges())
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, "cpu"))
     monkeypatch.setattr(torch.amp.GradScaler.func, "__init__", _on_the_cpu)
 
@@ -114,7 +116,7 @@ def _on_the_cpu(self, device, *others, **keywords):
     _initialise(self, "cpu", **keywords)
 
 
-SPECIAL = {"step", "checkpoints", "adding-a-compressor"}
+SPECIAL = {"step", "checkpoints", "adding-a-compressor", "adding-an-exchange"}
 
 
 @pytest.mark.mpi
@@ -159,6 +161,16 @@ def test_the_python_of_adding_a_compressor(page, comm):
     names["optimizer"].step()
 
 
+@pytest.mark.mpi
+def test_the_python_of_adding_an_exchange(page, comm):
+    """Its exchange obeys the laws, with the last rank as the hub, and knows how many there are."""
+    page(ROOT / "docs" / "adding-an-exchange.md", given("", comm) | {"__name__": "page"})
+    exchange_laws.check(f"star,hub={comm.size - 1}", comm)
+    named = given("", comm)["net"].named_parameters()
+    with pytest.raises(mpicomp.SpecError, match=f"hub=9 found, this job has {comm.size} ranks"):
+        mpicomp.Reducer(named, "onebit:exchange=star,hub=9", comm)
+
+
 def test_blocks_that_are_not_run_say_why():
     every = {path.stem: blocks(path) for path in PAGES}
     assert all(len(why.split()) > 1 for page in every.values() for *_, why in page if why)
@@ -171,6 +183,7 @@ def test_blocks_that_are_not_run_say_why():
 
 NO_ATTRIBUTES = {
     "mpicomp.compressors": "a group of entry points",
+    "mpicomp.exchanges": "a group of entry points",
     "mpicomp.transport.probe": "python -m mpicomp.transport.probe",
     "mpicomp.kernels.gpu": "what kernels.of gives for an array on a device"}
 

@@ -18,11 +18,12 @@ from training import (
 
 import mpicomp
 from mpicomp import Compressor, NonFiniteError, SpecError, method, mpi
-from mpicomp.exchange import SYNCHRONOUS, hierarchical
+from mpicomp.exchange import exchanges, hierarchical
 from mpicomp.philox import words
 
 pytestmark = pytest.mark.mpi
-SUMMING = [name for name in SYNCHRONOUS if name != "silent"]  # silent ranks hear nothing
+SUMMING = [name for name, cls in exchanges().items()
+           if not cls.asynchronous and name != "silent"]  # silent ranks hear nothing
 OWN = ["dense", "fp16", "bf16", "terngrad", "onebit", "strom:tau=0.02"]
 SPECS = [f"{spec}{',' if ':' in spec else ':'}exchange={name}" for spec in OWN for name in SUMMING]
 SPECS += ["fp16:feedback=yes", "bf16:exchange=allreduce", "terngrad:packing=planar",
@@ -404,3 +405,19 @@ def test_what_ranks_agree_on_is_four_bytes_a_piece_where_tensors_are_cut(comm):
         reducer.finish()
         named[0][1].grad = None
         assert reducer.stats.calls["Iallreduce"] == 4 * pieces
+
+
+@pytest.mark.parametrize("spec, known", [
+    ("onebit", True), ("terngrad:exchange=allreduce", True), ("dense", False),
+    ("onebit:exchange=sharded", False), ("onebit:exchange=hierarchical", False)])
+def test_what_a_rank_has_sent_where_it_is_one_packet(spec, known, comm):
+    """By parameter; elsewhere it was an AttributeError, or a packet that was none."""
+    named = parameters(w=(40, 5))
+    reducer = mpicomp.Reducer(named, spec, comm)
+    give(named, [np.ones((40, 5))])
+    reducer.finish()
+    if known:
+        assert reducer.named() == {"w": 200}
+        return
+    with pytest.raises(SpecError, match="with exchange=allgather only"):
+        reducer.named()

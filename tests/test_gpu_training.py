@@ -17,8 +17,8 @@ from training import digest, examples, give, network, parameters, replicas_are_i
 
 import mpicomp
 from mpicomp import NonFiniteError
-from mpicomp.kernels.gpu import device
 from mpicomp.averager import memory
+from mpicomp.kernels.gpu import device
 from mpicomp.transport import packet, staging
 from mpicomp.transport.calls import Calls
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpicomp import cli, method, nn, variants
-from mpicomp.catalogue import METHODS, common_options
+from mpicomp.catalogue import METHODS, common_options, exchange_options
 from mpicomp.compressors.registry import find
 from mpicomp.kernels import reference
 from mpicomp.variants import SEVEN
@@ -36,7 +36,7 @@ def test_variants_are_specifications(name):
     for spec in named.values():
         assert repr(method(spec)) and name in spec
     listed = variants.listing()
-    for f in (*fields(find(name)), *common_options()):
+    for f in (*fields(find(name)), *common_options(), *exchange_options()):
         assert f" {f.name}=" in listed
 
 
@@ -59,7 +59,7 @@ def test_every_option_is_documented_with_its_source(name):
     for f in fields(find(name)):
         assert f.name in written, f"docs/methods.md does not say where {f.name} comes from"
     for option in re.findall(r"`(\w+)=", " ".join(first for first, *_ in rows)):
-        known = {f.name for f in (*fields(find(name)), *common_options())}
+        known = {f.name for f in (*fields(find(name)), *common_options(), *exchange_options())}
         assert option in known, f"docs/methods.md invents {option}="
 
 

@@ -453,7 +453,7 @@ def test_what_it_cannot_do(spec, words):
 def test_specifications():
     for spec in SPECS:
         method = mpicomp.method(server(spec, thread="no"))
-        assert not method.thread and mpicomp.method(repr(method)) == method
+        assert not dict(method.options)["thread"] and mpicomp.method(repr(method)) == method
 
 
 @pytest.mark.parametrize("attach, word", [

@@ -7,13 +7,15 @@ import mpicomp
 from mpicomp import SpecError, method
 from mpicomp.compressors import Dense, OneBit, Residual, Strom, TernGrad
 from mpicomp.compressors.registry import from_spec, register, registry
-from mpicomp.exchange import EXCHANGES
+from mpicomp.exchange import exchanges
 
 GOOD = ["dense", "fp16", "bf16", "terngrad", "onebit", "strom", "strom:tau=0.5", "onebit:wire=cntk",
         "strom:tau=1e-05,strict=no", "terngrad:packing=planar,clip=0", "dense:exchange=allgather",
         "terngrad:exchange=allreduce", "terngrad:exchange=allreduce,packing=int16",
         "onebit:feedback=no", "fp16:feedback=yes,exchange=sharded", "onebit:warmup=10",
-        "onebit:exchange=sharded,own=raw,adagrad=yes", "strom:exchange=silent"]
+        "onebit:exchange=sharded,own=raw,adagrad=yes", "strom:exchange=silent",
+        "strom:exchange=peers", "strom:exchange=peers,staleness=0", "strom:exchange=server",
+        "onebit:exchange=server,thread=no", "onebit:delay=1"]
 
 
 @pytest.mark.parametrize("spec", GOOD)
@@ -38,6 +40,26 @@ def test_defaults_are_those_of_the_papers():
     assert method("dense") == mpicomp.Method("dense", Dense(), "allreduce")
     assert [method(name).feedback for name in ("onebit", "strom", "terngrad", "dense")] == \
         [True, True, False, False]
+
+
+def test_the_options_of_an_exchange_from_python():
+    """A dict, of texts or values, in any order; what is not given has its default."""
+    one = mpicomp.Method("dense", Dense(), "sharded", {"adagrad": True})
+    assert one == method("dense:exchange=sharded,adagrad=yes,own=quantised")
+    assert dict(one.options) == {"own": "quantised", "adagrad": True} and one.adagrad
+    with pytest.raises(SpecError, match="dense has no option 'wings'"):
+        mpicomp.Method("dense", Dense(), "sharded", {"wings": 2})
+    with pytest.raises(SpecError, match="staleness belongs to exchange=peers, found exchange=all"):
+        mpicomp.Method("dense", Dense(), "allreduce", {"staleness": 4})
+
+
+def test_what_a_method_says_of_its_exchange():
+    """So that nobody has to know exchanges by their names."""
+    server, peers = method("strom:exchange=server"), method("strom:exchange=peers")
+    assert server.asynchronous and server.owns and not server.adagrad
+    assert method("strom:exchange=server,thread=no").unattended
+    assert peers.asynchronous and not peers.owns and not peers.unattended
+    assert not method("strom").asynchronous and not method("strom").unattended
 
 
 def test_allreduce_chooses_codes_that_can_be_added():
@@ -91,13 +113,21 @@ WRONG = [  # specification, what the error must name
     ("onebit:min_rows=2.5", ["min_rows=2.5", "whole number"]),
     ("onebit:wire=", ["option=value"]),
     ("onebit:wire=lbann", ["wire=lbann", "means", "cntk"]),
-    ("onebit:exchange=pigeon", ["exchange=pigeon", *EXCHANGES]),
+    ("onebit:exchange=pigeon", ["exchange=pigeon", *exchanges()]),
     ("onebit:exchange=allreduce", ["onebit", "add", "allgather"]),
     ("terngrad:exchange=allreduce,packing=2bit", ["terngrad", "add", "allgather"]),
     ("terngrad:feedback=yes", ["terngrad", "bounded"]),
     ("onebit:warmup=-1", ["warmup=-1"]),
     ("onebit:own=raw", ["own", "sharded"]),
     ("onebit:adagrad=yes", ["adagrad", "sharded"]),
+    # at their default values, too
+    ("onebit:own=quantised", ["own", "exchange=sharded,own=quantised", "exchange=allgather"]),
+    ("onebit:adagrad=no", ["adagrad", "exchange=sharded,adagrad=no"]),
+    ("onebit:staleness=4", ["staleness", "exchange=peers,staleness=4", "exchange=allgather"]),
+    ("onebit:thread=yes", ["thread", "exchange=server,thread=yes"]),
+    ("onebit:exchange=peers,thread=yes", ["thread", "exchange=server", "found exchange=peers"]),
+    ("rule(*.bias:dense:staleness=4; onebit)", ["staleness=4", "behind the bracket"]),
+    ("onebit:exchange=peers,staleness=soon", ["staleness=soon", "a whole number"]),
     ("auto:exchange=sharded", ["auto", "exchange=sharded", "no options"]),
     ("auto:warmup=3", ["warmup=3", "no options"]),
     ("rule(last<=2:auto; onebit)", ["'auto'", "whole model"]),

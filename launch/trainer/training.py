@@ -42,13 +42,8 @@ class Training:
         self.journal = Journal(setup.out, self.ranks.size == 1)
         self.ranks.agreed(lambda: self._take_over() if self.ranks.rank == 0 else None)
         self._introduce()
-        method, mpi = setup.method, self.ranks.mpi
         # Asynchronous ranks must not meet in every step: a signal is heard at the next checkpoint.
-        self.together = method.exchange not in ("peers", "server")
-        # A rank that waits in a collective of ours must serve its shard all the same. Where no
-        # thread does that, there must be nothing under way.
-        self.unattended = method.exchange == "server" and not (
-            method.thread and mpi.Query_thread() == mpi.THREAD_MULTIPLE)
+        self.together = not setup.method.asynchronous
         self.signals = checkpoint.Signals(self.ranks.comm)
         if setup.args.survive:
             self._survive()
@@ -144,7 +139,7 @@ class Training:
         evaluates = ends_epoch or last
         stopped_by = heard * (not last)
         saves = stopped_by or (step + 1) % setup.save_every == 0 or last
-        if evaluates or saves or logs and self.unattended:
+        if evaluates or saves or logs and setup.method.unattended:
             self.piece(self._settle)
         if saves and not self.together:
             stopped_by = self.piece(self._asked) * (not last)
@@ -160,7 +155,7 @@ class Training:
     def _settle(self):
         """Make replicas equal: apply all packets that an asynchronous method has under way."""
         self.reducer.deliver()
-        if self.setup.method.exchange == "peers":
+        if self.setup.method.asynchronous and not self.setup.method.owns:
             # Replicas have added the same packets in another order, and with momentum or Adam in
             # other steps. What is evaluated and saved is rank 0's, and from there all go on.
             size = 4 * sum(value.numel() for value in self.model.state_dict().values())

@@ -1,15 +1,16 @@
 """Which method would be fastest here? Links and codecs are measured, the rest is arithmetic.
 
-The model, for a gradient of n elements over P ranks, packets of L bytes (see docs/planning.md):
+For a gradient of n elements over P ranks, in packets of L bytes:
 
-    allgather   encode + a + b (P-1) L                + P decodes
-    allreduce   encode + a + b 2 (P-1)/P bytes        + 1 decode
-    sharded     encode + 2 a + b 2 (P-1)/P L          + encode / P + 2 decodes + 3 copies
-    step        compute + codec + max(0, wire - what backward hides)
+    encode      n * codec.encode * cost.encodes, and copies before
+    wire        cost.calls * a + b * cost.packets * L
+    decode      n * codec.decode * cost.decodes, and copies after
+    step        compute + encode + decode + max(0, wire - what backward hides)
 
-a (seconds a call) and b (seconds a received byte) are measured for each kind of call on the ranks
-that are present, while all of them work at once (trial.py). What is predicted for other P assumes
-that each rank's link, not the network behind it, is the limit.
+`cost` is what the exchange declares for P ranks (exchange/base.py; the table is in
+docs/planning.md). a (seconds a call) and b (seconds a received byte) are measured for each kind of
+call between the ranks that are present, while all of them work at once (trial.py). Predictions for
+other P assume that each rank's link, not the network behind it, is the limit.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ WORTH = 1.25  # a compressed method is advised only if it is predicted to be so 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of one step's exchange by parts; `total` counts what backward cannot hide."""
+    """Seconds of one step's exchange, by parts. `hidden`: of the wire, behind backward."""
 
     method: str
     encode: float
@@ -41,21 +42,17 @@ class Prediction:
 
 
 def predict(method, codec, links, n, ranks, hidden=0.0, copy=0.0) -> Prediction:
-    """The parts of one step's exchange, by the model above; `copy` is seconds an element."""
-    size = codec.bytes * n
-    encode, decode = codec.encode * n, codec.decode * n
-    share = (ranks - 1) / ranks
-    if method.exchange == "allreduce":
-        wire = links[reduction(method)].seconds(2 * share * size)
-        if method.compressor.alias(np.zeros(1, np.float32)) is not None:
-            encode = 0.0
-    elif method.exchange == "sharded":
-        wire = links["gather"].seconds(2 * share * size, calls=2)
-        # into the order of the shards, and back from the sum and from the packets
-        encode, decode = encode * (1 + 1 / ranks) + copy * n, decode * 2 + 2 * copy * n
-    else:
-        wire = links["gather"].seconds((ranks - 1) * size)
-        decode *= ranks
+    """Seconds of one step's exchange of n elements, by the model above.
+
+    `hidden`: seconds that the backward pass hides. `copy`: seconds to copy an element.
+    """
+    cost = method.carrier.cost(ranks)
+    link = links[reduction(method) if method.carrier.adds else "gather"]
+    wire = link.seconds(cost.packets * codec.bytes * n, cost.calls)
+    encode = codec.encode * n * cost.encodes + copy * n * cost.copies_before
+    if method.carrier.adds and method.compressor.alias(np.zeros(1, np.float32)) is not None:
+        encode = 0.0  # MPI adds up the gradient where it lies
+    decode = codec.decode * n * cost.decodes + copy * n * cost.copies_after
     return Prediction(repr(method), encode, wire, decode, hidden)
 
 
@@ -74,12 +71,12 @@ class Advice:
 
     @property
     def copy(self):
-        """Seconds to copy an element on all ranks at once: what dense takes to encode."""
+        """Seconds to copy an element, on all ranks at once: what dense takes to encode it."""
         return next(iter(self.codecs.values())).encode
 
 
 def report(method, stats, advice=None) -> str:
-    """What the exchange took a step, by stage; after method="auto" beside what was predicted."""
+    """Text: milliseconds a step by stage; after method="auto" with the prediction beside them."""
     now = {stage: 1e3 * seconds / max(1, stats.steps) for stage, seconds in stats.seconds.items()}
     text = f"{method.name}: {stats.ratio:.1f} times less than dense, ms a step: " \
         + ", ".join(f"{stage} {value:.1f}" for stage, value in now.items())
@@ -92,7 +89,7 @@ def report(method, stats, advice=None) -> str:
 
 
 def unit_free(methods) -> tuple:
-    """A note for each method whose threshold has the unit of a gradient that nobody has shown."""
+    """A note for each method with a fixed threshold, which made-up gradients say nothing about."""
     notes = []
     for method in methods:
         rule = method.compressor
@@ -107,7 +104,7 @@ def unit_free(methods) -> tuple:
 
 
 def _sample(comm, gradient):
-    """The gradient that codecs are tried on; SpecError on all ranks if any has none."""
+    """The gradient to time codecs on; SpecError on all ranks if one cannot read its own."""
     sample = problem = None
     try:
         sample = made_up(comm.rank) if gradient is None else given(gradient)
@@ -125,11 +122,11 @@ def _sample(comm, gradient):
 def advise(comm, n=None, candidates=CANDIDATES, hidden=0.0, ranks=None, gradient=None) -> Advice:
     """Measure, predict for a gradient of n elements, and choose. The same on every rank.
 
-    `hidden` is how many seconds of the exchange the backward pass can hide; `ranks` predicts for
-    another number of ranks than are present, which one rank alone cannot: SpecError. `gradient`,
-    an array, {parameter name: array} or the path of a file of numpy.save or numpy.savez, is one of
-    yours to try the codecs on, on every rank; n is its size if not given. What the sparse methods
-    send depends on it. Without one they are tried on numbers with heavy tails (`trial.made_up`).
+    hidden    seconds of the exchange that the backward pass can hide
+    ranks     how many to predict for; SpecError if other than 1 where one rank is present
+    gradient  one of yours to time the codecs on, on every rank: an array, {parameter name: array},
+              or the path of a file of numpy.save or numpy.savez. n is its size if not given. What
+              sparse methods send depends on it. None: numbers with heavy tails (`trial.made_up`)
     """
     if n is None and gradient is None:
         raise SpecError("advise: n, the elements of the gradient, or a gradient expected")

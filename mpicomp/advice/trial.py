@@ -1,4 +1,4 @@
-"""Trials: links and codecs, timed as training uses them, for advice.py to predict from."""
+"""Times links and codecs as training uses them, for advice to predict from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from mpicomp.transport.pipeline import Pipeline
 
 SAMPLE = 1 << 21  # elements of the gradient that is made up
 LAYERS, WIDTH = 8, 512  # its layers, and the columns of each
-SMALL, LARGE = 1 << 10, 1 << 20  # bytes of the packets between which a line is drawn
-MOST = 1 << 23  # and of a sum, which is timed at the gradient's size if it is not more than this
+SMALL, LARGE = 1 << 10, 1 << 20  # bytes of the packets that a Link is fitted to
+MOST = 1 << 23  # bytes of the largest sum that is timed
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Codec:
 
 
 def together(comm, value) -> list:
-    """What each rank gives."""
+    """[the value of each rank]. Collective."""
     return mpi.allgather(comm, value, "measuring links and codecs")
 
 
 def meet(comm) -> None:
-    """All ranks begin now."""
+    """A barrier."""
     mpi.wait(comm, comm.Ibarrier(), mpi.limit(comm), "measuring links and codecs")
 
 
@@ -57,7 +57,7 @@ def meet(comm) -> None:
 
 @dataclass(frozen=True)
 class Sample:
-    """A gradient to try codecs on: `x` float32[layout.size], and in words where it comes from."""
+    """A gradient to time codecs on: `x` is float32[layout.size], `told` says where it is from."""
 
     x: np.ndarray
     layout: Layout
@@ -66,10 +66,10 @@ class Sample:
 
 
 def made_up(rank) -> Sample:
-    """Numbers as unlike normal noise as gradients are; other ones on each rank.
+    """Random numbers with heavy tails, as gradients have; different on each rank.
 
     Student's t with 3 degrees of freedom (few elements are far larger than the rest), in layers
-    whose scales go from 0.1 to 0.0001. What a method sends of it is a guess all the same.
+    whose scales go from 0.1 to 0.0001. It is still a guess what a method sends of a real gradient.
     """
     size = SAMPLE // LAYERS
     x = np.random.default_rng(rank).standard_t(3, (LAYERS, size)).astype(np.float32)
@@ -82,10 +82,8 @@ def made_up(rank) -> Sample:
 def given(gradient) -> Sample:
     """The Sample of an array, of {parameter name: array}, or of a file of numpy.save or savez.
 
-    SpecError for what is none.
-
-    A vector is taken as a matrix of 1,024 rows and what is left over, since a codec's time and
-    bytes depend on shapes: better give each parameter by itself.
+    Raises SpecError for anything else. A vector is cut into a matrix of 1,024 rows and a rest;
+    a codec's time and bytes depend on shapes, so it is better to give each parameter by itself.
     """
     if isinstance(gradient, (str, PathLike)):
         gradient = _read(gradient)
@@ -121,14 +119,14 @@ def _read(path):
 
 
 def measure_codec(method, comm, sample) -> Codec:
-    """Encode and decode the sample on all ranks at once, as in four steps; the slowest counts.
+    """Encode and decode the sample in four steps, on all ranks at once; the slowest rank counts.
 
-    With error feedback the later steps find what the earlier ones left, as training does.
+    With error feedback later steps find the residual of earlier ones, as in training.
     """
     c, x, layout = method.compressor, sample.x.copy(), sample.layout
     out, packet = np.zeros_like(x), np.zeros(c.capacity(layout), np.uint8)
     state, key = c.init(layout, x), Key()
-    whole = method.exchange == "allreduce" and c.alias(x) is not None
+    whole = method.carrier.adds and c.alias(x) is not None
     encode, decode = [], []
     for _ in range(4):
         meet(comm)
@@ -152,22 +150,22 @@ def measure_codec(method, comm, sample) -> Codec:
 
 
 def reduction(method) -> str:
-    """The name in `links` of what this method has MPI (or our ring) add: "reduce", of float32."""
+    """The key in `links` of the sum that a method asks MPI for: "reduce" for one of float32."""
     kind = method.compressor.summable
     return "reduce" if kind in (None, "float32") else f"reduce {kind}"
 
 
 def measure_links(comm, n, methods=(), codecs=None) -> dict:
-    """{"gather": Link, "reduce": Link, ...} between the ranks of `comm`; a second or a few.
+    """{"gather": Link, "reduce": Link, ...} between the ranks of `comm`; takes some seconds.
 
-    The calls are those that the exchanges make, rings of our own included: "reduce" is the whole
-    exchange of `dense`, and each of `methods` that adds other numbers than float32 is timed with
-    its own (`reduction`), less what its codec takes. n: elements of the gradient; a sum is timed at
-    its size. One rank receives nothing: its links tell what a call takes and nothing about bytes.
+    The calls are those that exchanges make, our rings included. "reduce" is the whole exchange of
+    `dense`; a method that adds other numbers than float32 is timed by itself (`reduction`), less
+    the time of its codec. n: elements of the gradient; sums are timed at its size, up to MOST
+    bytes. One rank alone receives nothing: its links have a latency only.
     """
     wire, pipeline = Calls(comm, Meter()), Pipeline(comm, mpi.limit(comm))
     sums = {reduction(m): m for m in (catalogue.method("dense"), *methods)
-            if m.exchange == "allreduce"}
+            if m.carrier.adds}
     large = min(MOST, max(1 << 16, 4 * n))
     links = {"gather": _line(comm, pipeline, [_Gather(wire, size) for size in (SMALL, LARGE)])}
     for name, method in sums.items():
@@ -180,7 +178,7 @@ def measure_links(comm, n, methods=(), codecs=None) -> dict:
 
 
 class _Gather:
-    """Packets of `size` bytes from everybody to everybody, as exchange/allgather.py sends them."""
+    """Every rank's packet of `size` bytes to all ranks, as exchange/allgather.py sends them."""
 
     less = 0.0
 
@@ -196,7 +194,7 @@ class _Gather:
 
 
 class _Sum:
-    """The exchange of a method whose payloads are added up, for so many elements."""
+    """One exchange, of so many elements, of a method whose payloads MPI adds up."""
 
     less = 0.0
 
@@ -204,18 +202,18 @@ class _Sum:
         layout = Layout.of([("sum", (elements,))])
         self.elements, self.step = elements, -1
         self.exchange = method.open(wire)
-        self.mail = self.exchange.open(method.compressor, layout, 0,
-                                       np.ones(elements, np.float32), 0, 0)
+        self.bucket = self.exchange.open(method.compressor, layout, 0,
+                                         np.ones(elements, np.float32), 0, 0)
         size = method.compressor.capacity(layout) - method.compressor.shared_bytes(layout)
         self.received = 2 * (wire.size - 1) / wire.size * size
 
     def run(self):
         self.step += 1
-        return self.exchange.run(self.mail, self.step, 0)
+        return self.exchange.run(self.bucket, self.step, 0)
 
 
 def _line(comm, pipeline, trials):
-    """The Link through the seconds of a small and of a large trial."""
+    """The Link that fits the seconds of a small and of a large trial."""
     times = [max(0.0, _time(comm, pipeline, trial) - trial.less) for trial in trials]
     small, large = (trial.received for trial in trials)
     slope = max(0.0, times[1] - times[0]) / (large - small) if large > small else 0.0
@@ -223,7 +221,7 @@ def _line(comm, pipeline, trials):
 
 
 def _time(comm, pipeline, trial, repeats=5):
-    """Median seconds of a trial, of the slowest rank; the first is not counted."""
+    """Median seconds of a trial, on the slowest rank; the first run does not count."""
     times = []
     for _ in range(repeats + 1):
         meet(comm)

@@ -69,9 +69,10 @@ class Averager:
                             mpi.stall_seconds(stall_timeout), require_ratio, ratio_window, progress)
         named, problem = averageable(named_arrays)
         method, unknown = resolved(method)
-        if method is not None and method.exchange == "server":
-            unknown = SpecError("an Averager has no parameters that exchange=server could move: "
-                                "take another exchange, or a Reducer with an attached optimizer")
+        if method is not None and method.owns:
+            unknown = SpecError(f"an Averager has no parameters that exchange={method.exchange} "
+                                "could move: take another exchange, or a Reducer with an attached "
+                                "optimizer")
         self._start(comm, named, method, settings, problem or unknown or settings.problem())
 
     def _start(self, comm, named, method, settings, problem, slot=ArraySlot, rows=(), **facts):
@@ -91,9 +92,9 @@ class Averager:
         if method.name == "auto":
             plan = self._choose(comm, plan)
         self.link = Link(comm, self.method, settings, self.stats, self.memory)
-        whole = self.link.exchange.owns  # a server cuts parameters into one shard a rank
-        self.buckets = Buckets(named, math.inf if whole else settings.bucket_bytes, self.memory,
-                               slot, plan)
+        # owners have one shard of all parameters each
+        size = math.inf if self.method.owns else settings.bucket_bytes
+        self.buckets = Buckets(named, size, self.memory, slot, plan)
         self.mode = self._mode()
         self.buckets.open(self.link)
         self.link.exchange.restart(self.method.warmup)
@@ -239,9 +240,7 @@ class Averager:
 
     def full(self, step=None) -> list:
         """The buckets of which any rank had something."""
-        found = [(bucket, self.codec(bucket, step)) for bucket in self.buckets]
-        return [bucket for bucket, codec in found
-                if len(codec.flagged(packet.EMPTY)) < len(codec.headers)]
+        return [bucket for bucket in self.buckets if self.codec(bucket, step).given]
 
     def begin(self):
         """A new step begins, where the last one is finished."""

@@ -10,6 +10,7 @@ from functools import wraps
 import numpy as np
 
 from mpicomp.errors import DeviceError, SpecError
+from mpicomp.exchange import exchange as find
 from mpicomp.kernels.gpu import device
 from mpicomp.transport import probe, staging
 
@@ -118,7 +119,7 @@ def of(named, exchange):
     devices = list(dict.fromkeys(array.device for _, array in named))
     if way == "host":
         return Host("gradients on a GPU are compressed in host memory (MPICOMP_STAGING=host)")
-    if exchange not in ON_DEVICE:
+    if not find(exchange).on_device:
         return Host(f"gradients on a GPU are compressed in host memory: exchange={exchange} works "
                     "there")
     if len(devices) > 1:

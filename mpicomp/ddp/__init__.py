@@ -23,7 +23,6 @@ from mpicomp import catalogue, mpi
 from mpicomp.ddp.process_group import MpiGroup, init_process_group
 from mpicomp.ddp.process_group.watch import Vigil
 from mpicomp.errors import SpecError
-from mpicomp.exchange import exchange
 from mpicomp.reducer import amp
 from mpicomp.reducer.gradients import Gradients, in_torch
 from mpicomp.reducer.lost_hooks import Nodes
@@ -63,7 +62,7 @@ class HookState:
             comm, keywords.get("stall_timeout"), "making a HookState"), keywords
         self.method = catalogue.method(method)
         self._begin()
-        if self.method.delay or exchange(self.method.exchange).asynchronous:
+        if self.method.delay or self.method.asynchronous:
             raise SpecError(f"HookState: {self.method!r} applies a gradient in another step than "
                             "the one it is of, which a hook of DDP cannot; use mpicomp.Reducer")
         if named_parameters is not None:
@@ -347,10 +346,10 @@ class _DdpGradients(Gradients):
     def weight(self):
         codecs = [self.codec(bucket) for bucket in self.buckets]
         away = max(len(c.flagged(packet.JOINED)) if c.headers else 0 for c in codecs)
-        if away and self.method.exchange == "hierarchical":
+        if away and self.exchange.holders < self.comm.size:  # one header a node
             raise SpecError("model.join(divide_by_initial_world_size=False): with exchange="
-                            "hierarchical nobody knows how many ranks of another node have "
-                            "joined; leave the argument out, or take another exchange")
+                            f"{self.exchange.name} nobody knows how many ranks of another node "
+                            "have joined; leave the argument out, or take another exchange")
         return 1.0 / (self.comm.size - away) if self.settings.average else 1.0
 
 

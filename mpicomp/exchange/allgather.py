@@ -1,51 +1,56 @@
-"""Allgather: encode once, everybody decodes everybody in rank order. For any compressor.
+"""Allgather: every rank encodes once and decodes the packets of all ranks. For any compressor.
 
-Fixed lengths travel in one call, header and payload together. Where the length depends on the
-data, small packets travel in one call, too, most of the time (slots.py); of large ones the headers
-travel first and tell how many bytes each rank used, and only those follow. Each rank receives
-P - 1 packets, so this moves fewer bytes than a dense ring while P < 2 * ratio.
+Packets of fixed length travel in one call, header and payload together. Where the length depends
+on the data, small packets usually need one call, too (slots.py); of large ones the headers travel
+first and tell how many bytes each rank used, and only those follow. Each rank receives P - 1
+packets, so this moves fewer bytes than a ring of dense gradients while P < 2 * ratio.
 """
 
-import numpy as np
-
-from mpicomp.exchange.base import Exchange
+from mpicomp.exchange.base import Exchange, WholeBucket
 from mpicomp.transport import packet, ring, staging
 from mpicomp.transport.slots import Gather
 
 
-class Allgather(Exchange):
-    """See the module. The sum is taken in rank order, this rank's own packet included."""
+class AllgatherBucket(WholeBucket):
+    """The packets of all ranks: in `inbox` if their length is fixed, else in `gather`."""
 
-    def prepare(self, mail):
-        mail.gather, mail.payloads = None, []
-        if mail.compressor.fixed:
-            if not ring.passes_on(self.wire, mail.outbox.size):
-                self.wire.fits(mail.outbox.size)
-            zeros = staging.buffers_for(mail.grad)
-            mail.inbox = zeros(mail.outbox.size * self.wire.size, np.uint8)
-        else:
-            mail.gather = Gather(self.wire, mail.outbox.size, mail.grad)
-
-    def run(self, mail, step, flags):
-        yield from self.agree(mail, flags)
-        used = self.encode(mail, step, flags)
-        if mail.gather is not None:
-            most = [mail.payload.size] * self.wire.size
-            yield from mail.gather.run(self, 1, mail.index, mail.outbox, used, most)
-            mail.headers, mail.payloads = mail.gather.headers, mail.gather.payloads
+    def __init__(self, exchange, *arguments):
+        super().__init__(exchange, *arguments)
+        self.gather, self.inbox, self.payloads = None, None, []
+        wire, size = exchange.wire, self.codec.outbox.size
+        if not self.codec.compressor.fixed:
+            self.gather = Gather(wire, size, self.grad)
             return
-        size = mail.outbox.size
-        yield from ring.gather(self.wire, 1, mail.index, mail.outbox, mail.inbox,
-                               [size] * self.wire.size)
-        mail.headers = self.read_headers(mail.inbox, range(0, size * self.wire.size, size))
-        mail.payloads = list(self._fixed(mail))
+        if not ring.passes_on(wire, size):
+            wire.fits(size)
+        self.inbox = staging.buffers_for(self.grad)(size * wire.size, "uint8")
 
-    def decode(self, mail, step, weight):
-        keys = [mail.key(step, rank) for rank in range(self.wire.size)]
-        with staging.decoding(mail.grad):
-            mail.compressor.decode_sum(mail.payloads, mail.grad, mail.layout, keys, weight)
 
-    def _fixed(self, mail):
-        for rank in range(self.wire.size):
-            at = rank * mail.outbox.size + packet.SIZE
-            yield staging.arrive(mail.inbox[at:at + mail.headers[rank].length])
+class Allgather(Exchange):
+    """Every packet to every rank, added up in rank order; for any compressor."""
+
+    name = "allgather"
+    bucket = AllgatherBucket
+    on_device = True
+
+    def run(self, bucket, step, flags):
+        codec, ranks = bucket.codec, self.wire.size
+        yield from self.agree(codec, flags)
+        used, size = self.encode(codec, step, flags), codec.outbox.size
+        if bucket.gather is not None:
+            yield from bucket.gather.run(self, 1, bucket.index, codec.outbox, used,
+                                         [codec.payload.size] * ranks)
+            bucket.headers, bucket.payloads = bucket.gather.headers, bucket.gather.payloads
+            return
+        yield from ring.gather(self.wire, 1, bucket.index, codec.outbox, bucket.inbox,
+                               [size] * ranks)
+        starts = range(0, size * ranks, size)
+        bucket.headers = self.read_headers(bucket.inbox, starts)
+        bucket.payloads = [staging.arrive(bucket.inbox[at + packet.SIZE:][:header.length])
+                           for at, header in zip(starts, bucket.headers)]
+
+    def decode(self, bucket, step, weight):
+        codec = bucket.codec
+        keys = [codec.key(step, rank) for rank in range(self.wire.size)]
+        with staging.decoding(bucket.grad):
+            codec.compressor.decode_sum(bucket.payloads, bucket.grad, bucket.layout, keys, weight)

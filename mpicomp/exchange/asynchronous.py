@@ -1,4 +1,4 @@
-"""What the asynchronous exchanges share: messages checked one by one, and an end to them."""
+"""What the asynchronous exchanges share: point-to-point messages, each checked when it arrives."""
 
 import threading
 from time import perf_counter, sleep
@@ -13,8 +13,8 @@ from mpicomp.transport.messages import Mailbox
 from mpicomp.transport.packet import Header
 
 
-class Promise:
-    """Looks like an MPI request to whoever waits: done when no rank is missing any more."""
+class PendingRanks:
+    """Has the `Test` of an MPI request: done when no rank is missing any more."""
 
     def __init__(self, poll, missing):
         self._poll, self._missing = poll, missing
@@ -25,22 +25,26 @@ class Promise:
         return not self._missing()
 
     def waits_for(self) -> str:
-        """Whom, in words."""
+        """The ranks that are missing, in words."""
         return ranks_text(self._missing())
 
 
 class Asynchronous(Exchange):
-    """Ranks go their own ways: a step has no collective, and replicas are not the same.
+    """A step makes no collective call, and replicas differ between steps.
 
-    Every message has a header that is checked when it arrives. `settle` is the end of a stretch of
-    steps: then everything that any rank sent has been received. `settled` says whether that is so.
+    Every message has a header that is checked when it arrives. `settle` ends a run of steps: all
+    that any rank has sent is then received. `settled` says whether that is so.
+
+    A packet counts as applied as soon as it is sent, so a step cannot be taken back, and its bucket
+    needs no commit.
     """
 
     asynchronous = True
+    lacks = {"delay": "gradients are late anyhow", "sparse": "ranks do not meet in a step"}
     stages = 0
 
-    def __init__(self, wire):
-        super().__init__(wire)
+    def __post_init__(self, wire):
+        super().__post_init__(wire)
         self.post = Mailbox(wire, np.zeros)
         self.lock = threading.RLock()
         self.settled, self.plan = True, None
@@ -52,7 +56,7 @@ class Asynchronous(Exchange):
         return [*self.wire.communicators, self.post.comm]
 
     def restart(self, step):
-        """The next message of every rank will be of this step."""
+        """Expect the next message of every rank to be of this step."""
         self._base = step
         self._next.clear()
 
@@ -61,11 +65,11 @@ class Asynchronous(Exchange):
         return self._next.get((rank, tag), self._base)
 
     def bucket_of(self, tag) -> int:
-        """The bucket that a message with this tag is about."""
+        """The bucket that a message with this tag belongs to."""
         return tag
 
     def take(self, rank, tag, header, parcel) -> None:
-        """Receive a message that was found right; release the parcel some time."""
+        """Handle a message whose header is right; release the parcel when it is used up."""
         raise NotImplementedError
 
     def poll(self):
@@ -82,7 +86,7 @@ class Asynchronous(Exchange):
                     else:
                         self.take(rank, tag, header, parcel)
             except Exception as problem:
-                self._problem = problem  # a thread may have met it: the next to come raises it
+                self._problem = problem  # maybe in a thread: the next caller raises it
                 raise
 
     def _read(self, rank, tag, parcel) -> Header:
@@ -107,9 +111,10 @@ class Asynchronous(Exchange):
         return header
 
     def settle(self, step, timeout) -> int:
-        """Return when all that any rank has sent was received by all. Collective.
+        """Wait until all ranks have received all that any has sent. Collective.
 
-        Returns the largest step of all ranks, from which all go on.
+        Returns the largest step of all ranks, from which all go on. StallError after `timeout`
+        seconds in which no rank has come closer.
         """
         if not self._marked:  # it may have been interrupted by a StallError before
             self._mark(step)
@@ -126,7 +131,7 @@ class Asynchronous(Exchange):
         return step
 
     def _mark(self, step):
-        """Tell all others that nothing more comes from this rank."""
+        """Send all others the last message of this run of steps."""
         with self.lock:
             marker = self.post.new_message(packet.SIZE)
             Header(step, 0, self.plan, 0, packet.LAST).write(marker.data)
@@ -137,11 +142,11 @@ class Asynchronous(Exchange):
 
     @property
     def gone(self):
-        """The ranks that have sent their last message: nobody waits for them."""
+        """The ranks that have sent their last message: none is to be waited for."""
         return self._last
 
     def _wait(self, missing, timeout, poll):
-        """Until no rank is missing; StallError after `timeout` seconds without one less."""
+        """Poll until no rank is missing; StallError after `timeout` seconds without a change."""
         quiet, pause, before = perf_counter(), 0.0, None
         while True:
             poll()

@@ -1,45 +1,48 @@
-"""What every exchange has in common: a compressor at work, its header, the check of headers."""
+"""The contract of exchanges: what one declares, and how a bucket of gradients travels.
+
+docs/adding-an-exchange.md explains it with an example that runs.
+"""
 
 from abc import ABC, abstractmethod
-
-import numpy as np
+from dataclasses import InitVar, dataclass
 
 from mpicomp import kernels
-from mpicomp.errors import MismatchError, PacketError
+from mpicomp.compressors.options import check_options
+from mpicomp.errors import MismatchError, PacketError, SpecError
 from mpicomp.philox import Key
 from mpicomp.transport import packet, staging
+from mpicomp.transport.calls import Calls
 from mpicomp.transport.packet import Header
 
 
-class Mail:
-    """One compressor at work on one flat gradient: its state, its packets, headers of all ranks.
+class Codec:
+    """One compressor at work on one flat array: its state, and the packet it encodes into.
 
-    grad     float32[layout.size], the gradient going in and the mean coming out
-    index    the bucket
-    plan     digest of everything that ranks must agree on
-    seed     of its random numbers, with the bucket, step and rank
-    shared   the array of what ranks agree on before they encode (it lives in `state`), or None
-    headers  of all ranks, once they are here
+    grad    float32[layout.size], what is encoded
+    index   the bucket that it belongs to
+    plan    digest of everything that ranks must agree on; every header carries it
+    seed    of its random numbers, together with bucket, step and rank
+    outbox  uint8, the packet: a header, then the payload; memory for the largest one
+    shared  what ranks agree on before they encode (a part of the state), or None
     """
 
-    def __init__(self, compressor, layout, index, grad, plan, seed, wire):
+    def __init__(self, compressor, layout, index, grad, plan, seed, outbox=None):
         self.compressor, self.layout, self.index = compressor, layout, index
         self.grad, self.plan, self.seed = grad, plan, seed
         self.state = compressor.init(layout, grad)
-        zeros = staging.buffers_for(grad)
-        self.outbox = zeros(packet.SIZE + compressor.capacity(layout), np.uint8)
+        if outbox is None:
+            outbox = staging.buffers_for(grad)(packet_size(compressor, layout), "uint8")
+        self.outbox = outbox
         self.shared = compressor.measure(grad, layout, self.state)
         self.asked, self.agreed = to_agree(grad, self.shared)
-        self.inbox = None
-        self.header_box = zeros(packet.SIZE * wire.size, np.uint8)
-        self.headers = []
 
     @property
     def payload(self):
         """The outbox after its header."""
         return self.outbox[packet.SIZE:]
 
-    def key(self, step, rank):
+    def key(self, step, rank) -> Key:
+        """That of the random numbers in the packet of this rank and step."""
         return Key(self.seed, rank, step, self.index)
 
     def measure(self, flags):
@@ -69,34 +72,35 @@ class Mail:
         """Write the header in front of the payload."""
         header.write(staging.host(self.outbox))
 
-    def own(self, step, rank):
-        """float32[layout.size]: what the packet in the outbox, of that step and rank, says."""
-        said = kernels.of(self.grad).zeros(self.layout.size)
+    def decoded(self, step, rank):
+        """float32[layout.size]: what the packet in the outbox says, encoded in `step` on `rank`."""
+        values = kernels.of(self.grad).zeros(self.layout.size)
         used = Header.read(staging.host(self.outbox)).length
-        self.compressor.decode_add(staging.device(self.payload)[:used], said, self.layout,
+        self.compressor.decode_add(staging.device(self.payload)[:used], values, self.layout,
                                    self.key(step, rank))
-        return said
-
-    def flagged(self, flag) -> list[int]:
-        """The ranks whose header carries the flag."""
-        return [rank for rank, header in enumerate(self.headers) if header.flags & flag]
+        return values
 
     def replan(self, plan):
-        """From now on headers carry this plan digest."""
+        """Headers carry this plan digest from now on."""
         self.plan = plan
 
     def commit(self):
-        """The step was applied on all ranks."""
+        """The step was applied on all ranks: what was sent is no longer owed."""
         self.compressor.commit(self.state)
 
     def persistent(self) -> dict:
-        """{kind: flat array} of everything that outlives a step, as views or copies."""
+        """{kind: flat array} of all state that outlives a step, as views or copies."""
         return self.compressor.persistent(self.state)
 
     def restore(self, arrays):
         """Take over what `persistent` gave."""
         for kind, array in self.persistent().items():
             array[...] = staging.fitting(arrays[kind], array)
+
+
+def packet_size(compressor, layout) -> int:
+    """Bytes of the largest packet, header included."""
+    return packet.SIZE + compressor.capacity(layout)
 
 
 def to_agree(grad, shared):
@@ -107,29 +111,140 @@ def to_agree(grad, shared):
     return staging.mirror(shared), zeros(shared.size, shared.dtype)
 
 
+class BucketExchange:
+    """One bucket under exchange: its memory, and what the Reducer may ask of it.
+
+    layout   of the bucket
+    index    its number, the same on all ranks
+    grad     float32[layout.size]: this rank's gradient goes in, `Exchange.decode` leaves the sum
+    headers  list of Header, one of each rank that took part, once `Exchange.run` is through
+    codecs   list of Codec: those whose residuals this rank has for the bucket
+
+    A subclass takes all memory in `__init__`, for MPI by `staging.buffers_for(grad)`: later steps
+    allocate nothing. `persistent` is by default the state of the first codec.
+    """
+
+    def __init__(self, layout, index, grad, codecs=()):
+        self.layout, self.index, self.grad = layout, index, grad
+        self.codecs, self.headers = list(codecs), []
+
+    def flagged(self, flag) -> list[int]:
+        """The ranks whose header carries the flag."""
+        return [rank for rank, header in enumerate(self.headers) if header.flags & flag]
+
+    @property
+    def given(self) -> bool:
+        """Had any rank a gradient? Where none had, there is nothing to decode."""
+        return any(not header.flags & packet.EMPTY for header in self.headers)
+
+    def replan(self, plan) -> None:
+        """Headers carry this plan digest from now on."""
+        for codec in self.codecs:
+            codec.replan(plan)
+
+    def commit(self) -> None:
+        """The step was applied on all ranks: what was sent is no longer owed."""
+        for codec in self.codecs:
+            codec.commit()
+
+    def persistent(self) -> dict:
+        """{kind: float32[layout.size]} of all state that outlives a step.
+
+        "error" is what this rank still owes of its gradients, "error2" what it owes as an owner.
+        """
+        return self.codecs[0].persistent() if self.codecs else {}
+
+    def restore(self, arrays) -> None:
+        """Take over what `persistent` gave."""
+        if self.codecs:
+            self.codecs[0].restore(arrays)
+
+    def own(self, step, rank):
+        """float32[layout.size]: what this rank's packet of that step says. SpecError if there is
+        no such packet, or several."""
+        raise SpecError("what a rank has sent is known with exchange=allgather only: elsewhere it "
+                        "is not one packet of the whole bucket")
+
+
+class WholeBucket(BucketExchange):
+    """A bucket that one codec encodes as a whole, as most exchanges do."""
+
+    def __init__(self, exchange, compressor, layout, index, grad, plan, seed, outbox=None):
+        self.codec = Codec(compressor, layout, index, grad, plan, seed, outbox)
+        super().__init__(layout, index, grad, [self.codec])
+
+    def own(self, step, rank):
+        return self.codec.decoded(step, rank)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one step of an exchange costs a rank, for `mpicomp plan` and method="auto".
+
+    packets  received, of the whole gradient each
+    calls    that follow each other, each with the latency of the network
+    encodes, decodes  of the whole gradient
+    copies_before, copies_after  of the whole gradient, before encoding and after decoding
+    """
+
+    packets: float
+    calls: float = 1
+    encodes: float = 1
+    decodes: float = 1
+    copies_before: float = 0
+    copies_after: float = 0
+
+
+@dataclass(eq=False, repr=False)
 class Exchange(ABC):
-    """Carries one bucket's gradient to the mean over ranks. Replicas stay bit-identical."""
+    """Carries buckets of gradients: each becomes `weight` times the sum over the ranks.
 
-    stages = 3  # the most calls that a bucket makes one after the other
-    asynchronous = False  # see asynchronous.py
+    One object serves all buckets of a Reducer over one `wire`. Options are dataclass fields, made
+    with `mpicomp.compressor.option` as those of compressors are. What it is able to do stands in
+    the attributes and class methods that follow; nobody asks for its name.
+    """
+
+    wire: InitVar[Calls]
+
+    name = None  # in specifications: exchange=NAME
+    stages = 3  # the most MPI calls that a bucket makes one after the other
+    bucket = WholeBucket  # the class of its buckets
+    asynchronous = False  # ranks do not meet in a step: see asynchronous.py
+    owns = False  # each rank updates a part of the parameters; one bucket holds all: see server.py
+    adds = False  # MPI adds up payloads: the compressor must say what they are (`summable`)
+    on_device = False  # takes arrays on a GPU; otherwise gradients are copied to host memory
+    lacks = {}  # {"delay", "warmup" or "sparse": why it cannot be combined with that}
     settled = True  # nothing is under way between two steps
-    owns = False  # parameters are moved by their owners: see server.py
 
-    def __init__(self, wire):
+    def __post_init__(self, wire):
+        check_options(self)
         self.wire = wire
         wire.open(self.stages)
 
+    # ---- what it is able to do ----
+
+    @classmethod
+    def refusal(cls, compressor) -> str | None:
+        """Why no rank can carry packets of this compressor so, and what to type, or None."""
+
+    @classmethod
+    def cost(cls, ranks) -> Cost:
+        """Of a step on so many ranks; by default that of everybody's packet to everybody."""
+        return Cost(ranks - 1, decodes=ranks)
+
+    @classmethod
+    def keeps_history(cls, **options) -> bool:
+        """With these options: do owners keep state of past steps that no other rank has?"""
+        return False
+
+    @classmethod
+    def unattended(cls, **options) -> bool:
+        """With these options: do others wait while this rank makes no call of its Reducer?"""
+        return False
+
     def check(self, compressor) -> str | None:
         """Why this compressor cannot take this exchange over so many ranks, or None."""
-
-    def open(self, compressor, layout, index, grad, plan, seed):
-        """A Mail, or something like it, for one bucket, with all the memory it will need."""
-        mail = Mail(compressor, layout, index, grad, plan, seed, self.wire)
-        self.prepare(mail)
-        return mail
-
-    def prepare(self, mail) -> None:
-        """Take the memory that the bucket needs in this exchange."""
+        return self.refusal(compressor)
 
     @property
     def holders(self) -> int:
@@ -141,6 +256,29 @@ class Exchange(ABC):
         """All that this exchange calls MPI on, to revoke them where a rank has died."""
         return self.wire.communicators
 
+    # ---- a bucket ----
+
+    def open(self, compressor, layout, index, grad, plan, seed) -> BucketExchange:
+        """One bucket, with all the memory that it will need."""
+        return self.bucket(self, compressor, layout, index, grad, plan, seed)
+
+    @abstractmethod
+    def run(self, bucket, step, flags):
+        """A generator that carries the bucket and leaves `bucket.headers`.
+
+        It yields a list of MPI requests wherever it must wait for them, the same number of lists on
+        all ranks, and goes on when all are done. flags: of this rank's header, see packet.py.
+        """
+
+    @abstractmethod
+    def decode(self, bucket, step, weight) -> None:
+        """Turn bucket.grad into weight * the sum over ranks of what their packets say.
+
+        Called after `run`, unless a rank's gradient is not finite. Same bits on all ranks.
+        """
+
+    # ---- a run of steps; for asynchronous exchanges ----
+
     def restart(self, step) -> None:
         """Steps are counted from here."""
 
@@ -150,37 +288,31 @@ class Exchange(ABC):
     def rest(self) -> None:
         """Take nothing in from now on, until the next step."""
 
-    @abstractmethod
-    def run(self, mail, step, flags):
-        """A generator that carries the bucket and yields lists of MPI requests to wait for."""
+    # ---- what subclasses use ----
 
-    @abstractmethod
-    def decode(self, mail, step, weight) -> None:
-        """Turn mail.grad into weight * the sum over ranks of what was said."""
-
-    def agree(self, mail, flags):
-        """Replace what the compressor measured, if it does, by the maximum over ranks."""
+    def agree(self, codec, flags):
+        """Replace what the compressor measured, if it does, by the maximum over ranks. Stage 0."""
         from mpi4py import MPI
 
-        if mail.shared is not None:
+        if codec.shared is not None:
             with self.wire.meter.stage("encode"):
-                mail.measure(flags)
-                staging.leave(mail.asked)
-            yield [self.wire.allreduce(0, mail.asked, mail.agreed, MPI.MAX)]
-            mail.shared[...] = staging.arrive(mail.agreed, now=True)
+                codec.measure(flags)
+                staging.leave(codec.asked)
+            yield [self.wire.allreduce(0, codec.asked, codec.agreed, MPI.MAX)]
+            codec.shared[...] = staging.arrive(codec.agreed, now=True)
 
-    def encode(self, mail, step, flags) -> int:
-        """`mail.encode` with the seconds booked."""
+    def encode(self, codec, step, flags) -> int:
+        """`codec.encode` with its seconds and the bytes of its payload booked."""
         with self.wire.meter.stage("encode"):
-            used = mail.encode(step, self.wire.rank, flags)
-        self.book(mail, used)
+            used = codec.encode(step, self.wire.rank, flags)
+        self.book(codec, used)
         return used
 
-    def book(self, mail, used):
+    def book(self, codec, used):
         """Book the bytes of a payload that is about to be sent by the cases of its rule."""
         if used:
-            payload = staging.device(mail.payload)[:used]
-            parts = mail.compressor.by_case(payload, mail.layout)
+            payload = staging.device(codec.payload)[:used]
+            parts = codec.compressor.by_case(payload, codec.layout)
             for case, size in parts.items():
                 self.wire.meter.move(case, size)
 
@@ -192,8 +324,9 @@ class Exchange(ABC):
         headers = [Header.read(staging.read(buffer[at:at + packet.SIZE])) for at in starts]
         first = headers[0]
         for rank, header in enumerate(headers):
-            for field, what in (("step", "step"), ("bucket", "bucket"), ("plan", "plan digest")):
-                here, there = getattr(first, field), getattr(header, field)
+            for what, there, here in (("step", header.step, first.step),
+                                      ("bucket", header.bucket, first.bucket),
+                                      ("plan digest", header.plan, first.plan)):
                 if here != there:
                     raise MismatchError(
                         f"rank {rank} is at {what} {there}, rank 0 at {here} (step {first.step}, "

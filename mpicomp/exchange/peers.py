@@ -1,44 +1,106 @@
-"""Peers: every rank sends its packets to every other, and applies what has arrived by then.
+"""Peers: every rank sends its packets to every other and applies what has arrived by then.
 
-The exchange of Strom 2015: no server, no barrier, no collective in a step. A packet is applied
-exactly once on every rank, at whatever step of that rank it arrives, so the sum of all packets is
-the same everywhere in the end, but added in another order: replicas agree up to rounding, and only
-after `Reducer.deliver`, and only where the optimizer is linear (plain SGD).
+The exchange of Strom 2015: no server, no barrier, no collective in a step. Every rank applies every
+packet exactly once, in the step in which it arrives there. So all ranks apply the same sum in the
+end, in different orders: replicas agree up to rounding, only after `Reducer.deliver`, and only if
+the optimizer is linear (plain SGD).
 
-`staleness` bounds how far ranks drift apart: a rank waits in step s until of every other rank the
-packets of step s - staleness are here. With 0 that is lock step, the same bits as allgather.
+`staleness` bounds how far ranks drift apart: in step s a rank waits until it has every other rank's
+packets of step s - staleness. 0 is lock step, with the same bits as allgather.
 """
 
-from mpicomp.exchange.asynchronous import Asynchronous, Promise
-from mpicomp.exchange.base import Mail
+from dataclasses import dataclass
+
+from mpicomp.compressors.options import option
+from mpicomp.exchange.asynchronous import Asynchronous, PendingRanks
+from mpicomp.exchange.base import WholeBucket
 from mpicomp.transport import packet
+from mpicomp.transport.packet import Header
 
 
+class PeersBucket(WholeBucket):
+    """Its packets count as said, and its residual as past, as soon as they are sent.
+
+    waiting  (step, rank, parcel) of the packets that are not applied yet, this rank's included
+    """
+
+    def __init__(self, exchange, *arguments):
+        super().__init__(exchange, *arguments)
+        self.rank, self.flags, self.waiting = exchange.wire.rank, 0, []
+
+    def encode(self, step, flags) -> int:
+        """Fill the outbox; returns the bytes of the payload.
+
+        Without a gradient, or with one that is not finite, the packet is a header only, and the
+        residual stays as it is.
+        """
+        self.flags = flags
+        if flags:
+            self.codec.stamp(Header(step, self.index, self.codec.plan, 0, flags))
+            return 0
+        if self.codec.shared is not None:
+            self.codec.measure(flags)
+        used = self.codec.encode(step, self.rank, flags)
+        self.codec.commit()
+        return used
+
+    def put(self, step, rank, parcel):
+        """Keep a packet to be applied; one without a gradient is released."""
+        if Header.read(parcel.data).flags:
+            parcel.release()
+        else:
+            self.waiting.append((step, rank, parcel))
+
+    def due(self, horizon):
+        """The packets of steps up to `horizon`, by step and rank."""
+        return sorted((letter for letter in self.waiting if letter[0] <= horizon),
+                      key=lambda letter: letter[:2])
+
+    def flagged(self, flag):
+        """Only this rank: other ranks' packets without a gradient are not kept."""
+        return [self.rank] if flag & self.flags & packet.NONFINITE else []
+
+    def commit(self):
+        """Done when the packet was sent."""
+
+
+@dataclass(eq=False, repr=False)
 class Peers(Asynchronous):
-    """See the module. Of shared scales every rank uses its own, which its packets carry."""
+    """Asynchronous, packets from every rank to every other (Strom 2015); end with deliver().
 
-    def __init__(self, wire, staleness=4):
-        super().__init__(wire)
-        self.staleness, self.mails = staleness, {}
+    Where other exchanges agree on a scale, each rank uses its own, which its packets carry.
+    """
+
+    name = "peers"
+    bucket = PeersBucket
+
+    staleness: int = option(4, "how many steps a rank may be ahead of what it has heard of "
+                               "another; 0 is lock step", least=0)
+
+    def __post_init__(self, wire):
+        super().__post_init__(wire)
+        self.buckets = {}
 
     def open(self, compressor, layout, index, grad, plan, seed):
         self.plan = plan
-        self.mails[index] = _Letters(compressor, layout, index, grad, plan, seed, self.wire)
-        return self.mails[index]
+        self.buckets[index] = super().open(compressor, layout, index, grad, plan, seed)
+        return self.buckets[index]
 
-    def run(self, mail, step, flags):
+    def run(self, bucket, step, flags):
         self.settled = False
+        codec = bucket.codec
         with self.wire.meter.stage("encode"):
-            used = mail.say(step, flags)
+            used = bucket.encode(step, flags)
         with self.lock:
             parcel = self.post.new_message(packet.SIZE + used)
-            parcel.data[:] = mail.outbox[:parcel.size]
+            parcel.data[:] = codec.outbox[:parcel.size]
             for rank in self.post.others:
-                self.post.send(parcel, rank, mail.index)
-                self.book(mail, used)
-            mail.put(step, self.wire.rank, parcel)
-        yield [Promise(self.poll, lambda: self._behind(mail.index, step))]
-        mail.headers = mail.due(self._horizon(step))
+                self.post.send(parcel, rank, bucket.index)
+                self.book(codec, used)
+            bucket.put(step, self.wire.rank, parcel)
+        yield [PendingRanks(self.poll, lambda: self._behind(bucket.index, step))]
+        bucket.headers = [Header.read(parcel.data)
+                          for _, _, parcel in bucket.due(self._horizon(step))]
 
     def _behind(self, index, step):
         """The ranks whose packets of step - staleness are not here."""
@@ -50,72 +112,26 @@ class Peers(Asynchronous):
         return step if self.staleness == 0 else float("inf")
 
     def bucket_of(self, tag):
-        return tag if tag in self.mails else "of this model"
+        return tag if tag in self.buckets else "of this model"
 
     def take(self, rank, tag, header, parcel):
-        self.mails[tag].put(header.step, rank, parcel)
+        self.buckets[tag].put(header.step, rank, parcel)
 
-    def decode(self, mail, step, weight):
-        """mail.grad becomes weight * the sum of all packets since the last time, each once."""
-        letters = mail.due(self._horizon(step))
+    def decode(self, bucket, step, weight):
+        """bucket.grad becomes weight * the sum of all packets that are due, each counted once."""
+        letters = bucket.due(self._horizon(step))
         if not letters:
-            mail.grad[...] = 0
+            bucket.grad[...] = 0
             return
-        mail.compressor.decode_sum(
-            [parcel.data[packet.SIZE:] for _, _, parcel in letters], mail.grad, mail.layout,
-            [mail.key(step, rank) for step, rank, _ in letters], weight)
+        bucket.codec.compressor.decode_sum(
+            [parcel.data[packet.SIZE:] for _, _, parcel in letters], bucket.grad, bucket.layout,
+            [bucket.codec.key(step, rank) for step, rank, _ in letters], weight)
         for letter in letters:
-            mail.waiting.remove(letter)
+            bucket.waiting.remove(letter)
             letter[2].release()
 
-    def rest_of(self, mail, weight) -> bool:
-        """Decode what is left after `settle`; False, and zeros in mail.grad, if nothing is."""
-        left = bool(mail.waiting)
-        self.decode(mail, float("inf"), weight)
+    def rest_of(self, bucket, weight) -> bool:
+        """Decode what is left after `settle`; False, and zeros in bucket.grad, if nothing is."""
+        left = bool(bucket.waiting)
+        self.decode(bucket, float("inf"), weight)
         return left
-
-
-class _Letters(Mail):
-    """One bucket: its packets are said, and its residual is the past, as soon as they are sent.
-
-    waiting  (step, rank, parcel) of the packets that are not applied yet, one's own included
-    """
-
-    def __init__(self, compressor, layout, index, grad, plan, seed, wire):
-        super().__init__(compressor, layout, index, grad, plan, seed, wire)
-        self.rank, self.flags, self.waiting = wire.rank, 0, []
-
-    def say(self, step, flags) -> int:
-        """Fill the outbox; returns the bytes of the payload.
-
-        Without a gradient, or with one that is not finite, the packet is a header only, and the
-        residual stays as it is.
-        """
-        self.flags = flags
-        if flags:
-            packet.Header(step, self.index, self.plan, 0, flags).write(self.outbox)
-            return 0
-        if self.shared is not None:
-            self.measure(flags)
-        used = self.encode(step, self.rank, flags)
-        super().commit()
-        return used
-
-    def put(self, step, rank, parcel):
-        """A packet to be applied; one that says nothing is let go."""
-        if packet.Header.read(parcel.data).flags:
-            parcel.release()
-        else:
-            self.waiting.append((step, rank, parcel))
-
-    def due(self, horizon):
-        """The packets of steps up to `horizon`, by step and rank."""
-        return sorted((letter for letter in self.waiting if letter[0] <= horizon),
-                      key=lambda letter: letter[:2])
-
-    def flagged(self, flag):
-        """Only of this rank: the others' packets that say nothing are not kept."""
-        return [self.rank] if flag & self.flags & packet.NONFINITE else []
-
-    def commit(self):
-        """Done when the packet was sent."""

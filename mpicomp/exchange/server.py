@@ -1,50 +1,77 @@
-"""Server: every rank owns a part of the parameters, and its optimizer; asynchronous.
+"""Server: every rank owns a part of the parameters and runs its optimizer; asynchronous.
 
 The exchange of Aji & Heafield 2017, after the first author's code (Marian). A worker pushes its
-packet, cut at the borders of the shards; the owner applies each push at once, by itself, with the
-shard's own optimizer. Then it answers with the difference between its shard and what this worker
-has been given, through the same compressor: what is not said now remains in the difference, so that
-this is error feedback, one residual for every worker and shard. Nobody waits for another worker.
+packet, cut at the borders of the shards. The owner applies each push at once, by itself, with the
+shard's own optimizer. It answers with the difference between its shard and what this worker has
+been given, encoded by the same compressor. What an answer leaves out remains in the difference, so
+this is error feedback, with one residual for every worker and shard. No worker waits for another.
 
 Shards are contiguous, ceil(n / P) elements of the one bucket that holds all parameters. A rank
-takes its own shard as it is: nothing travels, nothing is compressed.
+reads its own shard directly: nothing is sent, nothing is compressed.
 """
 
 import threading
+from dataclasses import dataclass
 
 import numpy as np
 
 from mpicomp import kernels, mpi, philox
+from mpicomp.compressors.options import option
 from mpicomp.errors import PacketError, SpecError
-from mpicomp.exchange.asynchronous import Asynchronous, Promise
-from mpicomp.exchange.base import Mail
+from mpicomp.exchange.asynchronous import Asynchronous, PendingRanks
+from mpicomp.exchange.base import BucketExchange, Codec, Cost
 from mpicomp.exchange.shards import equal_borders, part
 from mpicomp.philox import Key
 from mpicomp.transport import packet
 from mpicomp.transport.packet import Header
 
 PUSH, PULL = 0, 1  # tags
-BACK = 1 << 32  # the first of the parts whose random numbers are the pulls'; pushes: the owner
+BACK = 1 << 32  # philox.part of pulls: this plus the worker; of pushes: the owner
 PAUSE = 1e-3  # seconds between two looks of the thread
 
 
+@dataclass(eq=False, repr=False)
 class Server(Asynchronous):
-    """See the module. A rank is at rest until its next step once `settle` has returned.
+    """Asynchronous, every rank owns parameters and their optimizer (Aji & Heafield 2017).
 
-    latest  float32[own part], the parameters that this rank owns
+    A rank is at rest, and takes nothing in, from the end of `settle` until its next step.
+
+    own     slice of the bucket: the part of the parameters that this rank owns
+    latest  float32[own part], these parameters
     grad    float32[own part], what `optimizer.step()` finds as their gradient
     given   {rank: float32[own part]}, what each worker has been told so far
     """
 
+    name = "server"
     owns = True
+    lacks = Asynchronous.lacks | {"warmup": "its optimizers would start anew after it"}
 
-    def __init__(self, wire, thread=True):
-        super().__init__(wire)
+    thread: bool = option(True, "a thread serves this rank's shard while it computes")
+
+    def __post_init__(self, wire):
+        super().__post_init__(wire)
         self.optimizer, self._stop = None, None
-        self.threaded = thread and wire.size > 1 and _threads_may_call_mpi()
-        if thread and wire.size > 1 and not self.threaded:
+        self.threaded = self.thread and wire.size > 1 and _threads_may_call_mpi()
+        if self.thread and wire.size > 1 and not self.threaded:
             wire.meter.notes.append("this MPI allows one thread only: a rank serves its shard from "
                                     "gradient hooks and while it waits, not while it computes")
+
+    @classmethod
+    def refusal(cls, compressor):
+        if not compressor.core.feedback:
+            return ("exchange=server keeps what a worker was not told, and "
+                    f"{compressor.core.name} does not declare that this stays bounded: use "
+                    "exchange=peers")
+
+    @classmethod
+    def cost(cls, ranks):
+        """A push to each owner, and as an owner an answer to each push."""
+        others = (ranks - 1) / ranks
+        return Cost(2 * others, calls=2, encodes=1 + others, decodes=1 + 2 * others)
+
+    @classmethod
+    def unattended(cls, **options):
+        return not (options["thread"] and _threads_may_call_mpi())
 
     def open(self, compressor, layout, index, grad, plan, seed):
         me, zeros = self.wire.rank, kernels.of(grad).zeros
@@ -52,7 +79,7 @@ class Server(Asynchronous):
         self.borders = equal_borders(layout, self.wire.size)
         self.layouts = [part(layout, *pair) for pair in zip(self.borders, self.borders[1:])]
         self.own = slice(self.borders[me], self.borders[me + 1])
-        self.mail = _Pushes(self, compressor, layout, index, grad)
+        self.worker = ServerBucket(self, compressor, layout, index, grad, plan, seed)
         size = self.layouts[me].size
         self.latest, self.grad, self._delta = zeros(size), zeros(size), zeros(size)
         self.given = {rank: zeros(size) for rank in range(self.wire.size)}
@@ -61,15 +88,15 @@ class Server(Asynchronous):
         if self.core.persistent(self._state):
             raise SpecError(f"{self.core.name} remembers earlier packets, which exchange=server "
                             "would have to keep for every worker: use exchange=peers")
-        return self.mail
+        return self.worker
 
     def bucket_of(self, tag):
         return 0 if tag in (PUSH, PULL) else "of this model"
 
-    # ---- a stretch of steps ----
+    # ---- a run of steps ----
 
     def resume(self, weight):
-        """Begin to serve: `latest` holds the parameters that all ranks have now.
+        """Begin to serve, from the parameters in `latest`, which are those of all ranks.
 
         Pushes are multiplied by `weight` before they are applied.
         """
@@ -84,12 +111,12 @@ class Server(Asynchronous):
             self._thread.start()
 
     def _serve(self, stop):
-        """What the thread does: a rank that computes, or sleeps, holds nobody back."""
+        """The thread's loop: other ranks need not wait for a rank that computes."""
         while not stop.wait(PAUSE):
             try:
                 self.poll()
             except Exception:
-                return  # kept; raised where this rank looks next
+                return  # `poll` has kept it and raises it in the next call
 
     def rest(self):
         if self._stop is not None:
@@ -103,13 +130,13 @@ class Server(Asynchronous):
             super().poll()
 
     def shares(self, flat):
-        """Bring all shards together in `flat`, the same bits on all ranks. After `settle`."""
+        """Gather all shards in `flat`, the same bits on all ranks. Collective, after `settle`."""
         lengths = np.diff(self.borders)
         self.wire.meter.count("Allgatherv", self.latest.nbytes, flat.nbytes - self.latest.nbytes)
         self._wait_for(self.post.comm.Iallgatherv(self.latest, [flat, lengths]))
 
     def apply_sum(self, flat):
-        """Apply the sum over ranks of `flat`, every owner its part, as one push. After `settle`."""
+        """Apply the sum over ranks of `flat`, each owner its part, as one push. After `settle`."""
         self.wire.meter.count("Reduce_scatter", flat.nbytes - self.latest.nbytes,
                               self.latest.nbytes)
         self._wait_for(self.post.comm.Ireduce_scatter(flat, self.grad, np.diff(self.borders)))
@@ -121,19 +148,19 @@ class Server(Asynchronous):
 
     # ---- one step of a worker ----
 
-    def run(self, mail, step, flags):
+    def run(self, bucket, step, flags):
         me = self.wire.rank
         if self.settled:
             raise SpecError("exchange=server needs parameters and their optimizer: it works in a "
                             "Reducer with an attached optimizer only")
         with self.wire.meter.stage("encode"):
-            payloads = mail.say(step, flags)
+            payloads = bucket.encode(step, flags)
         with self.lock:
             for owner in self.post.others:
                 self._send(owner, PUSH, step, payloads[owner], flags)
             self._apply(me, step, payloads[me], flags)
-        yield [Promise(self.poll,
-                       lambda: [r for r in self.post.others if self.awaited(r, PULL) <= step])]
+        yield [PendingRanks(self.poll, lambda: [r for r in self.post.others
+                                                if self.awaited(r, PULL) <= step])]
 
     def _send(self, rank, tag, step, payload, flags=0):
         parcel = self.post.new_message(packet.SIZE + len(payload))
@@ -142,17 +169,17 @@ class Server(Asynchronous):
         self.post.send(parcel, rank, tag)
         parcel.release()
 
-    def decode(self, mail, step, weight):
-        """mail.grad becomes what the owners said: how far each parameter is to be moved."""
-        mail.grad[...] = 0
+    def decode(self, bucket, step, weight):
+        """bucket.grad becomes what the owners answered: how far to move each parameter."""
+        bucket.grad[...] = 0
         with self.lock:
-            for owner, told, parcel in mail.pulls:
-                place = slice(self.borders[owner], self.borders[owner + 1])
-                self.core.decode_add(parcel.data[packet.SIZE:], mail.grad[place],
+            for owner, told, parcel in bucket.pulls:
+                theirs = slice(self.borders[owner], self.borders[owner + 1])
+                self.core.decode_add(parcel.data[packet.SIZE:], bucket.grad[theirs],
                                      self.layouts[owner], self._key(owner, self.wire.rank, told))
                 parcel.release()
-            mail.pulls.clear()
-            mine, own = self.given[self.wire.rank], mail.grad[self.own]
+            bucket.pulls.clear()
+            mine, own = self.given[self.wire.rank], bucket.grad[self.own]
             np.subtract(self.latest, mine, out=own)
             mine += own  # as the parameter itself will be moved
 
@@ -160,7 +187,7 @@ class Server(Asynchronous):
 
     def take(self, rank, tag, header, parcel):
         if tag == PULL:
-            self.mail.pulls.append((rank, header.step, parcel))
+            self.worker.pulls.append((rank, header.step, parcel))
             return
         try:
             self._apply(rank, header.step, parcel.data[packet.SIZE:], header.flags)
@@ -170,15 +197,15 @@ class Server(Asynchronous):
         self._answer(rank, header.step)
 
     def _apply(self, worker, step, payload, flags):
-        """One push: a step of the shard's optimizer, unless there is no gradient in it."""
+        """Step the shard's optimizer on one push, unless there is no gradient in it."""
         if not flags:
-            key = self.mail.key(step, worker, self.wire.rank)
+            key = self.worker.key(step, worker, self.wire.rank)
             self.core.decode_sum([payload], self.grad, self.layouts[self.wire.rank], [key],
                                  self.weight)
             self.optimizer.step()
 
     def _answer(self, worker, step):
-        """Say to a worker what it does not know, as far as the compressor says it."""
+        """Send a worker, compressed, how its copy of the shard differs from the shard."""
         given, layout = self.given[worker], self.layouts[self.wire.rank]
         key = self._key(self.wire.rank, worker, step)
         np.subtract(self.latest, given, out=self._delta)
@@ -191,24 +218,23 @@ class Server(Asynchronous):
         return Key(philox.part(self.seed, BACK + worker), owner, step)
 
 
-class _Pushes:
+class ServerBucket(BucketExchange):
     """This rank as a worker: one packet that is cut at the borders, or one for each shard.
 
     A payload that can be cut is encoded for all parameters together, with one threshold. Otherwise
     each shard is encoded by itself. Residuals are the past as soon as the packet is sent.
     """
 
-    def __init__(self, exchange, compressor, layout, index, grad):
-        self.borders, self.compressor, self.grad = exchange.borders, compressor, grad
-        self.layout, self.index, self.rank = layout, index, exchange.wire.rank
-        self.whole, plan, seed = compressor.can_split, exchange.plan, exchange.seed
+    def __init__(self, exchange, compressor, layout, index, grad, plan, seed):
+        self.borders, self.compressor, self.rank = exchange.borders, compressor, exchange.wire.rank
+        self.whole = compressor.can_split
         if self.whole:
-            self.mails = [Mail(compressor, layout, index, grad, plan, seed, exchange.wire)]
+            codecs = [Codec(compressor, layout, index, grad, plan, seed)]
         else:
-            self.mails = [Mail(compressor, sub, index, grad[a:b], plan, philox.part(seed, owner),
-                               exchange.wire)
-                          for owner, (sub, a, b) in enumerate(self._parts(exchange.layouts))]
-        self.flags, self.pulls, self.headers = 0, [], ["own"]
+            codecs = [Codec(compressor, sub, index, grad[a:b], plan, philox.part(seed, owner))
+                      for owner, (sub, a, b) in enumerate(self._parts(exchange.layouts))]
+        self.flags, self.pulls = 0, []
+        super().__init__(layout, index, grad, codecs)
 
     def _parts(self, things):
         """(thing, first, last) of each shard."""
@@ -216,19 +242,20 @@ class _Pushes:
 
     def key(self, step, worker, owner):
         """That of a push."""
-        return self.mails[0 if self.whole else owner].key(step, worker)
+        return self.codecs[0 if self.whole else owner].key(step, worker)
 
-    def say(self, step, flags):
+    def encode(self, step, flags):
         """The payload for each owner; empty ones where there is no finite gradient."""
-        self.flags = flags
+        self.flags, plan = flags, self.codecs[0].plan
+        self.headers = [packet.Header(step, self.index, plan, 0, flags)]
         if flags:
-            return [self.mails[0].payload[:0]] * (len(self.borders) - 1)
+            return [self.codecs[0].payload[:0]] * (len(self.borders) - 1)
         payloads = []
-        for m in self.mails:
-            if m.shared is not None:
-                m.measure(flags)
-            payloads.append(m.payload[:m.encode(step, self.rank, flags)])
-            m.commit()
+        for codec in self.codecs:
+            if codec.shared is not None:
+                codec.measure(flags)
+            payloads.append(codec.payload[:codec.encode(step, self.rank, flags)])
+            codec.commit()
         if self.whole:
             return self.compressor.split(payloads[0], self.layout, self.borders)
         return payloads
@@ -236,22 +263,27 @@ class _Pushes:
     def flagged(self, flag):
         return [self.rank] if flag & self.flags & packet.NONFINITE else []
 
+    @property
+    def given(self):
+        """Always: owners answer with what other workers have pushed, too."""
+        return True
+
     def commit(self):
         """Done when the packet was sent."""
 
     def persistent(self) -> dict:
         """{"error": what this rank has not told the owners}."""
         if self.whole:
-            return self.mails[0].persistent()
-        parts = [m.persistent() for m in self.mails]
+            return super().persistent()
+        parts = [codec.persistent() for codec in self.codecs]
         return {kind: np.concatenate([p[kind] for p in parts]) for kind in parts[0]}
 
     def restore(self, arrays):
         if self.whole:
-            self.mails[0].restore(arrays)
+            super().restore(arrays)
             return
-        for m, a, b in self._parts(self.mails):
-            m.restore({kind: array[a:b] for kind, array in arrays.items()})
+        for codec, a, b in self._parts(self.codecs):
+            codec.restore({kind: array[a:b] for kind, array in arrays.items()})
 
 
 def _threads_may_call_mpi():

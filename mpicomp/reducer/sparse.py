@@ -44,7 +44,7 @@ def divide(named, names, method):
     elif scalar:
         problem = SpecError(f"sparse={scalar[0]!r} found, a parameter of shape [], expected one "
                             "that has rows: leave it out, it then travels as the others do")
-    elif names and method and (method.delay or method.exchange in ("peers", "server")):
+    elif names and method and (method.delay or "sparse" in method.carrier.lacks):
         problem = SpecError(f"sparse= needs a synchronous exchange without delay, found {method!r}")
     return ([pair for pair in named if pair[0] not in names],
             [pair for pair in named if pair[0] in names], problem)
