@@ -194,7 +194,7 @@ def die(wait, trial):
 
 
 finish = at("exchange", mpicomp.Reducer.finish)
-mpicomp.Reducer.finish = lambda self: None if self.averager.finished else finish(self)
+mpicomp.Reducer.finish = lambda self: None if self.averager.current.finished else finish(self)
 backward = at("backward", Training.train)
 save = at("checkpoint", checkpoint.save)
 

@@ -291,7 +291,8 @@ for how in ("exit", "raise"):
         os._exit(0)  # and not by way of mpi4py's own end, which is MPI_Finalize
     os.waitpid(child, 0)
 time.sleep(0.5)
-assert not optimizer.reducer.averager.watchdog.left, optimizer.reducer.averager.watchdog.left
+left = optimizer.reducer.averager.link.watchdog.left
+assert not left, left
 print(f"rank {rank} goes on", flush=True)
 def holds_the_lock():
     mutex = ctypes.create_string_buffer(64)

@@ -17,8 +17,8 @@ from mpicomp.averager.ratio import Ratio
 from mpicomp.averager.settings import Settings
 from mpicomp.averager.slot import ArraySlot
 from mpicomp.averager.startup import agree_on_plan, averageable
+from mpicomp.averager.step import Step
 from mpicomp.errors import DeviceError, MismatchError, NonFiniteError, SpecError
-from mpicomp.mpi.watchdog import Watchdog
 from mpicomp.names import known_as
 from mpicomp.transport import packet, staging
 from mpicomp.transport.agree import digest
@@ -83,7 +83,7 @@ class Averager:
         """
         self.settings, self.stats, self.step = settings, Meter(), 0
         try:
-            self.memory = method and memory.of(named, method.exchange)
+            where = method and memory.of(named, method.exchange)
         except (SpecError, DeviceError) as error:
             problem = problem or error
         plan = agree_on_plan(comm, method, [*named, *rows], problem, **facts)
@@ -91,24 +91,19 @@ class Averager:
         self.method = method.of([name for name, _ in named])
         if method.name == "auto":
             plan = self._choose(comm, plan)
-        self.link = Link(comm, self.method, settings, self.stats, self.memory)
+        self.link = Link(comm, self.method, settings, self.stats, where)
         # owners have one shard of all parameters each
         size = math.inf if self.method.owns else settings.bucket_bytes
-        self.buckets = Buckets(named, size, self.memory, slot, plan)
+        self.buckets = Buckets(named, size, where, slot, plan)
         self.mode = self._mode()
         self.buckets.open(self.link)
         self.link.exchange.restart(self.method.warmup)
         self.ratio = settings.require_ratio and Ratio(self.link, settings)
-        self.guard, self.watchdog = Unguarded(), Watchdog(self)
+        self.guard = Unguarded()
+        self.link.watch(self)
         self._say_notes()
         self.closed, self.checked, self.lock = False, True, threading.RLock()
-        self.outcome = None  # how the last step or flush ended: "skipped", "flushed" or well
-        self._clean()
-
-    def _clean(self):
-        """No step has begun, and none was taken back."""
-        self.finished, self.next = False, 0  # the bucket to launch next: plan order on every rank
-        self.bad, self.applied, self.taken_back, self.marked = {}, [], False, False
+        self.current = Step()
 
     def _mode(self):
         if self.method.delay:
@@ -184,7 +179,7 @@ class Averager:
     def finish(self) -> bool:
         """Wait until every array of this step is the mean; returns whether it was replaced."""
         with self.lock, self.memory.here():
-            if self.finished or self.closed:
+            if self.current.finished or self.closed:
                 return False
             self.prepare()
             return self.complete(_absent)
@@ -218,6 +213,11 @@ class Averager:
         return self.link.comm
 
     @property
+    def memory(self):
+        """Where the buckets lie: see memory.py."""
+        return self.link.memory
+
+    @property
     def share(self) -> float:
         """What the sum over all ranks is multiplied by."""
         return 1.0 / self.comm.size if self.settings.average else 1.0
@@ -244,10 +244,8 @@ class Averager:
 
     def begin(self):
         """A new step begins, where the last one is finished."""
-        if self.finished:
-            self.finished, self.next, self.marked = False, 0, False
-            self.taken_back |= bool(self.applied)
-            self.applied = []
+        if self.current.finished:
+            self.current.begin()
             self.buckets.apply()
             for bucket in self.buckets:
                 bucket.reset()
@@ -261,11 +259,12 @@ class Averager:
 
         In an asynchronous exchange ranks are in other steps, and do not compare it.
         """
-        if not self.marked:
-            self.marked = True
-            self.buckets.mark(self.frozen(), "the last step was taken back" * self.taken_back,
+        now = self.current
+        if not now.marked:
+            now.marked = True
+            self.buckets.mark(self.frozen(), "the last step was taken back" * now.taken_back,
                               compare=not self.mode.asynchronous)
-            self.taken_back = False
+            now.taken_back = False
 
     extra_flags = 0  # that all packets of this rank carry
 
@@ -275,13 +274,13 @@ class Averager:
         self.mark_step()
         self.mode.launch(bucket)
         if bad := bucket.first_bad():
-            self.bad[bucket.index] = bad
-        flags = ((packet.NONFINITE if self.bad else 0) | (0 if touched else packet.EMPTY)
+            self.current.bad[bucket.index] = bad
+        flags = ((packet.NONFINITE if self.current.bad else 0) | (0 if touched else packet.EMPTY)
                  | self.extra_flags)
         exchange = self.exchange
         self.stats.reason = self.method.name if exchange is self.link.exchange else "warm-up"
         generator = exchange.run(self.codec(bucket), self.step, flags)
-        self.next += 1
+        self.current.next += 1
         self.link.pipeline.launch(f"bucket {bucket.index} in step {self.step}", generator)
 
     def launch_ready(self):
@@ -290,13 +289,13 @@ class Averager:
         A comparison in here would wait for ranks that are in another Averager's finish. The last
         bucket waits for `finish`, too: its header tells whether the step is given up.
         """
-        while (self.checked and self.next < len(self.buckets) - 1
-               and not self.buckets[self.next].missing):
-            self.launch(self.buckets[self.next], touched=True)
+        while (self.checked and self.current.next < len(self.buckets) - 1
+               and not self.buckets[self.current.next].missing):
+            self.launch(self.buckets[self.current.next], touched=True)
 
     def poll(self):
         """Move on what is under way."""
-        if self.next or self.mode.late:
+        if self.current.next or self.mode.late:
             with self.stats.stage("post"):
                 self.link.pipeline.poll()
                 self.link.exchange.poll()
@@ -322,7 +321,7 @@ class Averager:
         bring_absent  called with each slot that is not ready: fills it, and returns whether this
                       rank has something there
         """
-        for bucket in self.buckets[self.next:]:
+        for bucket in self.buckets[self.current.next:]:
             touched = bucket.touched
             for slot in bucket.slots:
                 if not slot.ready:
@@ -342,7 +341,7 @@ class Averager:
 
     def commit(self):
         """What was handed out is applied: what was sent is the past for the residuals."""
-        applied, self.applied = self.applied, []
+        applied, self.current.applied = self.current.applied, []
         for bucket, step in applied:
             self.commit_bucket(bucket, step)
 
@@ -364,7 +363,7 @@ class Averager:
         try:
             if overflow and self.settings.nonfinite == "raise":
                 raise overflow
-            self.outcome = self.tell()
+            self.current.outcome = self.tell()
         except (NonFiniteError, SpecError):
             self.begin()
             raise
@@ -380,7 +379,7 @@ class Averager:
         """
         step = self.step if step is None else step
         alone = self.exchange_of(step).asynchronous
-        bad, self.bad = self.bad, {}
+        bad, self.current.bad = self.current.bad, {}
         found = [{}] * self.comm.rank + [bad]
         if not alone:
             with self.guard.tail():
@@ -464,7 +463,7 @@ class Averager:
                             "cannot be added to the first")
         self.mark_step()
         self.mode.flush()
-        self.finished, self.outcome = True, "flushed"
+        self.current.finished, self.current.outcome = True, "flushed"
         if self.mode.owed_is_gone(self.owed):
             return False
         for bucket in self.buckets:
@@ -495,7 +494,7 @@ class Averager:
     def require_no_step(self, what):
         """MismatchError where arrays have come that no step has used."""
         self.commit()  # what was handed out counts as applied
-        if not self.finished:
+        if not self.current.finished:
             self.buckets.require_no_step(self.comm.rank, what)
 
     def require_settled(self, what):
@@ -585,15 +584,14 @@ class Averager:
         order = np.array(self.buckets.order, np.int32)
         # whoever died in the first step may have told it to some only
         mpi.wait(comm, comm.Ibcast(order), self.link.timeout, "agreeing on buckets")
-        link = self.link.over(comm, self.settings, self.memory)
+        link = self.link.over(comm, self.settings)
         # from here on no MPI: either all of it has changed or nothing
         self.link = link
         self.buckets.regroup(link, order.tolist(), first=self.step == 0)
-        self.watchdog = Watchdog(self)
+        link.watch(self)
         if self.ratio:
             self.ratio.move(link, self.step)
-        self.checked = False
-        self._clean()
+        self.checked, self.current = False, Step()
         self.clear_outputs()
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 
 from mpicomp import catalogue, mpi
 from mpicomp.errors import SpecError
+from mpicomp.mpi.watchdog import Watchdog
 from mpicomp.transport.calls import Calls
 from mpicomp.transport.pipeline import Pipeline
 
@@ -14,10 +15,13 @@ class Link:
     comm      a private duplicate
     exchange  of the method; `warm`: of the dense warm-up, or None
     pipeline  moves the exchanges of all buckets on
+    memory    where the buckets lie
+    watchdog  answers to other ranks where this one is
     """
 
     def __init__(self, comm, method, settings, stats, memory, pipeline=None):
         self.comm, self.method, self.stats, self.seed = comm, method, stats, settings.seed
+        self.memory, self.watchdog = memory, None
         self._calls = Calls(comm, stats)
         self.pipeline = pipeline or Pipeline(comm, settings.stall_timeout, settings.progress,
                                              memory.again)
@@ -27,9 +31,13 @@ class Link:
         if self.exchange.asynchronous:
             self.pipeline.only_poll()
 
-    def over(self, comm, settings, memory):
+    def over(self, comm, settings):
         """A link of the same kind over other ranks. Collective over `comm`."""
-        return Link(comm, self.method, settings, self.stats, memory, self.pipeline.over(comm))
+        return Link(comm, self.method, settings, self.stats, self.memory, self.pipeline.over(comm))
+
+    def watch(self, averager):
+        """Answer to other ranks where this averager is, and hear which of them have ended."""
+        self.watchdog = Watchdog(averager)
 
     def _open(self, method):
         exchange = method.open(self._calls)

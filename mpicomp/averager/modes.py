@@ -45,19 +45,19 @@ class Synchronous:
             a.link.pipeline.drain()
             skipped = a.finish_rows()
         skipped |= any(a.codec(b).flagged(packet.NONFINITE) for b in a.buckets)
-        a.finished, full, overflow = True, [], None
+        a.current.finished, full, overflow = True, [], None
         with a.guard.commit():  # until its end nothing has changed that lasts
             try:
                 full = [] if skipped else self.decode()
             except NonFiniteError as error:  # the sum is not finite, on all ranks alike
                 skipped, overflow = True, error
-        a.outcome = None
+        a.current.outcome = None
         if skipped:
             a.skip(overflow)
             full = self.decode_others()
         self.hand_out(full)
         a.apply_rows()
-        a.applied = [(bucket, a.step) for bucket in full]
+        a.current.applied = [(bucket, a.step) for bucket in full]
         if a.commits_at_once:
             a.commit()
         a.end_step(skipped)
@@ -171,7 +171,7 @@ class Delayed(Synchronous):
     def finish(self):
         a, found = self.averager, bool(self._landed)
         self._hand_out_landed()
-        self._under_way, a.outcome = a.step, "skipped" if self._skipped else None
+        self._under_way, a.current.outcome = a.step, "skipped" if self._skipped else None
         a.end_step(self._skipped)
         self._raise_error()
         return found
@@ -182,7 +182,7 @@ class Delayed(Synchronous):
             raise error
 
     def _hand_out_landed(self, scaled=True):
-        self.averager.finished = True
+        self.averager.current.finished = True
         for bucket in self.averager.buckets:
             bucket.grad[...] = self._late[bucket.index]
             for slot in bucket.slots:
@@ -250,7 +250,7 @@ class Peers(Synchronous):
     def deliver(self):
         self._settle("deliver")
         found = self._decode_rest()
-        self.averager.finished |= found
+        self.averager.current.finished |= found
         return found
 
     def flush(self):

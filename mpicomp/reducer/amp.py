@@ -50,13 +50,13 @@ def finish_before_unscale(reducer, scaler):
         reducer.finish()
         if not scaler.is_enabled():
             return check(optimizer)
-        if reducer.averager.outcome == "flushed":
+        if reducer.averager.current.outcome == "flushed":
             raise MismatchError(f"rank {reducer.comm.rank}: after flush() p.grad has no scale: "
                                 "call optimizer.step(), not scaler.step(optimizer)")
         looked_at.add(id(optimizer))
         parameters = ours(optimizer)
         absent = [p for p in parameters if p.grad is None]
-        if reducer.averager.outcome == "skipped":
+        if reducer.averager.current.outcome == "skipped":
             for p in absent:
                 p.grad = torch.full_like(p, float("nan"))
         elif len(absent) == len(parameters):
@@ -82,7 +82,7 @@ def finish_before_unscale(reducer, scaler):
             if id(optimizer) not in looked_at:
                 half = any(p.dtype == torch.float16 for p in parameters)  # unscale_ refuses these
                 look(optimizer, scaler._check_inf_per_device if half else scaler.unscale_)
-            if reducer.averager.outcome == "skipped":
+            if reducer.averager.current.outcome == "skipped":
                 return None  # in its first step fused SGD would keep a momentum nobody has written
             if all(p.grad is None for p in parameters):
                 return optimizer.step(*args, **kwargs)

@@ -56,7 +56,7 @@ class Changes:
             fresh, parameter.grad = parameter.grad, None
             self.discard()
             parameter.grad = fresh
-        elif self.gradients.applied and self._on_top(parameter):
+        elif self.gradients.current.applied and self._on_top(parameter):
             self.gradients.commit()
         self.settle()
         if task >= 0:
@@ -80,7 +80,7 @@ class Changes:
     def _end(self):
         """backward() is over."""
         with self.gradients.lock:
-            if not self.gradients.closed and not self.gradients.finished:
+            if not self.gradients.closed and not self.gradients.current.finished:
                 self.settle()
                 with self.gradients.memory.here():
                     self.gradients.launch_ready()
@@ -88,7 +88,7 @@ class Changes:
     @torch.compiler.disable
     def touch(self):
         """Somebody reads or changes a gradient whose exchange is under way."""
-        if not self.gradients.finished and not self.gradients.closed:
+        if not self.gradients.current.finished and not self.gradients.closed:
             self.gradients.refuse_owned("using p.grad after backward()")
             self._finish()
 
@@ -140,8 +140,8 @@ class Changes:
         self._came.clear()
         self._last = None
         g = self.gradients
-        g.bad["given up"] = True
-        if g.mode.late and (g.next or not g.mode.asynchronous):
+        g.current.bad["given up"] = True
+        if g.mode.late and (g.current.next or not g.mode.asynchronous):
             g.problem(
                 f"{g.method!r} cannot give up a step that backward() has begun, since a part of it "
                 "is applied already: call optimizer.step()")
@@ -150,7 +150,7 @@ class Changes:
         """Reducer.discard: take part in the step that is not over, which no rank then applies."""
         g = self.gradients
         g.clear_outputs()
-        if not g.finished and not g.closed:
+        if not g.current.finished and not g.closed:
             self.give_up()
             self._finish()
         g.begin()

@@ -66,10 +66,10 @@ class Gradients(Averager):
 
     def problem(self, text):
         """What all ranks raise when the step is finished; the first counts."""
-        self.bad.setdefault("problem", text)
+        self.current.bad.setdefault("problem", text)
 
     def begin(self):
-        if self.finished:
+        if self.current.finished:
             super().begin()
             for listener in self.listeners:
                 listener.begin()

@@ -74,7 +74,7 @@ class OptimizerHooks(copies.Uncopied):
     def before_step_of(self, optimizer):
         """SpecError where an optimizer that is not attached would use this rank's gradients."""
         g = self.gradients
-        if (_attached.get(optimizer) or not g.optimizers or g.finished
+        if (_attached.get(optimizer) or not g.optimizers or g.current.finished
                 or not any(slot.ready for slot in g.buckets.slots)):
             return
         if any(id(p) in self.known and p.grad is not None

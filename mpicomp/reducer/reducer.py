@@ -91,7 +91,7 @@ class Reducer(copies.Uncopied):
         with g.memory.here(), g.lock:
             if g.closed or self._finishing:
                 return
-            if g.finished:
+            if g.current.finished:
                 if g.optimizers or not self._given.is_gone(g.parameters):
                     return
                 g.begin()
@@ -109,7 +109,7 @@ class Reducer(copies.Uncopied):
         try:
             g.complete(self._changes.bring_absent)
         finally:
-            if g.finished and not g.optimizers:
+            if g.current.finished and not g.optimizers:
                 self._given.remember(g.parameters)
         with g.guard.tail():
             if self._check_every and self.step % self._check_every == 0:

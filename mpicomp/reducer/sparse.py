@@ -116,7 +116,7 @@ class Sparse:
         grads = [_rows(p, grad) for (_, p), grad in zip(self.named, own)]
         bad = [name for (name, _), g in zip(self.named, grads) if not g.values().isfinite().all()]
         if bad:
-            self.gradients.bad[BUCKET] = bad[0]
+            self.gradients.current.bad[BUCKET] = bad[0]
         rows = [g.indices().shape[1] + (DENSE if _is_dense(grad) else 0)
                 for grad, g in zip(own, grads)]
         heads, counts = self._heads(exchange, plan, rows)
@@ -147,7 +147,7 @@ class Sparse:
         """Every rank's header, and int64[ranks, parameters] with how many rows it has."""
         size = packet.SIZE + 8 * len(rows)
         mine, all_ = np.zeros(size, np.uint8), np.zeros(size * self.gradients.comm.size, np.uint8)
-        flags = packet.NONFINITE if self.gradients.bad else 0
+        flags = packet.NONFINITE if self.gradients.current.bad else 0
         Header(self.gradients.step, BUCKET, plan, 8 * len(rows), flags).write(mine)
         mine[packet.SIZE:].view(np.int64)[:] = rows
         self._wait("Iallgather", mine.nbytes, all_.nbytes - mine.nbytes,
