@@ -244,6 +244,8 @@ def test_ranks_that_differ(comm):
     shapes = {"w": np.zeros(3 + comm.rank, np.float32)}
     assert "w [3]" in same_error(comm, MismatchError,
                                  lambda: mpicomp.Averager(shapes, "dense", comm))
+    assert "seed" in same_error(comm, MismatchError, lambda: mpicomp.Averager(
+        arrays(0), "dense", comm, seed=comm.rank))
     spec = "onebit" if comm.rank else "dense"
     assert "onebit" in same_error(comm, MismatchError,
                                   lambda: mpicomp.Averager(arrays(0), spec, comm))

@@ -73,7 +73,8 @@ class Averager:
             unknown = SpecError(f"an Averager has no parameters that exchange={method.exchange} "
                                 "could move: take another exchange, or a Reducer with an attached "
                                 "optimizer")
-        self._start(comm, named, method, settings, problem or unknown or settings.problem())
+        self._start(comm, named, method, settings, problem or unknown or settings.problem(),
+                    **settings.facts)
 
     def _start(self, comm, named, method, settings, problem, slot=ArraySlot, rows=(), **facts):
         """Agree with all ranks, and take all the memory that will be needed. Collective.
