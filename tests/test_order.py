@@ -159,9 +159,9 @@ def test_work_to_agree_on_an_order_grows_as_parameters_do(comm):
 
     reducer = mpicomp.Reducer(parameters(**{f"p{i}": 2 for i in range(80)}), "dense", comm,
                               bucket_bytes=8)
-    reducer.averager.buckets._seen = list(map(Number, range(40)))
+    reducer.averager.buckets.order._seen = list(map(Number, range(40)))
     reducer.averager.buckets.agree(False, False)
-    assert reducer.averager.buckets.next == [*range(40), *range(79, 39, -1)]
+    assert reducer.averager.buckets.order.next == [*range(40), *range(79, 39, -1)]
     assert len(hashed) <= 2 * 80
 
 

@@ -527,7 +527,7 @@ class Averager:
         are under way: call `deliver` first.
         """
         self.require_settled("state_dict()")
-        return {"step": self.step, **self.buckets.state(), **self.buckets.residuals(),
+        return {"step": self.step, **self.buckets.order.state(), **self.buckets.residuals(),
                 **self.mode.state()}
 
     @in_memory
@@ -550,11 +550,10 @@ class Averager:
             if key not in ("step", "order", "shard") and tuple(state[key].shape) != array.shape:
                 raise MismatchError(f"rank {self.comm.rank}: saved {key!r} has shape "
                                     f"{list(state[key].shape)}, expected {list(array.shape)}")
-        if objection := self.buckets.objection(state):
+        if objection := self.buckets.order.objection(state):
             raise MismatchError(f"rank {self.comm.rank}: {objection}")
         self.buckets.restore(state)
         self.mode.restore(state)
-        self.buckets.restore_residuals(state)
         self.step, self.checked = int(state["step"]), False
         self.link.exchange.restart(max(self.step, self.method.warmup))
         if self.ratio:
@@ -582,7 +581,7 @@ class Averager:
             raise SpecError(f"regroup: {refusal}")
         mpi.keep(self.link.pipeline.abandon())
         comm = mpi.communicator(comm, self.link.timeout, "moving a Reducer to fewer ranks")
-        order = np.array(self.buckets.order, np.int32)
+        order = np.array(self.buckets.order.coming, np.int32)
         # whoever died in the first step may have told it to some only
         mpi.wait(comm, comm.Ibcast(order), self.link.timeout, "agreeing on buckets")
         link = self.link.over(comm, self.settings)

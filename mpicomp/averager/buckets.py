@@ -1,16 +1,10 @@
-"""Buckets: arrays side by side in flat float32 memory, each bucket with what exchanges it.
-
-Arrays are registered in one order and complete in another; a bucket that waits for an array that
-comes late holds up all behind it. So the first step notes in which order arrays complete, as
-torch's DistributedDataParallel does; rank 0's order is taken by all, and where it cuts other
-buckets than the reverse order of registration, buckets are made anew before the second step.
-Residuals are kept by name, so nothing that is owed is lost.
-"""
+"""Buckets: arrays side by side in flat float32 memory, each bucket with what exchanges it."""
 
 import numpy as np
 
 from mpicomp import kernels
 from mpicomp.errors import MismatchError
+from mpicomp.averager.order import Order
 from mpicomp.layout import Layout
 from mpicomp.transport import staging
 from mpicomp.transport.agree import digest
@@ -102,19 +96,14 @@ class Buckets:
     plan    64-bit digest of everything that all ranks must agree on
     names   {name: (bucket, slot)}
     slots   of all buckets, in one list that stays the same object
-    now     numbers of the arrays, as registered, in the order of the buckets
+    order   of the arrays in the buckets: see order.py
     frozen  names of the arrays that stand still in this step: nothing is handed out for them
     """
 
     def __init__(self, named, bucket_bytes, memory, slot, plan):
         self.plan, self._first_plan = plan, plan
-        self._named, self._bytes, self._memory, self._slot = list(named), bucket_bytes, memory, slot
-        self._number = {name: i for i, (name, _) in enumerate(self._named)}
-        # backward ends with the first parameters
-        self._registered = list(reversed(range(len(self._named))))
-        self.now, self.next = self._registered, None
-        self._seen, self._noting, self._shared = [], True, {}
-        self._link = None
+        self._bytes, self._memory, self._slot, self._link = bucket_bytes, memory, slot, None
+        self.order, self._shared = Order(named), {}
         self.names, self.slots = {}, []
         self._make()
 
@@ -129,7 +118,7 @@ class Buckets:
 
     def _make(self):
         self._all = [Bucket(i, group, self._memory, self._slot)
-                     for i, group in enumerate(self._groups(self.now))]
+                     for i, group in enumerate(self._groups(self.order.now))]
         old, self.names = self.names, {slot.name: (bucket, slot) for bucket in self._all
                                        for slot in bucket.slots}
         self.slots[:] = [slot for _, slot in self.names.values()]
@@ -177,8 +166,7 @@ class Buckets:
 
     def note(self, name):
         """An array is complete."""
-        if self._noting:
-            self._seen.append(self._number[name])
+        self.order.note(name)
 
     def agree(self, stays, share):
         """After the first step: take rank 0's order. Collective, once, if there are buckets.
@@ -186,16 +174,12 @@ class Buckets:
         Nothing is re-ordered where `stays`. With `share` owners of second residuals change, so all
         ranks must take part at once; elsewhere `apply` makes the buckets when the next step begins.
         """
-        if not self._noting:
+        if not self.order.end_noting() or len(self._all) == 1 or stays:
             return
-        self._noting = False
-        if len(self._all) == 1 or stays:
-            return
-        seen = dict.fromkeys(self._seen)  # what never arrived comes last
-        order = np.array([*seen, *(i for i in self.now if i not in seen)], np.int32)
+        order = np.array(self.order.seen, np.int32)
         self._link.broadcast(order, "agreeing on buckets")
-        if self._cut(order) != self._cut(self.now):
-            self.next = order.tolist()
+        if self._cut(order) != self._cut(self.order.now):
+            self.order.next = order.tolist()
             if share:
                 self._share()
                 self.apply()
@@ -214,7 +198,7 @@ class Buckets:
                 self._shared |= {(kind, s.name): total[s.slice] for s in bucket.layout.segments}
 
     def _groups(self, order):
-        return groups([self._named[i] for i in order], self._bytes)
+        return groups(self.order.arranged(order), self._bytes)
 
     def _cut(self, order):
         """The names in each bucket, were they cut in this order."""
@@ -222,17 +206,17 @@ class Buckets:
 
     def apply(self):
         """Between two steps: make the buckets that were agreed on."""
-        if self.next is not None:
-            self._rebuild(self.next)
+        if self.order.next is not None:
+            self._rebuild(self.order.next)
 
     def _rebuild(self, order):
-        self.now, self.next = list(order), None
+        self.order.now, self.order.next = list(order), None
         kept = {(kind, s.name): array[s.slice] for bucket in self._all
                 for kind, array in bucket.codec.persistent().items()
                 for s in bucket.layout.segments} | self._shared
         self.plan = self._first_plan
-        if self.now != self._registered:
-            self.plan ^= digest(str(self.now))
+        if self.order.now != self.order.registered:
+            self.plan ^= digest(str(self.order.now))
         self._make()
         self.open(self._link)
         for bucket in self._all:
@@ -249,32 +233,23 @@ class Buckets:
 
         first  is the first step still to be made?
         """
-        self._link, self._noting, self._seen = link, first, []
+        self._link = link
+        self.order.restart(noting=first)
         self._rebuild(order)
 
     # ---- state ----
 
-    @property
-    def order(self) -> list:
-        """The order that the next step has."""
-        return self.next or self.now
-
-    def state(self) -> dict:
-        """{"order": int64[arrays]}, or nothing where buckets are as they were first made."""
-        return {} if self.order == self._registered else {"order": np.array(self.order)}
-
     def restore(self, state):
-        """Take over the order of a saved state; a state of the first step or later has one."""
-        order = [int(i) for i in state["order"]] if "order" in state else self._registered
-        self._noting, self._seen, self.next = not int(state["step"]), [], None
-        if order != self.now:
+        """Take over the order of a saved state, and what this rank owed."""
+        order = self.order.saved(state)
+        self.order.restart(noting=not int(state["step"]))
+        if order != self.order.now:
             self._rebuild(order)
-
-    def objection(self, state) -> str | None:
-        """Why a saved state's order does not fit these arrays, or None."""
-        if "order" in state and sorted(map(int, state["order"])) != sorted(self._registered):
-            return (f"saved 'order' has {len(state['order'])} parameters, expected each of "
-                    f"{len(self._registered)} once")
+        for bucket in self._all:
+            bucket.codec.restore({
+                kind: np.concatenate([_flat(state[f"{kind}/{s.name}"])
+                                      for s in bucket.layout.segments])
+                for kind in bucket.codec.persistent()})
 
     def residuals(self) -> dict:
         """{"error/<name>": float32 array with the shape of that array, a copy on the host} ..."""
@@ -283,14 +258,6 @@ class Buckets:
                 for kind, array in ((kind, staging.fetched(array))
                                     for kind, array in bucket.codec.persistent().items())
                 for s in bucket.layout.segments}
-
-    def restore_residuals(self, state):
-        """Take over what `residuals` gave, as NumPy arrays or torch tensors."""
-        for bucket in self._all:
-            bucket.codec.restore({
-                kind: np.concatenate([_flat(state[f"{kind}/{s.name}"])
-                                      for s in bucket.layout.segments])
-                for kind in bucket.codec.persistent()})
 
     def require_no_step(self, rank, what):
         """MismatchError where arrays have come that no step has used."""
