@@ -3,8 +3,8 @@
 import numpy as np
 
 from mpicomp import kernels
-from mpicomp.errors import MismatchError
 from mpicomp.averager.order import Order
+from mpicomp.errors import MismatchError
 from mpicomp.layout import Layout
 from mpicomp.transport import staging
 from mpicomp.transport.agree import digest

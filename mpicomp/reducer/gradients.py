@@ -1,10 +1,10 @@
-"""An Averager of the gradients of parameters: what Reducer and mpicomp.ddp are made of."""
+"""An averager of the gradients of parameters: what Reducer and mpicomp.ddp are made of."""
 
 import numpy as np
 import torch
 
 from mpicomp import mpi
-from mpicomp.averager.averager import Averager, resolved
+from mpicomp.averager.engine import Engine, resolved
 from mpicomp.averager.settings import Settings
 from mpicomp.errors import SpecError
 from mpicomp.reducer.parameters import trainable
@@ -14,7 +14,7 @@ from mpicomp.reducer.slot import GradientSlot
 from mpicomp.reducer.sparse import Sparse, divide
 
 
-class Gradients(Averager):
+class Gradients(Engine):
     """Averages p.grad of (name, parameter) pairs. The arguments are those of Reducer.
 
     optimizers  that step on the mean: a step is applied when one has done so
@@ -39,9 +39,9 @@ class Gradients(Averager):
         named, in_rows, wrong = divide(named, sparse, method)
         self.optimizers, self.listeners, self.owner = [], [], Owner()
         self.rows = Sparse(self, in_rows)
-        self._start(comm, named, method, settings, problem or wrong, rows=in_rows,
-                    slot=self._slot, sparse=list(sparse), **settings.facts,
-                    check_replicas_every=check_replicas_every)
+        super().__init__(comm, named, method, settings, problem or wrong, self._slot, in_rows,
+                         sparse=list(sparse), **settings.facts,
+                         check_replicas_every=check_replicas_every)
         self.checked = False
 
     def _slot(self, *arguments):
