@@ -67,7 +67,6 @@ class Recovery:
         self._tracked, self.lost = [], []
         self._committed = self._late = False
         self.why = _missing()
-        self.active = self.why is None
         self._votes = self.active and reducer.irreplaceable is None
         if self._votes:
             reducer.averager.guard = self
@@ -76,6 +75,11 @@ class Recovery:
             reducer.stats.notes.append(f"a dead rank ends this job: {note}")
             if self.rank == 0:
                 print(f"mpicomp: {reducer.stats.notes[-1]}", file=sys.stderr)
+
+    @property
+    def active(self) -> bool:
+        """Does this job survive a dead rank?"""
+        return self.why is None
 
     @property
     def rank(self) -> int:

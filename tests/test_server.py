@@ -207,7 +207,8 @@ def test_worked_example_of_push_and_pull(comm):
         owed = [0, 0, 0, 0, .1, 0, .2, -.1]
     wait_for(pair, reducer)
     if pair.rank == 1:  # the server keeps what it has not said
-        kept = reducer.averager.link.exchange.latest - reducer.averager.link.exchange.given[0]
+        shard = reducer.averager.link.exchange.shard
+        kept = shard.latest - shard.given[0]
         np.testing.assert_allclose(kept, [0, 0, 0, 0, 0, -.06, 0, 0], atol=1e-6)
     reducer.deliver()
     for name in ("theirs", "mine"):

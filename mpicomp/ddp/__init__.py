@@ -74,13 +74,13 @@ class HookState:
     def _begin(self):
         """Set the state before the first step."""
         self._averager, self._loaded, self._scaler = None, None, None
-        self._shown, self._stats = [], Meter()
+        self._shown = []
         self._given = []        # slots that DDP has filled in this step
-        self._futures = []      # (future, DDP's buffer, its parameters) of this step
+        self.futures = []      # (future, DDP's buffer, its parameters) of this step
         self._standing_in = None  # the DDP that is out of examples, within its join()
         self._copied = None     # what a copy must find again
         self._frozen = []       # (name, parameter): in no bucket, neither DDP's nor ours
-        self._since = None      # when this step's last bucket came, while torch may wait for us
+        self.since = None      # when this step's last bucket came, while torch may wait for us
 
     def _make(self, named_parameters):
         """Make the averager, whose slots DDP fills."""
@@ -102,14 +102,14 @@ class HookState:
 
         The futures of all buckets are set when the last bucket has come and the mean is there.
         """
-        self._since = None
-        if not self._futures:
+        self.since = None
+        if not self.futures:
             self._standing_in = _joined()
         self._mark_packets()
         buffer, parameters = bucket.buffer(), bucket.parameters()
         gradients = [buffer] if buffer.is_sparse else bucket.gradients()
         future = torch.futures.Future()
-        self._futures.append((future, buffer, parameters))
+        self.futures.append((future, buffer, parameters))
         if self._averager is None:
             self._shown.append(list(zip(parameters, gradients, strict=True)))
             if bucket.is_last():
@@ -126,7 +126,7 @@ class HookState:
         if bucket.is_last():
             self._finish()
         else:
-            self._since = perf_counter()
+            self.since = perf_counter()
         return future
 
     def _mark_packets(self):
@@ -152,9 +152,9 @@ class HookState:
         try:
             self._averager.finish()
         finally:
-            given, futures = list(self._given), list(self._futures)
+            given, futures = list(self._given), list(self.futures)
             self._given.clear()
-            self._futures.clear()
+            self.futures.clear()
         if self._averager.stats.skipped > skipped:
             self._leave_out(given)
         for slot in given:
@@ -209,7 +209,7 @@ class HookState:
     @property
     def stats(self):
         """Bytes, ratio, steps and seconds, as Reducer.stats."""
-        return self._stats if self._averager is None else self._averager.stats
+        return Meter() if self._averager is None else self._averager.stats
 
     def check_replicas(self, model=None, **objects):
         """As Reducer.check_replicas: check_replicas(net, optimizer=optimizer)."""

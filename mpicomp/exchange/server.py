@@ -30,16 +30,29 @@ BACK = 1 << 32  # philox.part of pulls: this plus the worker; of pushes: the own
 PAUSE = 1e-3  # seconds between two looks of the thread
 
 
+class Shard:
+    """The part of the parameters that this rank owns.
+
+    place      slice of the bucket
+    latest     float32[n], these parameters
+    grad       float32[n], what `optimizer.step()` finds as their gradient
+    given      {rank: float32[n]}, what each worker has been told so far
+    optimizer  moves `latest` by `grad`; None until the Reducer has made it
+    weight     of a push, before it is applied
+    """
+
+    def __init__(self, place, zeros, ranks):
+        size = place.stop - place.start
+        self.place, self.latest, self.grad = place, zeros(size), zeros(size)
+        self.given = {rank: zeros(size) for rank in range(ranks)}
+        self.optimizer, self.weight = None, 1.0
+
+
 @dataclass(eq=False, repr=False)
 class Server(Asynchronous):
     """Asynchronous, every rank owns parameters and their optimizer (Aji & Heafield 2017).
 
     A rank is at rest, and takes nothing in, from the end of `settle` until its next step.
-
-    own     slice of the bucket: the part of the parameters that this rank owns
-    latest  float32[own part], these parameters
-    grad    float32[own part], what `optimizer.step()` finds as their gradient
-    given   {rank: float32[own part]}, what each worker has been told so far
     """
 
     name = "server"
@@ -50,7 +63,7 @@ class Server(Asynchronous):
 
     def __post_init__(self, wire):
         super().__post_init__(wire)
-        self.optimizer, self._stop = None, None
+        self._stop = None
         self.threaded = self.thread and wire.size > 1 and _threads_may_call_mpi()
         if self.thread and wire.size > 1 and not self.threaded:
             wire.meter.notes.append("this MPI allows one thread only: a rank serves its shard from "
@@ -78,11 +91,9 @@ class Server(Asynchronous):
         self.plan, self.seed, self.core = plan, seed, compressor.core
         self.borders = equal_borders(layout, self.wire.size)
         self.layouts = [part(layout, *pair) for pair in zip(self.borders, self.borders[1:])]
-        self.own = slice(self.borders[me], self.borders[me + 1])
+        self.shard = Shard(slice(self.borders[me], self.borders[me + 1]), zeros, self.wire.size)
         self.worker = ServerBucket(self, compressor, layout, index, grad, plan, seed)
-        size = self.layouts[me].size
-        self.latest, self.grad, self._delta = zeros(size), zeros(size), zeros(size)
-        self.given = {rank: zeros(size) for rank in range(self.wire.size)}
+        self._delta = zeros(self.layouts[me].size)
         self._box = zeros(self.core.capacity(self.layouts[me]), np.uint8)
         self._state = self.core.init(self.layouts[me], grad)
         if self.core.persistent(self._state):
@@ -100,9 +111,9 @@ class Server(Asynchronous):
 
         Pushes are multiplied by `weight` before they are applied.
         """
-        for given in self.given.values():
-            given[...] = self.latest
-        self.weight, self.settled = weight, False
+        for given in self.shard.given.values():
+            given[...] = self.shard.latest
+        self.shard.weight, self.settled = weight, False
         if self.threaded:
             self._stop = threading.Event()
             self._thread = threading.Thread(target=self._serve, args=(self._stop,), daemon=True,
@@ -132,16 +143,16 @@ class Server(Asynchronous):
     def shares(self, flat):
         """Gather all shards in `flat`, the same bits on all ranks. Collective, after `settle`."""
         lengths = np.diff(self.borders)
-        self.wire.meter.count("Allgatherv", self.latest.nbytes, flat.nbytes - self.latest.nbytes)
-        self._wait_for(self.post.comm.Iallgatherv(self.latest, [flat, lengths]))
+        self.wire.meter.count("Allgatherv", self.shard.latest.nbytes, flat.nbytes - self.shard.latest.nbytes)
+        self._wait_for(self.post.comm.Iallgatherv(self.shard.latest, [flat, lengths]))
 
     def apply_sum(self, flat):
         """Apply the sum over ranks of `flat`, each owner its part, as one push. After `settle`."""
-        self.wire.meter.count("Reduce_scatter", flat.nbytes - self.latest.nbytes,
-                              self.latest.nbytes)
-        self._wait_for(self.post.comm.Ireduce_scatter(flat, self.grad, np.diff(self.borders)))
-        self.grad *= np.float32(self.weight)
-        self.optimizer.step()
+        self.wire.meter.count("Reduce_scatter", flat.nbytes - self.shard.latest.nbytes,
+                              self.shard.latest.nbytes)
+        self._wait_for(self.post.comm.Ireduce_scatter(flat, self.shard.grad, np.diff(self.borders)))
+        self.shard.grad *= np.float32(self.shard.weight)
+        self.shard.optimizer.step()
 
     def _wait_for(self, request):
         mpi.wait(self.post.comm, request, mpi.limit(self.post.comm), "bringing shards together")
@@ -179,8 +190,8 @@ class Server(Asynchronous):
                                      self.layouts[owner], self._key(owner, self.wire.rank, told))
                 parcel.release()
             bucket.pulls.clear()
-            mine, own = self.given[self.wire.rank], bucket.grad[self.own]
-            np.subtract(self.latest, mine, out=own)
+            mine, own = self.shard.given[self.wire.rank], bucket.grad[self.shard.place]
+            np.subtract(self.shard.latest, mine, out=own)
             mine += own  # as the parameter itself will be moved
 
     # ---- the owner ----
@@ -200,15 +211,15 @@ class Server(Asynchronous):
         """Step the shard's optimizer on one push, unless there is no gradient in it."""
         if not flags:
             key = self.worker.key(step, worker, self.wire.rank)
-            self.core.decode_sum([payload], self.grad, self.layouts[self.wire.rank], [key],
-                                 self.weight)
-            self.optimizer.step()
+            self.core.decode_sum([payload], self.shard.grad, self.layouts[self.wire.rank], [key],
+                                 self.shard.weight)
+            self.shard.optimizer.step()
 
     def _answer(self, worker, step):
         """Send a worker, compressed, how its copy of the shard differs from the shard."""
-        given, layout = self.given[worker], self.layouts[self.wire.rank]
+        given, layout = self.shard.given[worker], self.layouts[self.wire.rank]
         key = self._key(self.wire.rank, worker, step)
-        np.subtract(self.latest, given, out=self._delta)
+        np.subtract(self.shard.latest, given, out=self._delta)
         self.core.measure(self._delta, layout, self._state)
         used = self.core.encode(self._delta, self._box, layout, key, self._state)
         self.core.decode_add(self._box[:used], given, layout, key)

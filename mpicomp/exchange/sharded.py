@@ -20,6 +20,45 @@ from mpicomp.transport.slots import Gather, Scatter
 SECOND = 1 << 32  # philox.part of the second quantisation; of the first: the owner
 
 
+class Scales:
+    """What the codecs of all shards measure, side by side, so that one call agrees on all of it."""
+
+    def __init__(self, grad, codecs):
+        self.codecs = codecs
+        self.values = kernels.of(grad).zeros(sum(codec.shared.size for codec in codecs))
+        self.asked, self.agreed = to_agree(grad, self.values)
+
+    def _parts(self):
+        at = 0
+        for codec in self.codecs:
+            yield codec, slice(at, at + codec.shared.size)
+            at += codec.shared.size
+
+    def measure(self, flags):
+        """Fill `asked`."""
+        for codec, part in self._parts():
+            codec.measure(flags)
+            self.values[part] = codec.shared
+        staging.leave(self.asked)
+
+    def hand_out(self):
+        """Give each codec its part of `agreed`."""
+        agreed = staging.arrive(self.agreed, now=True)
+        for codec, part in self._parts():
+            codec.shared[...] = agreed[part]
+
+
+class History:
+    """AdaGrad's sum of squares: `now`, and `ahead` as it is when the step has been applied."""
+
+    def __init__(self, zeros, size):
+        self.now, self.ahead = zeros(size), zeros(size)
+
+    def swap(self):
+        """The step was applied."""
+        self.now, self.ahead = self.ahead, self.now
+
+
 class ShardedBucket(BucketExchange):
     """P first codecs, one a shard, and the owner's second.
 
@@ -27,8 +66,7 @@ class ShardedBucket(BucketExchange):
     """
 
     def __init__(self, exchange, compressor, layout, index, grad, plan, seed):
-        self.exchange, self.rank, self.fixed = exchange, exchange.wire.rank, compressor.fixed
-        self.zeros = zeros = kernels.of(grad).zeros
+        self.exchange, zeros = exchange, kernels.of(grad).zeros
         self.shards, self.flat = cut(layout, exchange.wire.size), zeros(layout.size)
         self.outbox, self.out_starts, sizes = self._outboxes(compressor, grad)
         self.first, start = [], 0
@@ -39,12 +77,11 @@ class ShardedBucket(BucketExchange):
             start = end
         own = self.shards[self.rank].layout
         # slots have one size
-        second = None if self.fixed else staging.buffers_for(grad)(max(sizes), "uint8")
+        second = None if compressor.fixed else staging.buffers_for(grad)(max(sizes), "uint8")
         self.second = Codec(compressor, own, index, zeros(own.size), plan,
                             philox.part(seed, SECOND), second)
         super().__init__(layout, index, grad, [*self.first, self.second])
-        self.history = zeros(own.size) if exchange.adagrad else None
-        self.history_ahead = zeros(own.size) if exchange.adagrad else None
+        self.history = History(zeros, own.size) if exchange.adagrad else None
         self.received = self.payloads = None
         self._take_buffers(exchange.wire, sizes)
 
@@ -56,7 +93,7 @@ class ShardedBucket(BucketExchange):
             end = starts[-1] + size
             starts.append(end + -end % 4)  # whole words, which a GPU must have
         whole = starts.pop()
-        if self.fixed:  # MPI counts up to the last
+        if compressor.fixed:  # MPI counts up to the last
             self.exchange.wire.fits(max(whole, (len(sizes) - 1) * max(sizes)))
         return staging.buffers_for(grad)(whole, "uint8"), starts, sizes
 
@@ -69,16 +106,17 @@ class ShardedBucket(BucketExchange):
         else:
             self.scatter = Scatter(wire, sizes, self.grad)
             self.gather_all = Gather(wire, max(sizes), self.grad)
-        measured = [codec.shared.size for codec in self.first if codec.shared is not None]
-        self.shared = self.zeros(sum(measured)) if measured else None
-        self.asked, self.agreed = to_agree(self.grad, self.shared)
+        measured = [codec for codec in self.first if codec.shared is not None]
+        self.scales = Scales(self.grad, measured) if measured else None
 
-    def shared_parts(self):
-        """(codec, its slice of `shared`) of each shard."""
-        at = 0
-        for codec in self.first:
-            yield codec, slice(at, at + codec.shared.size)
-            at += codec.shared.size
+    @property
+    def rank(self):
+        return self.exchange.wire.rank
+
+    @property
+    def fixed(self):
+        """Have all packets the length that the layout tells?"""
+        return self.second.compressor.fixed
 
     def gather(self):
         """Bring the bucket into the order of the shards."""
@@ -102,7 +140,7 @@ class ShardedBucket(BucketExchange):
                     continue
                 mine.compressor.decode_add(payload, total, mine.layout, mine.key(step, rank), 1.0)
         if self.history is not None:
-            kernels.of(total).adagrad(total, self.history, self.history_ahead)
+            kernels.of(total).adagrad(total, self.history.now, self.history.ahead)
         return flags
 
     def commit(self):
@@ -111,7 +149,7 @@ class ShardedBucket(BucketExchange):
                 codec.commit()
         self.second.commit()
         if self.history is not None:
-            self.history, self.history_ahead = self.history_ahead, self.history
+            self.history.swap()
 
     def persistent(self) -> dict:
         """{"error": first residuals, "error2": the owner's, zero elsewhere, "adagrad": ...}."""
@@ -121,13 +159,13 @@ class ShardedBucket(BucketExchange):
         own = self.shards[self.rank]
         self._collect(found, own, {f"{k}2": v for k, v in self.second.persistent().items()})
         if self.history is not None:
-            self._collect(found, own, {"adagrad": self.history})
+            self._collect(found, own, {"adagrad": self.history.now})
         return found
 
     def _collect(self, found, shard, arrays):
         for kind, array in arrays.items():
             if kind not in found:
-                found[kind] = self.zeros(self.layout.size)
+                found[kind] = kernels.of(self.grad).zeros(self.layout.size)
             shard.scatter(array, found[kind])
 
     def restore(self, arrays):
@@ -140,7 +178,7 @@ class ShardedBucket(BucketExchange):
         for kind, array in self.second.persistent().items():
             own.gather(arrays[f"{kind}2"], array)
         if self.history is not None:
-            own.gather(arrays["adagrad"], self.history)
+            own.gather(arrays["adagrad"], self.history.now)
 
     def _within_reach(self, arrays):
         """Move residuals where this cut of the bucket, over so many ranks, will use them.
@@ -208,16 +246,11 @@ class Sharded(Exchange):
 
         with self.wire.meter.stage("encode"):
             bucket.gather()
-        if bucket.shared is not None:
+        if bucket.scales is not None:
             with self.wire.meter.stage("encode"):
-                for codec, part in bucket.shared_parts():
-                    codec.measure(flags)
-                    bucket.shared[part] = codec.shared
-                staging.leave(bucket.asked)
-            yield [self.wire.allreduce(0, bucket.asked, bucket.agreed, MPI.MAX)]
-            agreed = staging.arrive(bucket.agreed, now=True)
-            for codec, part in bucket.shared_parts():
-                codec.shared[...] = agreed[part]
+                bucket.scales.measure(flags)
+            yield [self.wire.allreduce(0, bucket.scales.asked, bucket.scales.agreed, MPI.MAX)]
+            bucket.scales.hand_out()
         me, size = self.wire.rank, self.wire.size
         with self.wire.meter.stage("encode"):
             used = [codec.encode(step, me, flags) for codec in bucket.first]

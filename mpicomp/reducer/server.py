@@ -25,18 +25,18 @@ class Server(Peers):
         exchange = self._exchange
         if not exchange.settled:
             return
-        if exchange.optimizer is None:
-            exchange.optimizer = self._make_shard()
+        if exchange.shard.optimizer is None:
+            exchange.shard.optimizer = self._make_shard()
         if self._saved is not None:
-            exchange.optimizer.load_state_dict(self._saved)
+            exchange.shard.optimizer.load_state_dict(self._saved)
             self._saved = None
-        exchange.optimizer.read()
+        exchange.shard.optimizer.read()
         exchange.resume(self.averager.share)
 
     def _make_shard(self):
-        exchange = self._exchange
-        return ShardOptimizer(self.averager.buckets[0], exchange.own.start, exchange.own.stop,
-                              self.averager.optimizers, exchange.latest, exchange.grad)
+        shard = self._exchange.shard
+        return ShardOptimizer(self.averager.buckets[0], shard.place.start, shard.place.stop,
+                              self.averager.optimizers, shard.latest, shard.grad)
 
     def hand_out(self, buckets):
         for bucket in buckets:
@@ -72,7 +72,7 @@ class Server(Peers):
     def state(self):
         if self._saved is not None:
             return {"shard": self._saved}
-        return {"shard": (self._exchange.optimizer or self._make_shard()).state_dict()}
+        return {"shard": (self._exchange.shard.optimizer or self._make_shard()).state_dict()}
 
     def restore(self, state):
         """Keep the state of a shard for the next step, when its optimizer is made."""

@@ -6,12 +6,12 @@ bfloat16 are widened by that same copy, and what arrives is rounded once, so eve
 float32. Gradients from elsewhere are copied in and out.
 """
 
+import numpy as np
 import torch
 
 from mpicomp import kernels
 from mpicomp.averager.slot import Slot, refuse_overflow
 from mpicomp.reducer.pending import Pending, plain
-from mpicomp.transport import staging
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -33,9 +33,12 @@ class GradientSlot(Slot):
         self.parameter, self.view = parameter, bucket.view(segment)
         self.owner = owner  # whose gradients those are that come from here: see `owner_of`
         self._address, self._kind, self._at = self.view.data_ptr(), kind(parameter), ()
-        self._on_host = not staging.is_device_array(self.flat)
         self._shown = self._pending = self._handed = self._own = None
         self._version = 0
+
+    @property
+    def _on_host(self):
+        return isinstance(self.flat, np.ndarray)
 
     def follow(self, old):
         self.scale = old.scale

@@ -29,7 +29,7 @@ class Meter:
         self.reasons, self.reason, self.notes = Counter(), "", []
         self.last = {"sent": 0, "received": 0, "dense": 0}
         self.last_reasons = Counter()
-        self._before, self._reasons_before = (0, 0, 0), Counter()
+        self._before = (0, 0, 0), Counter()  # totals and reasons when the last step ended
         self._here = local()  # stages nest per thread
 
     @property
@@ -68,11 +68,10 @@ class Meter:
         self.steps += 1
         self.skipped += bool(skipped)
         self.dense += dense
-        now = (self.sent, self.received, self.dense)
-        self.last = dict(zip(self.last, (n - b for n, b in zip(now, self._before))))
-        self._before = now
-        self.last_reasons = self.reasons - self._reasons_before
-        self._reasons_before = Counter(self.reasons)
+        now, (before, reasons) = (self.sent, self.received, self.dense), self._before
+        self.last = dict(zip(self.last, (n - b for n, b in zip(now, before))))
+        self.last_reasons = self.reasons - reasons
+        self._before = now, Counter(self.reasons)
 
     def __str__(self):
         seconds = ", ".join(f"{k} {v:.2f} s" for k, v in self.seconds.items())

@@ -89,14 +89,14 @@ class Vigil:
     def look(self):
         """From the thread: have torch raise StallError if the last bucket is overdue."""
         state = self._state()
-        since = state and state._since
+        since = state and state.since
         if since is None or perf_counter() - since < self._timeout:
             return
-        state._since = None
+        state.since = None
         error = StallError(
             f"rank {self.comm.rank} waited {self._timeout:g} s in backward() for DDP's last "
-            f"bucket, after {len(state._futures)} others: it never comes with skip_all_reduce_"
+            f"bucket, after {len(state.futures)} others: it never comes with skip_all_reduce_"
             "unused_params=True, which the hook cannot work with; leave it out")
         watchdog.say(self.comm, f"StallError: {error}")
-        for future, *_ in state._futures:
+        for future, *_ in state.futures:
             future.set_exception(error)  # torch's wait ends
