@@ -143,14 +143,16 @@ class Server(Asynchronous):
     def shares(self, flat):
         """Gather all shards in `flat`, the same bits on all ranks. Collective, after `settle`."""
         lengths = np.diff(self.borders)
-        self.wire.meter.count("Allgatherv", self.shard.latest.nbytes, flat.nbytes - self.shard.latest.nbytes)
+        mine = self.shard.latest.nbytes
+        self.wire.meter.count("Allgatherv", mine, flat.nbytes - mine)
         self._wait_for(self.post.comm.Iallgatherv(self.shard.latest, [flat, lengths]))
 
     def apply_sum(self, flat):
         """Apply the sum over ranks of `flat`, each owner its part, as one push. After `settle`."""
         self.wire.meter.count("Reduce_scatter", flat.nbytes - self.shard.latest.nbytes,
                               self.shard.latest.nbytes)
-        self._wait_for(self.post.comm.Ireduce_scatter(flat, self.shard.grad, np.diff(self.borders)))
+        lengths = np.diff(self.borders)
+        self._wait_for(self.post.comm.Ireduce_scatter(flat, self.shard.grad, lengths))
         self.shard.grad *= np.float32(self.shard.weight)
         self.shard.optimizer.step()
 
