@@ -1,7 +1,8 @@
 """Make every rank start from the same parameters and the same optimizer state."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,11 +22,17 @@ from mpicomp.reducer.replicas import (
 from mpicomp.reducer.startup import stall_limit
 from mpicomp.transport.agree import agree
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
 PIECE = 1 << 30  # bytes of one call: MPI 3 counts to 2**31 - 1
 EXTRA = "_extra_state"  # what torch calls the entry of get_extra_state() in a state_dict
 
 
-def broadcast_parameters(module_or_state_dict, comm=None, root=0):
+def broadcast_parameters(
+        module_or_state_dict: torch.nn.Module | Mapping[str, Any]
+        | Iterable[torch.Tensor | tuple[str, torch.Tensor]],
+        comm: "MPI.Comm | None" = None, root: int = 0) -> None:
     """Give every rank the parameters and buffers of rank `root`, in place.
 
     Takes a torch.nn.Module, a state_dict, (name, tensor) pairs, or a list of tensors such as
@@ -74,7 +81,8 @@ def broadcast_parameters(module_or_state_dict, comm=None, root=0):
         compare(comm, afterwards, timeout)
 
 
-def broadcast_optimizer_state(optimizer, comm=None, root=0):
+def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, comm: "MPI.Comm | None" = None,
+                              root: int = 0) -> None:
     """Give every rank the optimizer state (momenta, step counts, learning rates) of rank `root`.
 
     Raises MismatchError on every rank if classes, groups or the parameters in them differ, or one

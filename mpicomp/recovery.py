@@ -13,14 +13,22 @@ capability", IJHPCA 2013; MPI_Comm_revoke, _shrink, _agree as in Open MPI 5 (mpi
 import os
 import random
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from time import perf_counter, sleep, time
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
 from mpicomp import mpi
 from mpicomp.errors import DeadRankError, StallError
+from mpicomp.reducer import Reducer
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+T = TypeVar("T")
 
 SPIN = 20  # looks for the others' votes without a sleep between them
 HEARSAY = 1.0  # seconds after a revocation in which the library names the dead rank
@@ -56,8 +64,10 @@ class Recovery:
     (`Reducer.irreplaceable`), `run` raises DeadRankError on all that are left.
     """
 
-    def __init__(self, reducer, model=None, comm=None, *, keep=None, restore=None, regrouped=None,
-                 least=1):
+    def __init__(self, reducer: Reducer, model: torch.nn.Module | None = None,
+                 comm: "MPI.Comm | None" = None, *, keep: Callable[[], Any] | None = None,
+                 restore: Callable[[Any], object] | None = None,
+                 regrouped: Callable[["Recovery"], object] | None = None, least: int = 1) -> None:
         self.reducer, self.model, self.least = reducer, model, least
         self._keep, self._restore, self._regrouped = keep, restore, regrouped
         limit = reducer._pipeline.timeout
@@ -87,14 +97,14 @@ class Recovery:
         """How many ranks are left."""
         return self.comm.size
 
-    def track(self, comm):
+    def track(self, comm: "MPI.Comm") -> "MPI.Comm":
         """Revoke this communicator, too, where a rank has died. To be made anew in `regrouped`."""
         self._tracked.append(mpi.intracommunicator(comm))
         return comm
 
     # ---- a piece ----
 
-    def run(self, work, *args):
+    def run(self, work: Callable[..., T], *args: Any) -> T:
         """work(*args), a piece that all ranks run; what it returned where nobody died in it.
 
         A piece makes one step of the optimizer, after which it does not communicate, or none, and
@@ -303,7 +313,7 @@ class Recovery:
 
     # ---- the end ----
 
-    def leave(self, status=0):
+    def leave(self, status: int = 0) -> None:
         """End this process with `status`, when all that are left have come here.
 
         Where `active`, not by way of MPI_Finalize, which may wait for the dead, nor of Python's

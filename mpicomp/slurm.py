@@ -6,6 +6,8 @@ launcher chosen by a variable; its end is the one here, and a test compares the 
 
 import re
 import shlex
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from mpicomp.errors import LaunchError
 
@@ -77,7 +79,7 @@ fi
 """
 
 
-def launcher_for(library):
+def launcher_for(library: str) -> str:
     """How srun must start ranks of this MPI library, by its MPI_Get_library_version.
 
     Raises LaunchError where that is not known.
@@ -90,8 +92,8 @@ def launcher_for(library):
                       f"with --mpi {'|'.join(LAUNCHERS)} (srun --mpi=list shows what there is)")
 
 
-def directives(*, name, nodes, ranks_per_node, cpus, gpus_per_node=0, time, warning=180,
-               extra=()):
+def directives(*, name: str, nodes: int, ranks_per_node: int, cpus: int, gpus_per_node: int = 0,
+               time: str, warning: int = 180, extra: Iterable[str] = ()) -> str:
     """The lines that sbatch reads; `extra` are further options of it, such as --partition=gpu.
 
     `time` as Slurm takes it; `warning` is how many seconds before it USR1 comes.
@@ -126,7 +128,8 @@ def _seconds(time):
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def script(command, *, mpi, made_by="mpicomp.slurm", setup=(), finished="", **resources):
+def script(command: Sequence[str], *, mpi: str, made_by: str = "mpicomp.slurm",
+           setup: Iterable[str] = (), finished: str = "", **resources: Any) -> str:
     """The text of a batch script that runs `command` (a list of words) on every rank.
 
     `mpi` is a key of LAUNCHERS, `setup` lines of shell that go before (module load ...), `finished`

@@ -7,8 +7,7 @@ from time import perf_counter
 
 import numpy as np
 
-from mpicomp import catalogue
-from mpicomp import kernels, mpi
+from mpicomp import catalogue, kernels, mpi
 from mpicomp.errors import SpecError
 from mpicomp.layout import Layout
 from mpicomp.philox import Key

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from mpicomp import catalogue
-from mpicomp import mpi
+from mpicomp import catalogue, mpi
 from mpicomp.bench.timing import in_turn, noise_warning, ratios, summary, table
 from mpicomp.layout import Layout
 from mpicomp.transport.calls import Wire

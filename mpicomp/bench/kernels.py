@@ -10,8 +10,7 @@ from time import perf_counter
 
 import numpy as np
 
-from mpicomp import catalogue
-from mpicomp import kernels
+from mpicomp import catalogue, kernels
 from mpicomp.bench.settled import settle
 from mpicomp.bench.timing import in_turn, noise_warning, ratios, summary, table
 from mpicomp.errors import SpecError

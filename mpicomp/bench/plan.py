@@ -1,7 +1,6 @@
 """`mpicomp plan`: what each method would take here, for how many ranks, and what to use."""
 
-from mpicomp import catalogue
-from mpicomp import mpi
+from mpicomp import catalogue, mpi
 from mpicomp.advice import advise, predict
 from mpicomp.bench.timing import table
 

@@ -18,7 +18,9 @@ import operator
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,14 +31,20 @@ from mpicomp.checkpoint.signals import RESUME, Signals
 from mpicomp.errors import CheckpointError
 from mpicomp.reducer.startup import stall_limit
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
 __all__ = ["RESUME", "Signals", "each_rank", "folders", "load", "newest", "objection",
            "repartition", "save", "write"]
 
+Where = str | os.PathLike[str]
 SLOWEST = 1e6  # bytes a second: time is given to write at this speed before it is a StallError
 _said = []  # not empty: this process has said that folders cannot be flushed
 
 
-def save(folder, comm, step, shared, mine, about=None, keep=2, stall_timeout=None):
+def save(folder: Where, comm: "MPI.Comm | None", step: int, shared: Mapping[str, Any],
+         mine: Mapping[str, Any], about: Mapping[str, Any] | None = None, keep: int = 2,
+         stall_timeout: float | None = None) -> None:
     """All ranks together: `shared` of rank 0 and `mine` of each rank, to folder/step-N.
 
     Both are dictionaries of tensors, numbers and plain containers, as state_dict() gives them;
@@ -150,7 +158,7 @@ def _together(comm, work, timeout):
     return [result for result, _ in everyone]
 
 
-def newest(folder):
+def newest(folder: Where) -> tuple[Path, dict[str, Any]] | None:
     """(path, manifest) of the newest checkpoint whose files are as its manifest says, or None.
 
     None also where there are `folders` and all are damaged. CheckpointError where a file is there
@@ -188,7 +196,7 @@ def _sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def objection(manifest, config):
+def objection(manifest: Mapping[str, Any], config: Any) -> str | None:
     """Why a run with this configuration cannot go on from that checkpoint, or None.
 
     `config` is compared as JSON gives it back: with lists for tuples, and names for numbers.
@@ -203,7 +211,7 @@ def objection(manifest, config):
     return None
 
 
-def load(path, rank, ranks=None):
+def load(path: Where, rank: int, ranks: int | None = None) -> tuple[Any, Any]:
     """(shared, mine) as they were given to save. Nothing in the files is executed.
 
     With `ranks`, how many there are now, CheckpointError if it was written by another number: what
@@ -218,7 +226,7 @@ def load(path, rank, ranks=None):
     return _read(path, "shared.pt"), _read(path, f"rank-{rank}.pt")
 
 
-def each_rank(path):
+def each_rank(path: Where) -> list[Any]:
     """What every rank gave as `mine`, in the order of the ranks: for another number of them."""
     return [_read(path, f"rank-{rank}.pt") for rank in range(_read_manifest(path)["ranks"])]
 
@@ -234,7 +242,7 @@ def _read(path, name):
     return torch.load(Path(path) / name, map_location="cpu", weights_only=True)
 
 
-def write(path, content):
+def write(path: Where, content: bytes) -> str:
     """Bytes to a file, on disk when it returns; gives back their sha256."""
     with open(path, "wb") as file:
         file.write(content)
@@ -282,7 +290,7 @@ def _sync(folder):
         os.close(handle)
 
 
-def folders(folder):
+def folders(folder: Where) -> list[Path]:
     """The folders of checkpoints in `folder`, whole or not, that of the highest step first.
 
     One that a new one of the same step was to replace counts where the new one is missing.

@@ -1,5 +1,8 @@
 """What P ranks owe, divided among another number of ranks, with nothing lost and nothing added."""
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
 import numpy as np
 import torch
 
@@ -8,7 +11,9 @@ from mpicomp.exchange.shards import cut
 from mpicomp.layout import Layout
 
 
-def repartition(states, ranks, *, keep="sum", holders=None) -> list[dict]:
+def repartition(states: Sequence[Mapping[str, Any]], ranks: int, *,
+                keep: Literal["sum", "mean"] = "sum",
+                holders: Iterable[int] | None = None) -> list[dict[str, Any]]:
     """The states of `ranks` Reducers that go on from those of len(states) others.
 
     states   Reducer.state_dict() of every rank that there was, in the order of the ranks

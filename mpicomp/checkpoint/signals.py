@@ -3,10 +3,15 @@
 import os
 import signal
 import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mpicomp import mpi
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 RESUME = os.EX_TEMPFAIL  # 75: "ended early and saved; start it again to go on"
 SAME = 5.0  # seconds; Slurm ends a job with two SIGTERM: one to its steps, one through srun
@@ -31,7 +36,8 @@ class Signals:
     of `comm`.
     """
 
-    def __init__(self, comm, signals=(signal.SIGTERM, signal.SIGUSR1)):
+    def __init__(self, comm: "MPI.Comm | None",
+                 signals: Iterable[int] = (signal.SIGTERM, signal.SIGUSR1)) -> None:
         self.comm = mpi.communicator(comm, what="starting Signals")
         # None: a handler of C's, which Python cannot put back
         self._before = {number: signal.signal(number, self._heard) or signal.SIG_DFL
@@ -51,7 +57,7 @@ class Signals:
         signal.signal(number, self._before[number])
         signal.raise_signal(number)
 
-    def post(self):
+    def post(self) -> None:
         """Tell the others what this rank has heard so far. Collective."""
         from mpi4py import MPI
 
@@ -66,12 +72,12 @@ class Signals:
         mpi.wait(self.comm, self._request, mpi.limit(self.comm), "agreeing on signals")
         return int(self._all[0])
 
-    def move(self, comm):
+    def move(self, comm: "MPI.Comm") -> "MPI.Comm":
         """Go on over another communicator, whose duplicate it returns; what was heard counts."""
         self.comm, self._request = mpi.communicator(comm, what="moving Signals"), None
         return self.comm
 
-    def close(self):
+    def close(self) -> None:
         """Signals do again what they did before."""
         for number, before in self._before.items():
             signal.signal(number, before)

@@ -13,13 +13,14 @@ group is.
 
 import copy
 import sys
+from collections.abc import Iterable, Mapping
 from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from mpicomp import catalogue
-from mpicomp import mpi
+from mpicomp import catalogue, mpi
 from mpicomp.ddp.process_group import MpiGroup, init_process_group
 from mpicomp.ddp.process_group.watch import Vigil
 from mpicomp.errors import SpecError
@@ -29,6 +30,9 @@ from mpicomp.reducer.bucket import Slot
 from mpicomp.reducer.lost_hooks import Nodes
 from mpicomp.transport import packet
 from mpicomp.transport.meter import Meter
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 __all__ = ["HookState", "MpiGroup", "comm_hook", "init_process_group"]
 
@@ -52,7 +56,9 @@ class HookState:
     settings and the residuals, and begins at its first step, as if made without named_parameters.
     """
 
-    def __init__(self, method="dense", comm=None, *, named_parameters=None, **keywords):
+    def __init__(self, method: catalogue.Method | str = "dense", comm: "MPI.Comm | None" = None, *,
+                 named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
+                 **keywords: Any) -> None:
         if "sparse" in keywords:
             raise SpecError(f"HookState: sparse={keywords['sparse']!r} found, which only "
                             "mpicomp.Reducer takes: leave it out, and sparse gradients of DDP are "
@@ -196,7 +202,7 @@ class HookState:
 
     # ---- as of a Reducer ----
 
-    def follow(self, scaler):
+    def follow(self, scaler: torch.amp.GradScaler) -> "HookState":
         """Exchange unscaled gradients under a torch.amp.GradScaler. Returns self.
 
         Residuals are then in true units though the scale moves, and a gradient that is not finite
@@ -212,24 +218,24 @@ class HookState:
         return self
 
     @property
-    def stats(self):
+    def stats(self) -> Meter:
         """Bytes, ratio, steps and seconds, as Reducer.stats."""
         return self._stats if self._reducer is None else self._reducer.stats
 
-    def check_replicas(self, model=None, **objects):
+    def check_replicas(self, model: torch.nn.Module | None = None, **objects: Any) -> None:
         """As Reducer.check_replicas; give the optimizer, too: (net, optimizer=optimizer)."""
         if self._reducer is None:
             raise SpecError("check_replicas() before the first step: type  HookState(method, "
                             "named_parameters=net.named_parameters())  to compare from the start")
         self._reducer.check_replicas(model, **objects)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """This rank's residuals by parameter name, as Reducer.state_dict: save one a rank."""
         if self._reducer is None:
             return dict(self._loaded or {"step": 0})
         return self._reducer.state_dict()
 
-    def load_state_dict(self, state) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave on this rank, to the bit.
 
         What it gives before the first step without named_parameters says only that: nothing is
