@@ -12,6 +12,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 html_theme = "furo"
 myst_heading_anchors = 3  # links such as step.md#loss-scaling lead to headings
 exclude_patterns = ["_build"]
+smartquotes = False  # "text" is what is typed
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 76

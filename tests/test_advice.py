@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mpicomp import SpecError, advice, cli
-from mpicomp import catalogue
+from mpicomp import SpecError, advice, catalogue, cli
 from mpicomp.advice import advise, predict, trial
 from mpicomp.advice.trial import Codec, Link, given, made_up
 from mpicomp.exchange import allreduce

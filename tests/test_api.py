@@ -5,6 +5,7 @@ import doctest
 import inspect
 import re
 import runpy
+import tempfile
 
 import pytest
 from test_architecture import PACKAGE, ROOT
@@ -12,9 +13,9 @@ from test_architecture import PACKAGE, ROOT
 import mpicomp
 
 PAGES = sorted((ROOT / "docs").glob("api-*.md"))
-SHOWN = re.compile(r"^\.\. auto(?!module)\w+:: mpicomp\.(.+)\n( +:members:)?", re.M)
-SHOW = {name: bool(members) for page in PAGES  # {name behind "mpicomp.": with its members?}
-        for name, members in SHOWN.findall(page.read_text())}
+SHOWN = re.compile(r"^\.\. auto(?!module)\w+:: mpicomp\.(.+)\n((?: +:.*\n)*)", re.M)
+SHOW = {name: options for page in PAGES  # {name behind "mpicomp.": options of the directive}
+        for name, options in SHOWN.findall(page.read_text())}
 MODULES = set(mpicomp._MODULES) - {"watchdog"}  # of which the status alone is public
 
 
@@ -23,8 +24,8 @@ def public():
     found = {name: getattr(mpicomp, name) for name in mpicomp.__all__}
     for module in (getattr(mpicomp, name) for name in MODULES):
         own = [name for name, value in vars(module).items() if not name.startswith("_")
-               and callable(value) and getattr(value, "__module__", "") == module.__name__
-               and not isinstance(value, type(mpicomp.nn.Model))]
+               and (inspect.isfunction(value) or inspect.isclass(value))
+               and value.__module__ == module.__name__]
         for name in getattr(module, "__all__", own):
             if name not in found or found[name] is not getattr(module, name):
                 found[f"{module.__name__.removeprefix('mpicomp.')}.{name}"] = getattr(module, name)
@@ -49,8 +50,9 @@ def test_every_public_name_has_a_place_and_an_example():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_examples_of_a_page_run(page, monkeypatch):
-    """On one rank, in one session; what they register or choose does not outlive them."""
+def test_the_examples_of_a_page_run(page, monkeypatch, tmp_path):
+    """On one rank; what they register, choose or write does not outlive them."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     registry = inspect.getmodule(mpicomp.register)
     monkeypatch.setattr(registry, "_REGISTRY", registry.registry())
     monkeypatch.setattr(mpicomp.kernels, "_chosen", None)
@@ -62,6 +64,36 @@ def test_the_examples_of_a_page_run(page, monkeypatch):
 
 
 # ---- types -------------------------------------------------------------------------------------
+
+
+def untyped(function):
+    """The parameters of a function without a type, and "return" where it has none."""
+    signature = inspect.signature(function)
+    return [name for name, parameter in signature.parameters.items()
+            if parameter.annotation is parameter.empty and name not in ("self", "cls")] + (
+                ["return"] if signature.return_annotation is signature.empty else [])
+
+
+def members(name, cls):
+    """(name, object) of what a page shows of a class, of its own or inherited from the package."""
+    chosen = re.search(r":members:(.*)", SHOW[name])
+    listed = chosen and chosen[1].replace(",", " ").split()
+    left_out = re.findall(r"\w+", "".join(re.findall(r":exclude-members:(.*)", SHOW[name])))
+    for owner in cls.__mro__:
+        for member, of in vars(owner).items() if owner.__module__.startswith("mpicomp.") else ():
+            if member == "__init__" or chosen and of.__doc__ and member[0] != "_" and (
+                    member in listed if listed else member not in left_out):
+                yield member, of
+
+
+@pytest.mark.parametrize("name, value", public().items(), ids=list(public()))
+def test_a_public_name_is_typed(name, value):
+    if inspect.isfunction(value):
+        assert not untyped(value)
+    elif inspect.isclass(value):
+        for member, of in members(name, value):
+            of = getattr(of, "__func__", getattr(of, "fget", of))
+            assert not (inspect.isfunction(of) and untyped(of)), member
 
 
 def test_type_checkers_see_the_same_names():

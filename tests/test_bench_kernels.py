@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mpicomp import catalogue
-from mpicomp import cli, kernels
+from mpicomp import catalogue, cli, kernels
 from mpicomp.bench import kernels as bench
 from mpicomp.bench import settled
 from mpicomp.layout import Layout

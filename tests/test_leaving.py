@@ -2,7 +2,6 @@
 
 import sys
 
-import pytest
 from test_launch import RUN, finish
 
 from mpicomp.mpi import start
