@@ -25,7 +25,10 @@ EXTRA = "_extra_state"  # torch's key in a state_dict for what get_extra_state()
 WHAT = "broadcasting parameters"  # for errors of waits
 
 
-def broadcast_parameters(module_or_state_dict, comm=None, root=0):
+def broadcast_parameters(
+        module_or_state_dict: torch.nn.Module | Mapping[str, Any]
+        | Iterable[torch.Tensor | tuple[str, torch.Tensor]],
+        comm: "MPI.Comm | None" = None, root: int = 0) -> None:
     """Give every rank the parameters and buffers of rank `root`, in place.
 
     Takes a torch.nn.Module, a state_dict, (name, tensor) pairs, or a list of tensors such as
@@ -69,7 +72,8 @@ def broadcast_parameters(module_or_state_dict, comm=None, root=0):
         compare(comm, afterwards, mpi.limit(comm))
 
 
-def broadcast_optimizer_state(optimizer, comm=None, root=0):
+def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, comm: "MPI.Comm | None" = None,
+                              root: int = 0) -> None:
     """Give every rank the optimizer state (momenta, step counts, learning rates) of rank `root`.
 
     Raises MismatchError on every rank if classes, groups or their parameters differ, or if a rank

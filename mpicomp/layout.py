@@ -4,6 +4,7 @@ The papers work per layer, per column or per bin, so a compressor is told where 
 and what shape it has. A layout is data: equal layouts have equal digests on every rank.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -60,7 +61,7 @@ class Layout:
         object.__setattr__(self, "size", end)
 
     @classmethod
-    def of(cls, named_shapes) -> "Layout":
+    def of(cls, named_shapes: Iterable[tuple[str, Sequence[int]]]) -> "Layout":
         """The layout of (name, shape) pairs laid side by side in the given order."""
         segments, start = [], 0
         for name, shape in named_shapes:

@@ -19,11 +19,16 @@ the exchange. It should differ between ranks (equal noise would not average out)
 a function of (seed, rank, step).
 """
 
+from typing import Any, TypeVar
+
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from mpicomp import philox
 from mpicomp.errors import SpecError
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 _MOST = 16  # n = 2**16 - 1 and the noise of +-1/2 beside it fit into float32's 24 bits
 
@@ -31,7 +36,7 @@ _MOST = 16  # n = 2**16 - 1 and the noise of +-1/2 beside it fit into float32's 
 # ---- functions ------------------------------------------------------------------------------
 
 
-def quantize_k(x, bits):
+def quantize_k(x: Tensor, bits: int) -> Tensor:
     """round(n x) / n with n = 2**bits - 1, for x in [0, 1] of any shape: one of 2**bits levels.
 
     Rounds half to even. The gradient passes straight through. Source: `quantize` of the code.
@@ -59,7 +64,7 @@ def weight(w, bits):
     return 2 * quantize_k(squashed / (2 * most) + 0.5, bits) - 1
 
 
-def activation(x, bits):
+def activation(x: Tensor, bits: int) -> Tensor:
     """quantize_k(clip(x, 0, 1)), of x's shape; the gradient is 1 where 0 <= x <= 1, 0 elsewhere.
 
     It replaces a ReLU, but saturates at 1: put a normalisation before it. 32 bits give x itself,
@@ -68,7 +73,7 @@ def activation(x, bits):
     return quantize_k(x.clamp(0, 1), bits) if _on(bits) else x
 
 
-def gradient(x, bits, generator=None):
+def gradient(x: Tensor, bits: int, generator: torch.Generator | None = None) -> Tensor:
     """x itself, [batch, ...]; the gradient that comes back through it is quantised to `bits`.
 
     f_gamma^k (`quantize_gradient`), with a new sigma in each backward pass, drawn on x's device
@@ -78,7 +83,7 @@ def gradient(x, bits, generator=None):
     return _Gradient.apply(x, bits, generator) if _on(bits) else x
 
 
-def quantize_gradient(dr, bits, sigma):
+def quantize_gradient(dr: Tensor, bits: int, sigma: Tensor) -> Tensor:
     """f_gamma^k(dr), [batch, ...]: 2 m (quantize_k(dr / (2 m) + 1/2 + sigma / n) - 1/2).
 
     m is the largest magnitude of each sample, over all axes but the first; n = 2**bits - 1; sigma
@@ -96,7 +101,7 @@ def quantize_gradient(dr, bits, sigma):
     return ((2 * codes - n) / n * most).to(dr.dtype)
 
 
-def reseed(generator, seed, rank, step):
+def reseed(generator: torch.Generator, seed: int, rank: int, step: int) -> torch.Generator:
     """Make the noise of a step a function of (seed, rank, step); returns the generator.
 
     Call it before each forward pass: a resumed training then has the same noise, and every rank its
@@ -118,15 +123,16 @@ class Conv2d(torch.nn.Conv2d):
     names and state_dict are those of torch.nn.Conv2d.
     """
 
-    def __init__(self, *args, weights=1, gradients=32, generator=None, **keywords):
+    def __init__(self, *args: Any, weights: int = 1, gradients: int = 32,
+                 generator: torch.Generator | None = None, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         _take(self, weights, gradients, generator)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = self._conv_forward(x, weight(self.weight, self.weight_bits), self.bias)
         return gradient(y, self.gradient_bits, self.generator)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {_bits(self)}"
 
 
@@ -137,30 +143,31 @@ class Linear(torch.nn.Linear):
     state_dict are those of torch.nn.Linear.
     """
 
-    def __init__(self, *args, weights=1, gradients=32, generator=None, **keywords):
+    def __init__(self, *args: Any, weights: int = 1, gradients: int = 32,
+                 generator: torch.Generator | None = None, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         _take(self, weights, gradients, generator)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = functional.linear(x, weight(self.weight, self.weight_bits), self.bias)
         return gradient(y, self.gradient_bits, self.generator)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {_bits(self)}"
 
 
 class Activation(torch.nn.Module):
     """`activation` as a layer, to replace a ReLU."""
 
-    def __init__(self, bits=2):
+    def __init__(self, bits: int = 2) -> None:
         super().__init__()
         _on(bits)
         self.bits = bits
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return activation(x, self.bits)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"bits={self.bits}"
 
 
@@ -170,19 +177,20 @@ class Gradient(torch.nn.Module):
     For layers other than Conv2d and Linear, which have it built in (`gradients=`).
     """
 
-    def __init__(self, bits=6, generator=None):
+    def __init__(self, bits: int = 6, generator: torch.Generator | None = None) -> None:
         super().__init__()
         _on(bits)
         self.bits, self.generator = bits, generator
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return gradient(x, self.bits, self.generator)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"bits={self.bits}"
 
 
-def convert(model, weights=1, activations=2, gradients=6, skip_first_last=True, generator=None):
+def convert(model: Model, weights: int = 1, activations: int = 2, gradients: int = 6,
+            skip_first_last: bool = True, generator: torch.Generator | None = None) -> Model:
     """Turn a model into a (weights, activations, gradients) network, in place; returns it.
 
     Every torch.nn.Conv2d and Linear becomes the class of that name here, every ReLU an Activation;

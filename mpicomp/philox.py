@@ -10,10 +10,13 @@ so ranks draw independently, and a step that is repeated draws the same numbers 
 must draw independently (a rule's runs, an owner's shards, pulls) has a seed of its own: `part`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -43,7 +46,7 @@ def part(seed: int, number: int) -> int:
     return int(high) << 32 | int(low)
 
 
-def block(counter, key) -> tuple:
+def block(counter: Sequence[Any], key: Sequence[int]) -> tuple[NDArray[np.uint64], ...]:
     """Four uint64 arrays holding 32-bit words: ten rounds over counter (4 words), key (2 words)."""
     c0, c1, c2, c3 = (np.asarray(c, np.uint64) for c in counter)
     k0, k1 = int(key[0]), int(key[1])
@@ -55,7 +58,7 @@ def block(counter, key) -> tuple:
     return c0, c1, c2, c3
 
 
-def words(key: Key, start: int, count: int) -> np.ndarray:
+def words(key: Key, start: int, count: int) -> NDArray[np.uint32]:
     """The uint32 words of elements start ... start + count - 1."""
     first, last = start // 4, -(-(start + count) // 4)
     index = np.arange(first, last, dtype=np.uint64)
@@ -65,6 +68,6 @@ def words(key: Key, start: int, count: int) -> np.ndarray:
     return flat[start - 4 * first:][:count]
 
 
-def uniform(key: Key, start: int, count: int) -> np.ndarray:
+def uniform(key: Key, start: int, count: int) -> NDArray[np.float32]:
     """float32 in [0, 1) for elements start ... start + count - 1: the top 24 bits of each word."""
     return (words(key, start, count) >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)

@@ -12,8 +12,10 @@ capability", IJHPCA 2013; MPI_Comm_revoke, _shrink, _agree as in Open MPI 5 (mpi
 import os
 import random
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from time import perf_counter, sleep, time
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -56,8 +58,10 @@ class Recovery:
     (`Reducer.irreplaceable`), `run` raises DeadRankError on all survivors.
     """
 
-    def __init__(self, reducer, model=None, comm=None, *, keep=None, restore=None, regrouped=None,
-                 least=1):
+    def __init__(self, reducer: Reducer, model: torch.nn.Module | None = None,
+                 comm: "MPI.Comm | None" = None, *, keep: Callable[[], Any] | None = None,
+                 restore: Callable[[Any], object] | None = None,
+                 regrouped: Callable[["Recovery"], object] | None = None, least: int = 1) -> None:
         self.reducer, self.model, self.least = reducer, model, least
         self._keep, self._restore, self._regrouped = keep, restore, regrouped
         limit = reducer.averager.link.timeout

@@ -6,6 +6,8 @@ launcher chosen by a variable; a test compares the parts that both have.
 
 import re
 import shlex
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from mpicomp.errors import LaunchError
 
@@ -126,7 +128,8 @@ def _seconds(time):
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def script(command, *, mpi, made_by="mpicomp.slurm", setup=(), finished="", **resources):
+def script(command: Sequence[str], *, mpi: str, made_by: str = "mpicomp.slurm",
+           setup: Iterable[str] = (), finished: str = "", **resources: Any) -> str:
     """The text of a batch script that runs `command` (a list of words) on every rank.
 
     `mpi` is a key of LAUNCHERS, `setup` has lines of shell to run first (module load ...),

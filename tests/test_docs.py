@@ -190,7 +190,7 @@ NO_ATTRIBUTES = {
 
 def test_names_that_pages_name_are_there_after_import_mpicomp():
     named = {name for path in PAGES
-             for name in re.findall(r"\bmpicomp(?:\.[A-Za-z_]+)+", path.read_text())}
+             for name in re.findall(r"\bmpicomp(?:\.[A-Za-z_]\w*)+", path.read_text())}
     assert {"mpicomp.nn.convert", "mpicomp.ddp.comm_hook", "mpicomp.checkpoint"} <= named
     # each as the first thing that is used: what was imported for one may be there for another
     code = ("import sys, mpicomp\n"

@@ -55,7 +55,7 @@ def launch(environment, folder, count, words):
     return subprocess.run(
         [sys.executable, LAUNCH / "run", "--python", sys.executable, "--timeout", str(ranks.JOB),
          "-n", str(count), *words], env=environment, cwd=folder, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        stdin=subprocess.DEVNULL, capture_output=True)
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,37 @@ call between the ranks that are present, while all of them work at once (trial.p
 other P assume that each rank's link, not the network behind it, is the limit.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpicomp import catalogue
-from mpicomp.advice.trial import given, made_up, measure_codec, measure_links, reduction, together
+from mpicomp.advice.trial import (
+    Codec,
+    Link,
+    given,
+    made_up,
+    measure_codec,
+    measure_links,
+    reduction,
+    together,
+)
+from mpicomp.catalogue import Method
 from mpicomp.compressors import Rule, Strom
 from mpicomp.errors import SpecError
+from mpicomp.transport.meter import Meter
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["Advice", "Prediction", "advise", "predict", "report"]
 
 CANDIDATES = ("dense", "bf16", "terngrad", "onebit", "onebit:exchange=sharded")
+Gradient = str | PathLike[str] | NDArray[Any] | Mapping[str, NDArray[Any]]
 WORTH = 1.25  # a compressed method is advised only if it is predicted to be so much faster
 
 
@@ -37,7 +58,7 @@ class Prediction:
     hidden: float
 
     @property
-    def total(self):
+    def total(self) -> float:
         return self.encode + self.decode + max(0.0, self.wire - self.hidden)
 
 
@@ -61,13 +82,13 @@ class Advice:
     """What was measured, what is predicted (fastest first), what to use and why."""
 
     elements: int
-    links: dict
-    codecs: dict
-    predictions: tuple
+    links: dict[str, Link]
+    codecs: dict[str, Codec]
+    predictions: tuple[Prediction, ...]
     choice: str
     reason: str
     sample: str  # what the codecs were tried on
-    notes: tuple = ()  # which predictions mean nothing, and what to type
+    notes: tuple[str, ...] = ()  # which predictions mean nothing, and what to type
 
     @property
     def copy(self):
@@ -119,7 +140,9 @@ def _sample(comm, gradient):
     return sample
 
 
-def advise(comm, n=None, candidates=CANDIDATES, hidden=0.0, ranks=None, gradient=None) -> Advice:
+def advise(comm: "MPI.Comm", n: int | None = None, candidates: Iterable[str] = CANDIDATES,
+           hidden: float = 0.0, ranks: int | None = None,
+           gradient: Gradient | None = None) -> Advice:
     """Measure, predict for a gradient of n elements, and choose. The same on every rank.
 
     hidden    seconds of the exchange that the backward pass can hide

@@ -18,7 +18,9 @@ import operator
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +29,9 @@ from mpicomp.checkpoint import folder_lock
 from mpicomp.checkpoint.repartition import repartition
 from mpicomp.checkpoint.signals import RESUME, Signals
 from mpicomp.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 __all__ = ["RESUME", "Signals", "each_rank", "folders", "load", "newest", "objection",
            "repartition", "save", "write"]
@@ -203,7 +208,7 @@ def objection(manifest, config):
     return None
 
 
-def load(path, rank, ranks=None):
+def load(path: Where, rank: int, ranks: int | None = None) -> tuple[Any, Any]:
     """(shared, mine) as they were given to save. Nothing in the files is executed.
 
     `ranks` is the number of ranks now: CheckpointError if another number wrote the checkpoint,

@@ -1,5 +1,8 @@
 """Divides the residuals of P ranks among another number of ranks; their sum stays the same."""
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
 import numpy as np
 import torch
 

@@ -3,10 +3,15 @@
 import os
 import signal
 import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mpicomp import mpi
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 RESUME = os.EX_TEMPFAIL  # 75: "ended early and saved; start it again to go on"
 SAME = 5.0  # seconds; Slurm ends a job with two SIGTERM: one to its steps, one through srun
@@ -30,7 +35,8 @@ class Signals:
     So does the first one in a forked process, such as a data loader. Uses a duplicate of `comm`.
     """
 
-    def __init__(self, comm, signals=(signal.SIGTERM, signal.SIGUSR1)):
+    def __init__(self, comm: "MPI.Comm | None",
+                 signals: Iterable[int] = (signal.SIGTERM, signal.SIGUSR1)) -> None:
         self.comm = mpi.communicator(comm, what="starting Signals")
         # None: a handler installed from C, which Python cannot restore
         self._before = {number: signal.signal(number, self._heard) or signal.SIG_DFL

@@ -15,6 +15,7 @@ import copy
 import sys
 from functools import cached_property
 from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,9 @@ from mpicomp.reducer.replicas import check_replicas
 from mpicomp.reducer.slot import GradientSlot
 from mpicomp.transport import packet
 from mpicomp.transport.meter import Meter
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 __all__ = ["HookState", "MpiGroup", "comm_hook", "init_process_group"]
 
@@ -53,7 +57,9 @@ class HookState:
     and the residuals. Its next step is as the first of a HookState without named_parameters.
     """
 
-    def __init__(self, method="dense", comm=None, *, named_parameters=None, **keywords):
+    def __init__(self, method: catalogue.Method | str = "dense", comm: "MPI.Comm | None" = None, *,
+                 named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
+                 **keywords: Any) -> None:
         if "sparse" in keywords:
             raise SpecError(f"HookState: sparse={keywords['sparse']!r} found, which only "
                             "mpicomp.Reducer takes: leave it out, and sparse gradients of DDP are "
@@ -191,7 +197,7 @@ class HookState:
 
     # ---- as a Reducer ----
 
-    def follow(self, scaler):
+    def follow(self, scaler: torch.amp.GradScaler) -> "HookState":
         """Exchange unscaled gradients under a torch.amp.GradScaler. Returns self.
 
         So residuals do not depend on the scale, and a gradient that is not finite on any rank makes
@@ -207,7 +213,7 @@ class HookState:
         return self
 
     @property
-    def stats(self):
+    def stats(self) -> Meter:
         """Bytes, ratio, steps and seconds, as Reducer.stats."""
         return Meter() if self._averager is None else self._averager.stats
 

@@ -1,0 +1,135 @@
+"""A program that uses the public names, for the type checker: mypy reads it, nobody runs it.
+
+mypy is strict here, so a call of a function without types is an error, as is a wrong type.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, assert_type
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+import mpicomp
+from mpicomp import advice, checkpoint, ddp, kernels, nn, philox, slurm
+from mpicomp.compressor import State, check_options, find, option, registry
+from mpicomp.transport.meter import Meter
+
+
+def training(model: torch.nn.Module, optimizer: torch.optim.SGD, scaler: torch.amp.GradScaler,
+             comm: MPI.Intracomm) -> None:
+    mpicomp.broadcast_parameters(model, comm)
+    mpicomp.broadcast_optimizer_state(optimizer, root=1)
+    mpicomp.DistributedOptimizer(optimizer, model.named_parameters(), "onebit", seed=1)
+    method = mpicomp.method("strom:tau=0.01")
+    reducer = mpicomp.Reducer(model.named_parameters(), method, comm, average=False,
+                              sparse=mpicomp.sparse_parameters(model), require_ratio=8)
+    assert_type(reducer.attach(optimizer, scaler), mpicomp.Reducer)
+    with reducer.no_sync():
+        pass
+    reducer.finish()
+    mpicomp.clip_grad_norm_(optimizer, 1.0)
+    assert_type(reducer.stats, Meter)
+    assert_type(reducer.stats.ratio, float)
+    step: int = reducer.step
+    assert_type(reducer.state_dict(), dict[str, Any])
+    reducer.load_state_dict(reducer.state_dict())
+    reducer.check_replicas(model, optimizer=optimizer)
+    reducer.flush()
+    reducer.deliver()
+    reducer.discard()
+    assert step >= 0
+    assert_type(reducer.report(), str)
+    reducer.close()
+    assert_type(mpicomp.local_rank(), int)
+
+
+def hooks(model: torch.nn.parallel.DistributedDataParallel, comm: MPI.Intracomm) -> None:
+    ddp.init_process_group(comm, timeout=60.0)
+    state = ddp.HookState("onebit", comm, named_parameters=model.named_parameters())
+    model.register_comm_hook(state, ddp.comm_hook)
+    assert_type(state.stats, Meter)
+
+
+def saved(folder: Path, reducer: mpicomp.Reducer, comm: MPI.Intracomm) -> Mapping[str, Any] | None:
+    checkpoint.save(folder, comm, 1, {}, {"reducer": reducer.state_dict()}, about={"config": 1})
+    found = checkpoint.newest(str(folder))
+    if found is None:
+        return None
+    path, manifest = found
+    assert_type(path, Path)
+    assert_type(checkpoint.objection(manifest, 1), str | None)
+    checkpoint.load(path, comm.rank, comm.size)
+    states = [mine["reducer"] for mine in checkpoint.each_rank(path)]
+    signals = checkpoint.Signals(comm)
+    signals.post()
+    assert_type(signals.agreed(), int)
+    return checkpoint.repartition(states, 3, keep="mean")[comm.rank]
+
+
+def survived(reducer: mpicomp.Reducer, model: torch.nn.Module) -> int:
+    def train(step: int) -> float:
+        return step / 2
+
+    recovery = mpicomp.Recovery(reducer, model, least=2)
+    assert_type(recovery.run(train, 1), float)
+    assert_type(mpicomp.DeadRankError.status, int)
+    assert_type(mpicomp.watchdog.STALLED, int)
+    recovery.leave()
+    return recovery.size
+
+
+@mpicomp.register
+@dataclass(frozen=True, repr=False)
+class Nothing(mpicomp.Compressor):
+    """sends nothing"""
+
+    name = "nothing"
+    bits: int = option(4, "of no use", least=1, choices=(4, 8))
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def capacity(self, layout: mpicomp.Layout) -> int:
+        return 0
+
+    def encode(self, x: NDArray[Any], packet: NDArray[Any], layout: mpicomp.Layout,
+               key: mpicomp.Key, state: State) -> int:
+        return 0
+
+    def decode_add(self, packet: NDArray[Any], out: NDArray[Any], layout: mpicomp.Layout,
+                   key: mpicomp.Key, weight: float = 1.0) -> None:
+        self.expect(packet, 0)
+
+
+def compressed(x: NDArray[np.float32], comm: MPI.Intracomm) -> int:
+    layout, key = mpicomp.Layout.of([("x", x.shape)]), mpicomp.Key(seed=1)
+    compressor = mpicomp.from_spec("nothing")
+    assert_type(find("nothing"), type[mpicomp.Compressor])
+    assert_type(registry()["nothing"], type[mpicomp.Compressor])
+    assert_type(mpicomp.methods(), dict[str, str])
+    packet = np.empty(compressor.capacity(layout), np.uint8)
+    assert_type(philox.uniform(key, 0, 8), NDArray[np.float32])
+    kernels.use("reference")
+    assert_type(kernels.note(), str | None)
+    found = advice.advise(comm, gradient={"x": x})
+    assert_type(found.predictions[0].total, float)
+    return compressor.encode(x, packet, layout, key, compressor.init(layout, x))
+
+
+def quantised(model: torch.nn.Sequential) -> torch.nn.Sequential:
+    noise = nn.reseed(torch.Generator(), 0, 0, 0)
+    nn.Linear(4, 8, weights=1, generator=noise)
+    return nn.convert(model, weights=1, activations=2, generator=noise)
+
+
+def batch_script() -> str:
+    try:
+        mpi = slurm.launcher_for(MPI.Get_library_version())
+    except mpicomp.LaunchError:
+        mpi = "pmix"
+    return slurm.script(["python", "train.py"], mpi=mpi, name="train", nodes=2, ranks_per_node=4,
+                        cpus=8, time="1:00:00")
