@@ -107,6 +107,7 @@ def test_type_checkers_see_the_same_names():
         lazy[name] = package, last
     assert names == lazy
     assert (PACKAGE / "py.typed").exists()
+    assert "\nmpicomp = py.typed, *.pyi\n" in (ROOT / "setup.cfg").read_text()
 
 
 # ---- how docstrings become pages ---------------------------------------------------------------
