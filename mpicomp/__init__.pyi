@@ -9,6 +9,7 @@ from mpicomp import kernels as kernels
 from mpicomp import nn as nn
 from mpicomp import philox as philox
 from mpicomp import slurm as slurm
+from mpicomp.averager import Averager as Averager
 from mpicomp.broadcast import broadcast_optimizer_state as broadcast_optimizer_state
 from mpicomp.broadcast import broadcast_parameters as broadcast_parameters
 from mpicomp.catalogue import Method as Method

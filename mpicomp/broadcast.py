@@ -1,8 +1,9 @@
 """broadcast_parameters and broadcast_optimizer_state: every rank starts from rank root's values."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from mpicomp.reducer.replicas import (
     without_expanded,
 )
 from mpicomp.transport.agree import agree
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 EXTRA = "_extra_state"  # torch's key in a state_dict for what get_extra_state() returned
 WHAT = "broadcasting parameters"  # for errors of waits

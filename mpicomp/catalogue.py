@@ -1,12 +1,12 @@
 """The methods by the names of their papers: a compressor, with or without error feedback, and the
 exchange that carries its packets."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from mpicomp.compressors import (
     AdaComp,
     BFloat16,
-    Cases,
     Dense,
     DoReFa,
     Dropping,
@@ -21,9 +21,12 @@ from mpicomp.compressors import (
 from mpicomp.compressors.base import Compressor
 from mpicomp.compressors.options import option, parse_options
 from mpicomp.compressors.registry import find, from_spec, registry
+from mpicomp.compressors.rule import Cases
 from mpicomp.compressors.spec import show, spec_text, split_spec
 from mpicomp.errors import SpecError
 from mpicomp.exchange import exchange, exchanges
+from mpicomp.exchange.base import Exchange
+from mpicomp.transport.calls import Calls
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,12 +59,12 @@ class Method:
                                 f"{self.exchange} has no {option_name}: "
                                 f"{self.carrier.lacks[option_name]}")
 
-    def open(self, wire):
+    def open(self, wire: Calls) -> Exchange:
         """The exchange object that carries this method's packets over `wire`."""
         return self.carrier(wire, **dict(self.options))
 
     @property
-    def carrier(self):
+    def carrier(self) -> Exchange:
         """The class of the exchange, which says what it is able to do: see exchange/base.py."""
         return exchange(self.exchange)
 
@@ -85,7 +88,7 @@ class Method:
         """Do owners keep sums of squares that no other rank has?"""
         return self.carrier.keeps_history(**dict(self.options))
 
-    def of(self, names):
+    def of(self, names: Sequence[str]) -> "Method":
         """This method for a model whose parameters have these names, in order of registration."""
         if not isinstance(self.compressor, Rule):
             return self
@@ -284,7 +287,7 @@ def methods() -> dict[str, str]:
     return own
 
 
-def method(spec) -> Method:
+def method(spec: Method | str) -> Method:
     """The method that a specification names: `name` or `name:option=value,option=value`.
 
     Options are those of the compressor, those of the exchange, and of every method exchange=NAME,

@@ -44,7 +44,7 @@ def quantize_k(x: Tensor, bits: int) -> Tensor:
     return _Round.apply(x, 2**bits - 1) if _on(bits) else x
 
 
-def weight(w, bits):
+def weight(w: Tensor, bits: int) -> Tensor:
     """The quantised weights that a layer uses, of w's shape, from the float32 weights w.
 
     bits = 1:  sign(w) E|w|, where sign(0) = +1 and E is the mean over the tensor

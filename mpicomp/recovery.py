@@ -23,6 +23,12 @@ import torch
 from mpicomp import mpi
 from mpicomp.errors import DeadRankError, StallError
 from mpicomp.mpi import ranks_text
+from mpicomp.reducer import Reducer
+
+T = TypeVar("T")
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 SPIN = 20  # polls for the others' votes without a sleep between them
 HEARSAY = 1.0  # seconds that the library may take to name the dead rank after a revocation
@@ -95,14 +101,14 @@ class Recovery:
         """The number of survivors."""
         return self.comm.size
 
-    def track(self, comm):
+    def track(self, comm: "MPI.Comm") -> "MPI.Comm":
         """Revoke this communicator, too, when a rank has died; `regrouped` must replace it."""
         self._tracked.append(mpi.intracommunicator(comm))
         return comm
 
     # ---- a piece ----
 
-    def run(self, work, *args):
+    def run(self, work: Callable[..., T], *args: Any) -> T:
         """Run work(*args) on all ranks until no rank dies in it; returns its result.
 
         A piece ends with one optimizer step, after which it does not communicate; or it makes no
@@ -311,7 +317,7 @@ class Recovery:
 
     # ---- the end ----
 
-    def leave(self, status=0):
+    def leave(self, status: int = 0) -> None:
         """End this process with `status` when all survivors have called this.
 
         Skips MPI_Finalize, which may wait for the dead, and Python's atexit. Returns at once if not

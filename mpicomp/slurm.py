@@ -79,7 +79,7 @@ fi
 """
 
 
-def launcher_for(library):
+def launcher_for(library: str) -> str:
     """The plugin by which srun starts ranks of an MPI library, given MPI_Get_library_version.
 
     Raises LaunchError for an unknown library.
@@ -92,8 +92,8 @@ def launcher_for(library):
                       f"with --mpi {'|'.join(LAUNCHERS)} (srun --mpi=list shows what there is)")
 
 
-def directives(*, name, nodes, ranks_per_node, cpus, gpus_per_node=0, time, warning=180,
-               extra=()):
+def directives(*, name: str, nodes: int, ranks_per_node: int, cpus: int, gpus_per_node: int = 0,
+               time: str, warning: int = 180, extra: Iterable[str] = ()) -> str:
     """The #SBATCH lines; `extra` has further options of sbatch, such as --partition=gpu.
 
     `time` is the limit in Slurm's notation; USR1 comes `warning` seconds before it.

@@ -16,7 +16,7 @@ PAGES = sorted((ROOT / "docs").glob("api-*.md"))
 SHOWN = re.compile(r"^\.\. auto(?!module)\w+:: mpicomp\.(.+)\n((?: +:.*\n)*)", re.M)
 SHOW = {name: options for page in PAGES  # {name behind "mpicomp.": options of the directive}
         for name, options in SHOWN.findall(page.read_text())}
-MODULES = set(mpicomp._MODULES) - {"watchdog"}  # of which the status alone is public
+MODULES = sorted(set(mpicomp._MODULES) - {"watchdog"})  # of which the status alone is public
 
 
 def public():

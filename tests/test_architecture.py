@@ -22,8 +22,8 @@ LAYERS = ("errors", "installed", "names", "philox", "layout", "kernels", "mpi", 
           "broadcast", "checkpoint", "recovery", "ddp", "nn", "slurm", "bench", "cli", "__main__")
 TORCH = {"reducer", "broadcast", "nn", "ddp", "bench", "checkpoint", "recovery"}
 TORCH_IF_NEEDED = {"averager"}  # only inside of functions, where arrays are torch's
-MPI = {"mpi", "transport", "averager", "exchange", "reducer", "broadcast", "checkpoint", "recovery",
-       "ddp", "bench", "cli"}
+MPI = {"mpi", "transport", "exchange", "advice", "averager", "reducer", "broadcast", "checkpoint",
+       "recovery", "ddp", "bench", "cli"}
 CUPY = {"device.py", "staging.py"}
 MOST_AT_THE_TOP = 27  # folders and files of mpicomp/
 

@@ -44,6 +44,10 @@ def training(model: torch.nn.Module, optimizer: torch.optim.SGD, scaler: torch.a
     assert step >= 0
     assert_type(reducer.report(), str)
     reducer.close()
+    averager = mpicomp.Averager(dict(model.named_parameters()), "onebit", comm, average=False)
+    averager.average(dict(model.named_parameters()), weight=0.5)
+    averager.load_state_dict(averager.state_dict())
+    averager.close()
     assert_type(mpicomp.local_rank(), int)
 
 

@@ -62,7 +62,8 @@ class Prediction:
         return self.encode + self.decode + max(0.0, self.wire - self.hidden)
 
 
-def predict(method, codec, links, n, ranks, hidden=0.0, copy=0.0) -> Prediction:
+def predict(method: Method, codec: Codec, links: Mapping[str, Link], n: int, ranks: int,
+            hidden: float = 0.0, copy: float = 0.0) -> Prediction:
     """Seconds of one step's exchange of n elements, by the model above.
 
     `hidden`: seconds that the backward pass hides. `copy`: seconds to copy an element.
@@ -96,7 +97,7 @@ class Advice:
         return next(iter(self.codecs.values())).encode
 
 
-def report(method, stats, advice=None) -> str:
+def report(method: Method, stats: Meter, advice: "Advice | None" = None) -> str:
     """Text: milliseconds a step by stage; after method="auto" with the prediction beside them."""
     now = {stage: 1e3 * seconds / max(1, stats.steps) for stage, seconds in stats.seconds.items()}
     text = f"{method.name}: {stats.ratio:.1f} times less than dense, ms a step: " \

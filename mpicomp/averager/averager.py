@@ -1,8 +1,11 @@
 """mpicomp.Averager: named arrays in, their mean over the ranks out."""
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpicomp import mpi
 from mpicomp.averager.engine import Engine, resolved
@@ -10,8 +13,12 @@ from mpicomp.averager.memory import in_memory
 from mpicomp.averager.settings import Settings
 from mpicomp.averager.slot import ArraySlot
 from mpicomp.averager.startup import averageable
+from mpicomp.catalogue import Method
 from mpicomp.errors import MismatchError, SpecError
 from mpicomp.transport import staging
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 
 class Averager(Engine):
@@ -42,9 +49,11 @@ class Averager(Engine):
         averager.average({"w": w})          # w is the mean over the ranks now
     """
 
-    def __init__(self, named_arrays, method, comm=None, *, average=True, bucket_bytes=25 << 20,
-                 seed=0, nonfinite="raise", stall_timeout=None, require_ratio=None,
-                 ratio_window=100, progress="auto"):
+    def __init__(self, named_arrays: Mapping[str, Any] | Iterable[tuple[str, Any]],
+                 method: Method | str, comm: "MPI.Comm | None" = None, *, average: bool = True,
+                 bucket_bytes: int = 25 << 20, seed: int = 0, nonfinite: str = "raise",
+                 stall_timeout: float | None = None, require_ratio: float | None = None,
+                 ratio_window: int = 100, progress: str = "auto") -> None:
         comm = mpi.communicator(comm, stall_timeout, "starting an Averager")
         settings = Settings(bool(average), bucket_bytes, seed, nonfinite,
                             mpi.stall_seconds(stall_timeout), require_ratio, ratio_window, progress)
@@ -59,7 +68,7 @@ class Averager(Engine):
 
     # ---- one step ----
 
-    def average(self, arrays, weight=None) -> bool:
+    def average(self, arrays: Mapping[str, Any], weight: float | None = None) -> bool:
         """Replace these arrays by their mean over ranks (average=False: their sum), in place.
 
         arrays  {name: array}, with names that the Averager was made with; those that are left out
@@ -81,7 +90,7 @@ class Averager(Engine):
             self.start(name, array, factor)
         return self.finish()
 
-    def start(self, name, array, factor=1.0):
+    def start(self, name: str, array: Any, factor: float = 1.0) -> None:
         """Begin to exchange one array; `finish` replaces it, and it must not change until then.
 
         Arrays may come in any order. A bucket is on its way when all of its arrays are here.
@@ -133,7 +142,7 @@ class Averager(Engine):
 
     # ---- between two steps ----
 
-    def deliver(self) -> dict:
+    def deliver(self) -> dict[str, NDArray[np.float32]]:
         """Return {name: float32 array}: everything that any rank has sent and nobody has got yet.
 
         Collective, for exchange=peers and delay=1: call it between two steps, before results are
@@ -141,7 +150,7 @@ class Averager(Engine):
         """
         return self._values() if self.deliver_into_buckets() else {}
 
-    def flush(self) -> dict:
+    def flush(self) -> dict[str, NDArray[np.float32]]:
         """Return {name: float32 array}: the mean (or sum) of what all ranks owe, which is zero now.
 
         Collective, between two steps: afterwards all that was given has been handed out (Dryden et

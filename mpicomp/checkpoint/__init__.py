@@ -30,6 +30,8 @@ from mpicomp.checkpoint.repartition import repartition
 from mpicomp.checkpoint.signals import RESUME, Signals
 from mpicomp.errors import CheckpointError
 
+Where = str | os.PathLike[str]
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
@@ -40,7 +42,9 @@ SLOWEST = 1e6  # bytes per second; slower writing is a StallError
 _said = []  # not empty: this process has printed that folders cannot be flushed
 
 
-def save(folder, comm, step, shared, mine, about=None, keep=2, stall_timeout=None):
+def save(folder: Where, comm: "MPI.Comm | None", step: int, shared: Mapping[str, Any],
+         mine: Mapping[str, Any], about: Mapping[str, Any] | None = None, keep: int = 2,
+         stall_timeout: float | None = None) -> None:
     """Write rank 0's `shared` and each rank's `mine` to folder/step-N. Collective.
 
     Both are dictionaries of tensors, numbers and plain containers, as state_dict() gives them;
@@ -154,7 +158,7 @@ def _together(comm, work, timeout):
     return [result for result, _ in everyone]
 
 
-def newest(folder):
+def newest(folder: Where) -> tuple[Path, dict[str, Any]] | None:
     """(path, manifest) of the newest checkpoint whose files match its manifest, or None.
 
     None, too, if there are `folders` and all are damaged. CheckpointError if a file exists and
@@ -192,7 +196,7 @@ def _sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def objection(manifest, config):
+def objection(manifest: Mapping[str, Any], config: Any) -> str | None:
     """Why a run with this configuration cannot resume from a checkpoint, or None if it can.
 
     `config` is compared after a round trip through JSON, which makes lists of tuples and strings
@@ -223,7 +227,7 @@ def load(path: Where, rank: int, ranks: int | None = None) -> tuple[Any, Any]:
     return _read(path, "shared.pt"), _read(path, f"rank-{rank}.pt")
 
 
-def each_rank(path):
+def each_rank(path: Where) -> list[Any]:
     """What every rank gave as `mine`, in rank order: for resuming on another number of ranks."""
     return [_read(path, f"rank-{rank}.pt") for rank in range(_read_manifest(path)["ranks"])]
 
@@ -239,7 +243,7 @@ def _read(path, name):
     return torch.load(Path(path) / name, map_location="cpu", weights_only=True)
 
 
-def write(path, content):
+def write(path: Where, content: bytes) -> str:
     """Write bytes to a file and flush it to disk; returns their sha256."""
     with open(path, "wb") as file:
         file.write(content)
@@ -287,7 +291,7 @@ def _sync(folder):
         os.close(handle)
 
 
-def folders(folder):
+def folders(folder: Where) -> list[Path]:
     """The folders of checkpoints in `folder`, damaged or not, highest step first.
 
     An old checkpoint that was being replaced by one of the same step counts if the new one is

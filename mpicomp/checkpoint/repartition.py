@@ -11,7 +11,9 @@ from mpicomp.exchange.shards import cut
 from mpicomp.layout import Layout
 
 
-def repartition(states, ranks, *, keep="sum", holders=None) -> list[dict]:
+def repartition(states: Sequence[Mapping[str, Any]], ranks: int, *,
+                keep: Literal["sum", "mean"] = "sum",
+                holders: Iterable[int] | None = None) -> list[dict[str, Any]]:
     """The states for `ranks` Reducers that go on from those of len(states) others.
 
     states   Reducer.state_dict() of every former rank, in rank order

@@ -56,7 +56,7 @@ class Signals:
         signal.signal(number, self._before[number])
         signal.raise_signal(number)
 
-    def post(self):
+    def post(self) -> None:
         """Start telling the other ranks which signal this rank has received. Collective."""
         from mpi4py import MPI
 
@@ -71,12 +71,12 @@ class Signals:
         mpi.wait(self.comm, self._request, mpi.limit(self.comm), "agreeing on signals")
         return int(self._all[0])
 
-    def move(self, comm):
+    def move(self, comm: "MPI.Comm") -> "MPI.Comm":
         """Go on over a duplicate of another communicator, which is returned; keeps the signal."""
         self.comm, self._request = mpi.communicator(comm, what="moving Signals"), None
         return self.comm
 
-    def close(self):
+    def close(self) -> None:
         """Restore the handlers that the signals had before."""
         for number, before in self._before.items():
             signal.signal(number, before)

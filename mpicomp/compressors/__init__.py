@@ -10,6 +10,6 @@ from mpicomp.compressors.dropping import Dropping
 from mpicomp.compressors.dryden import Dryden
 from mpicomp.compressors.onebit import OneBit
 from mpicomp.compressors.residual import Residual
-from mpicomp.compressors.rule import Cases, Rule
+from mpicomp.compressors.rule import Rule
 from mpicomp.compressors.strom import Strom
 from mpicomp.compressors.terngrad import TernGrad

@@ -15,13 +15,18 @@ The rest of the package relies on three things:
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mpicomp import kernels
 from mpicomp.compressors.spec import spec_text
 from mpicomp.errors import PacketError
+from mpicomp.layout import Layout
+from mpicomp.philox import Key
+
+Array = Any  # a NumPy or CuPy array
 
 LARGEST = 2.0**128 - 2.0**104  # the largest float32
 
@@ -41,17 +46,17 @@ class Compressor(ABC):
     unbiased: ClassVar[bool] = False  # E[decode(encode(x))] = x
 
     @abstractmethod
-    def capacity(self, layout) -> int:
+    def capacity(self, layout: Layout) -> int:
         """The most bytes that a payload of this layout can take; depends on the layout only."""
 
-    def init(self, layout, like) -> State:
+    def init(self, layout: Layout, like: Array) -> State:
         """State and scratch for one bucket, in arrays like `like` (NumPy's or a device's).
 
         All memory for the bucket is allocated here; later calls need no more.
         """
         return State()
 
-    def measure(self, x, layout, state):
+    def measure(self, x: Array, layout: Layout, state: State) -> Array | None:
         """The numbers that ranks must agree on before `encode`, or None.
 
         Returns an array of `state`; the exchange replaces each of its elements by the maximum over
@@ -60,7 +65,7 @@ class Compressor(ABC):
         return None
 
     @abstractmethod
-    def encode(self, x, packet, layout, key, state) -> int:
+    def encode(self, x: Array, packet: Array, layout: Layout, key: Key, state: State) -> int:
         """Write the payload for `x` (float32, layout.size elements) to `packet`; returns the bytes.
 
         `packet` is uint8, contiguous, at any address and at least as long as the capacity. Bytes
@@ -70,14 +75,16 @@ class Compressor(ABC):
         """
 
     @abstractmethod
-    def decode_add(self, packet, out, layout, key, weight=1.0) -> None:
+    def decode_add(self, packet: Array, out: Array, layout: Layout, key: Key,
+                   weight: float = 1.0) -> None:
         """Add weight * (the decoded payload) to `out` (float32, layout.size elements).
 
         `packet` holds exactly the bytes that `encode` used, `key` is the sender's. Raises
         PacketError for bytes that `encode` cannot have written; `out` is then undefined.
         """
 
-    def decode_sum(self, payloads, out, layout, keys, weight=1.0) -> None:
+    def decode_sum(self, payloads: Sequence[Array], out: Array, layout: Layout,
+                   keys: Sequence[Key], weight: float = 1.0) -> None:
         """out = weight * the sum of the decoded payloads, added to zero in their order.
 
         keys[i] is that of the sender of payloads[i]. No payloads make zeros: an asynchronous rank
@@ -88,7 +95,8 @@ class Compressor(ABC):
         for packet, key in zip(payloads, keys):
             self.decode_add(packet, out, layout, key, weight)
 
-    def encode_owed(self, grad, owed, packet, layout, key, state, out=None) -> int:
+    def encode_owed(self, grad: Array, owed: Array, packet: Array, layout: Layout, key: Key,
+                    state: State, out: Array | None = None) -> int:
         """Encode owed + grad and keep the rest: all there is to error feedback. Returns the bytes.
 
         `owed` is the residual, what was not sent so far; what is still not sent goes to `out`, by
@@ -102,29 +110,29 @@ class Compressor(ABC):
         return used
 
     @property
-    def summable(self):
+    def summable(self) -> str | None:
         """The dtype ("float32", "int8", "float16" ...) in which MPI may add payloads, or None."""
         return None
 
     @property
-    def most_ranks(self):
+    def most_ranks(self) -> int | None:
         """The largest number of ranks over which the sum of payloads is exact, or None."""
         return None
 
-    def alias(self, x):
+    def alias(self, x: Array) -> Array | None:
         """The memory of `x` as uint8, if that is the payload for `x`; else None."""
         return None
 
-    def shared_bytes(self, layout) -> int:
+    def shared_bytes(self, layout: Layout) -> int:
         """Bytes at the front of a payload that are the same on all ranks; MPI adds the others."""
         return 0
 
-    def by_case(self, payload, layout) -> dict:
+    def by_case(self, payload: Array, layout: Layout) -> dict[str, int]:
         """Bytes of a payload by the case of a `rule`, for `Reducer.stats`; {} if there is one."""
         return {}
 
     @property
-    def core(self):
+    def core(self) -> "Compressor":
         """The compressor that writes the payloads: what Residual wraps, or this one."""
         return self
 
@@ -133,35 +141,35 @@ class Compressor(ABC):
         """Does `split` know how to cut a payload of this configuration?"""
         return False
 
-    def split(self, packet, layout, borders) -> list:
+    def split(self, packet: Array, layout: Layout, borders: Sequence[int]) -> list[Array]:
         """The payload cut at these elements: a part for every pair of neighbours in `borders`.
 
         Each part is a payload of its own, whose elements count from 0. Only if `can_split`.
         """
         raise NotImplementedError(f"{self.name} has no split")
 
-    def persistent(self, state) -> dict:
+    def persistent(self, state: State) -> dict[str, Array]:
         """{name: float32[layout.size]} that a checkpoint must hold, such as {"error": owed}."""
         return {}
 
-    def commit(self, state) -> None:
+    def commit(self, state: State) -> None:
         """The step of the last encoded packet was applied on all ranks: make its state final."""
 
     @classmethod
-    def from_inner(cls, text, read):
+    def from_inner(cls, text: str, read: Callable[[str], "Compressor"]) -> Any:
         """The field `inner` from the text in a specification's brackets.
 
         `read` turns a specification into a compressor.
         """
         return read(text)
 
-    def expect(self, packet, size) -> None:
+    def expect(self, packet: Array, size: int) -> None:
         """Raise PacketError unless the payload has `size` bytes."""
         if len(packet) != size:
             raise PacketError(f"{self.name}: a payload of {len(packet)} bytes found, "
                               f"{size} expected for this layout")
 
-    def expect_finite(self, values) -> None:
+    def expect_finite(self, values: Array) -> None:
         """Raise PacketError unless all of these floats from a payload are finite."""
         def complain(values):
             raise PacketError(f"{self.name}: a number in the payload is not finite")

@@ -1,13 +1,19 @@
 """Options of a compressor: dataclass fields with a sentence and limits, and their check."""
 
+from collections.abc import Sequence
 from dataclasses import field, fields
 from numbers import Integral, Real
+from typing import Any, TypeVar
 
 from mpicomp.compressors.spec import show
 from mpicomp.errors import SpecError
 
+T = TypeVar("T")
 
-def option(default, doc, *, choices=None, above=None, least=None, most=None):
+
+def option(default: T, doc: str, *, choices: Sequence[T] | None = None,
+           above: float | None = None, least: float | None = None,
+           most: float | None = None) -> T:
     """A dataclass field with `doc`, a sentence for errors and listings, and its limits.
 
     `choices`: the values it may have; `above`, `least`, `most`: a number's bounds.
@@ -16,7 +22,7 @@ def option(default, doc, *, choices=None, above=None, least=None, most=None):
     return field(default=default, metadata=limits)
 
 
-def check_options(compressor) -> None:
+def check_options(compressor: Any) -> None:
     """Raise SpecError for a field whose value is outside of what `option` declared.
 
     Converts a whole number given for a float or a text, and NumPy's numbers, to the field's type.

@@ -1,16 +1,19 @@
 """The registry: every compressor class by name, and the compressor that a specification names."""
 
 from dataclasses import fields
+from typing import TypeVar
 
 from mpicomp.compressors.base import Compressor
 from mpicomp.compressors.options import parse_options
 from mpicomp.compressors.spec import split_spec
 from mpicomp.errors import SpecError
 
+C = TypeVar("C", bound=type[Compressor])
+
 _REGISTRY: dict[str, type[Compressor]] = {}
 
 
-def register(cls):
+def register(cls: C) -> C:
     """Decorates a Compressor class: it is then found under `cls.name`. Returns the class.
 
     Packages may also name their classes in the entry-point group `mpicomp.compressors`.
@@ -43,7 +46,7 @@ def find(name: str) -> type[Compressor]:
     return classes[name]
 
 
-def from_spec(spec) -> Compressor:
+def from_spec(spec: Compressor | str) -> Compressor:
     """The compressor that a specification describes, such as "onebit" or "residual(strom:tau=1)".
 
     Raises SpecError that lists what exists for an unknown name, option or value.

@@ -13,6 +13,7 @@ DDP's process group is.
 
 import copy
 import sys
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -217,20 +218,20 @@ class HookState:
         """Bytes, ratio, steps and seconds, as Reducer.stats."""
         return Meter() if self._averager is None else self._averager.stats
 
-    def check_replicas(self, model=None, **objects):
+    def check_replicas(self, model: torch.nn.Module | None = None, **objects: Any) -> None:
         """As Reducer.check_replicas: check_replicas(net, optimizer=optimizer)."""
         if self._averager is None:
             raise SpecError("check_replicas() before the first step: type  HookState(method, "
                             "named_parameters=net.named_parameters())  to compare from the start")
         check_replicas(self._averager, model, objects)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """This rank's residuals by parameter name, as Reducer.state_dict; save every rank's."""
         if self._averager is None:
             return dict(self._loaded or {"step": 0})
         return in_torch(self._averager.state_dict())
 
-    def load_state_dict(self, state) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned on this rank, to the bit.
 
         A state saved before the first step without named_parameters holds nothing to load. Raises

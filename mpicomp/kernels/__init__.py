@@ -12,6 +12,8 @@ array `owed` itself.
 
 import os
 from functools import cache
+from types import ModuleType
+from typing import Any
 
 from mpicomp.errors import SpecError
 from mpicomp.kernels import reference
@@ -19,7 +21,7 @@ from mpicomp.kernels import reference
 _chosen = None
 
 
-def of(array):
+def of(array: Any) -> ModuleType:
     """The kernels for arrays of this kind: NumPy's or, in memory of a device, CuPy's."""
     if hasattr(array, "__cuda_array_interface__"):
         from mpicomp.kernels import gpu
@@ -28,18 +30,18 @@ def of(array):
     return _chosen or for_numpy()
 
 
-def for_numpy():
+def for_numpy() -> ModuleType:
     """The kernels for NumPy's arrays. Raises SpecError where MPICOMP_KERNELS names none."""
     return _chosen or use(os.environ.get("MPICOMP_KERNELS") or None)
 
 
-def backends() -> dict:
+def backends() -> dict[str, ModuleType]:
     """The backends that work here: {"reference": module, ...}."""
     compiled = _compiled()[0]
     return {"reference": reference, **({"cpu": compiled} if compiled else {})}
 
 
-def use(name=None):
+def use(name: str | None = None) -> ModuleType:
     """From now on `of` is the backend called `name`; None: the fastest. Returns the module.
 
     Raises SpecError for a name that is not in `backends`.

@@ -1,5 +1,6 @@
 """Hooks of parameters: gradients come into their buckets while backward() runs."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -26,7 +27,7 @@ class GradientHooks:
             partial(self._on_rows, table)) for table in gradients.rows.tables]
 
     @contextmanager
-    def no_sync(self):
+    def no_sync(self) -> Iterator[None]:
         """In this context backward only accumulates; the next backward outside exchanges all."""
         before, self.synchronising = self.synchronising, False
         try:

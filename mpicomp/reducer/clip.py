@@ -6,7 +6,9 @@ from mpicomp.errors import SpecError
 from mpicomp.reducer.optimizer_hooks import reducers_of
 
 
-def clip_grad_norm_(optimizer, max_norm, norm_type=2.0, error_if_nonfinite=False, foreach=None):
+def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float = 2.0,
+                    error_if_nonfinite: bool = False, foreach: bool | None = None
+                    ) -> torch.Tensor:
     """torch.nn.utils.clip_grad_norm_ on the mean gradient of an optimizer's parameters.
 
     Between loss.backward() and optimizer.step(), on every rank. It finishes the exchange first, so

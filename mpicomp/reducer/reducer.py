@@ -1,13 +1,25 @@
 """The Reducer: hooks on parameters and optimizers, and an averager between them."""
 
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
 import torch
 
+from mpicomp.advice import Advice
+from mpicomp.catalogue import Method
 from mpicomp.reducer import copies
 from mpicomp.reducer.backward import GradientHooks
 from mpicomp.reducer.changes import Changes
 from mpicomp.reducer.gradients import Gradients, in_torch
 from mpicomp.reducer.optimizer_hooks import Given, OptimizerHooks
 from mpicomp.reducer.replicas import check_replicas
+from mpicomp.transport.meter import Meter
+
+Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 
 class Reducer(copies.Uncopied):
@@ -34,10 +46,13 @@ class Reducer(copies.Uncopied):
     first difference on all ranks otherwise. The order of a step is in docs/design.md.
     """
 
-    def __init__(self, named_parameters, method, comm=None, *, average=True,
-                 bucket_bytes=25 << 20, seed=0, nonfinite="raise", stall_timeout=None,
-                 require_ratio=None, ratio_window=100, progress="auto", sparse=(),
-                 check_replicas_every=None):
+    def __init__(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+                 method: Method | str, comm: "MPI.Comm | None" = None, *, average: bool = True,
+                 bucket_bytes: int = 25 << 20, seed: int = 0, nonfinite: str = "raise",
+                 stall_timeout: float | None = None, require_ratio: float | None = None,
+                 ratio_window: int = 100, progress: str = "auto",
+                 sparse: Iterable[str] = (), check_replicas_every: int | None = None
+                 ) -> None:
         self.averager = Gradients(
             named_parameters, method, comm, average=average, bucket_bytes=bucket_bytes, seed=seed,
             nonfinite=nonfinite, stall_timeout=stall_timeout, require_ratio=require_ratio,
@@ -49,18 +64,39 @@ class Reducer(copies.Uncopied):
         self._gradient_hooks = GradientHooks(self.averager, self._changes)
         self._optimizer_hooks = OptimizerHooks(self, self.averager)
 
-    comm = property(lambda self: self.averager.comm, doc="The communicator: a private duplicate.")
-    method = property(lambda self: self.averager.method, doc="The Method; auto: the one chosen.")
-    stats = property(lambda self: self.averager.stats, doc="Bytes, seconds and notes: a Meter.")
-    step = property(lambda self: self.averager.step, doc="How many steps were exchanged.")
-    advice = property(lambda self: self.averager.advice, doc="What auto has predicted, or None.")
+    @property
+    def comm(self) -> "MPI.Intracomm":
+        """The communicator: a private duplicate."""
+        return self.averager.comm
+
+    @property
+    def method(self) -> Method:
+        """The Method; auto: the one chosen."""
+        return self.averager.method
+
+    @property
+    def stats(self) -> Meter:
+        """Bytes, seconds and notes: a Meter."""
+        return self.averager.stats
+
+    @property
+    def step(self) -> int:
+        """How many steps were exchanged."""
+        return self.averager.step
+
+    @property
+    def advice(self) -> Advice | None:
+        """What auto has predicted, or None."""
+        return self.averager.advice
+
     average = property(lambda self: self.averager.settings.average)
     seed = property(lambda self: self.averager.settings.seed)
     nonfinite = property(lambda self: self.averager.settings.nonfinite)
 
     # ---- one step ----
 
-    def attach(self, optimizer, scaler=None):
+    def attach(self, optimizer: torch.optim.Optimizer,
+               scaler: torch.amp.GradScaler | None = None) -> Self:
         """Call `finish` before every optimizer.step(), or at the end of its closure. Returns self.
 
         The optimizer stays the user's own object. From now on every rank must call step()
@@ -74,12 +110,12 @@ class Reducer(copies.Uncopied):
         self._optimizer_hooks.attach(optimizer, scaler)
         return self
 
-    def no_sync(self):
+    def no_sync(self) -> AbstractContextManager[None]:
         """In this context backward only accumulates; the next backward outside exchanges all."""
         return self._gradient_hooks.no_sync()
 
     @torch.compiler.disable
-    def finish(self):
+    def finish(self) -> None:
         """Wait until every p.grad is the mean over ranks (average=False: the sum). Idempotent.
 
         Parameters without a gradient count as zero; a bucket that had none on any rank is left
@@ -115,17 +151,17 @@ class Reducer(copies.Uncopied):
             if self._check_every and self.step % self._check_every == 0:
                 self.check_replicas()
 
-    def finish_for(self, what):
+    def finish_for(self, what: str) -> None:
         """`finish`, to read or change p.grad. SpecError where no gradient is left after it."""
         self.averager.refuse_owned(what)
         self.finish()
 
-    def compare(self):
+    def compare(self) -> None:
         """Before anything is sent: are all ranks at one step, with the same parameters?"""
         self.averager.compare()
 
     @torch.compiler.disable
-    def discard(self):
+    def discard(self) -> None:
         """Give up the step that has begun, as zero_grad() before optimizer.step() does.
 
         No rank then applies it, and every p.grad is None; residuals are as before it. Where one
@@ -139,7 +175,7 @@ class Reducer(copies.Uncopied):
     # ---- between two steps ----
 
     @torch.compiler.disable
-    def deliver(self):
+    def deliver(self) -> None:
         """Receive and apply everything that any rank has sent. Collective, between two steps.
 
         For exchange=peers, exchange=server and delay=1: call it on all ranks before replicas are
@@ -160,7 +196,7 @@ class Reducer(copies.Uncopied):
                 self.averager.buckets.clear()
 
     @torch.compiler.disable
-    def flush(self):
+    def flush(self) -> None:
         """Make every p.grad the mean (or sum) of what all ranks still owe; residuals become zero.
 
         Call it on all ranks between two steps, then optimizer.step(): afterwards all that was given
@@ -174,7 +210,7 @@ class Reducer(copies.Uncopied):
         """
         self.averager.flush_gradients()
 
-    def check_replicas(self, model=None, **objects):
+    def check_replicas(self, model: torch.nn.Module | None = None, **objects: Any) -> None:
         """Raise MismatchError on all ranks unless replicas are equal to the bit. Collective.
 
         Compared are step, learning rates and all other options of attached optimizers, parameters
@@ -189,7 +225,7 @@ class Reducer(copies.Uncopied):
         """
         check_replicas(self.averager, model, objects)
 
-    def check_ratio(self):
+    def check_ratio(self) -> None:
         """At the end of a run: hold the steps since the last judgement to require_ratio, too."""
         self.averager.check_ratio()
 
@@ -199,7 +235,7 @@ class Reducer(copies.Uncopied):
 
         return report(self.method, self.stats, self.advice)
 
-    def sent_by_parameter(self) -> dict:
+    def sent_by_parameter(self) -> dict[str, int]:
         """{parameter name: how many of its elements this rank's last packet made non-zero}.
 
         What a sparse method sends, by layer. Costs a decode; only for exchange=allgather.
@@ -210,7 +246,7 @@ class Reducer(copies.Uncopied):
 
     # ---- state, dead ranks, the end ----
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """{"step": int, "error/<name>": tensor}: this rank's residuals, in gradient units.
 
         "order" is there, too, where buckets were made anew after the first step: a tensor of the
@@ -220,7 +256,7 @@ class Reducer(copies.Uncopied):
         """
         return in_torch(self.averager.state_dict())
 
-    def load_state_dict(self, state) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave on this rank: the same packets follow, to the bit.
 
         To be called on all ranks: the next exchange first compares step, buckets and parameters.
@@ -239,7 +275,7 @@ class Reducer(copies.Uncopied):
         """Why this Reducer cannot go on where a rank has died, or None."""
         return self.averager.irreplaceable
 
-    def regroup(self, comm) -> None:
+    def regroup(self, comm: "MPI.Intracomm") -> None:
         """Go on over `comm`, whose ranks are some of the present ones, where the last step ended.
 
         Collective over `comm`. A step that was begun has never happened: packets under way are
@@ -261,7 +297,10 @@ class Reducer(copies.Uncopied):
             self.averager.close()
 
 
-def DistributedOptimizer(optimizer, named_parameters, method="dense", comm=None, **keywords):
+def DistributedOptimizer(optimizer: Optimizer,
+                         named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+                         method: Method | str = "dense", comm: "MPI.Comm | None" = None,
+                         **keywords: Any) -> Optimizer:
     """The optimizer itself, with a Reducer attached as `optimizer.reducer`.
 
     `keywords` are those of Reducer. optimizer.step() then waits for the exchange and steps on the

@@ -24,7 +24,7 @@ BUCKET = 0xFFFFFFFF  # in headers
 DENSE = 1 << 62  # added to a number of rows: this rank's gradient was not sparse
 
 
-def sparse_parameters(module) -> list[str]:
+def sparse_parameters(module: torch.nn.Module) -> list[str]:
     """The names of the weights of all embeddings in `module` that were made with sparse=True."""
     kinds = torch.nn.Embedding, torch.nn.EmbeddingBag
     return [f"{name}.weight" if name else "weight" for name, part in module.named_modules()

@@ -8,6 +8,7 @@ returns, even with async_op=True; isend and irecv return at once.
 """
 
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -16,12 +17,15 @@ from mpicomp.ddp.process_group.group import BACKEND, MpiGroup
 from mpicomp.ddp.process_group.store import SharedStore
 from mpicomp.errors import LaunchError
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
 __all__ = ["BACKEND", "MpiGroup", "init_process_group"]
 
 _lent = []  # the default MpiGroup, for `_create`
 
 
-def init_process_group(comm=None, timeout=600.0):
+def init_process_group(comm: "MPI.Comm | None" = None, timeout: float = 600.0) -> None:
     """Make torch's default process group from an MPI communicator (None: COMM_WORLD).
 
     Call it instead of torch.distributed.init_process_group(...), before DistributedDataParallel.

@@ -1,6 +1,7 @@
 """MpiGroup: a process group's messages, barriers, parts and properties."""
 
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +11,9 @@ from mpicomp.ddp.process_group.transfer import Call, one_tensor, tag_limit
 from mpicomp.ddp.process_group.watch import GroupDog
 from mpicomp.ddp.process_group.work import Message
 from mpicomp.errors import StallError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 BACKEND = "mpicomp"
 _NOT_GIVEN = timedelta(minutes=30)  # torch's default for new_group
@@ -22,7 +26,7 @@ class MpiGroup(Collectives):
     timeout  seconds after which a wait raises StallError; a call may have its own
     """
 
-    def __init__(self, comm, timeout):
+    def __init__(self, comm: "MPI.Intracomm", timeout: float) -> None:
         super().__init__(comm.rank, comm.size)
         self.comm, self.timeout = comm, timeout
         self.open, self._name = set(), ""  # `open`: Messages under way
