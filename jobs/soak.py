@@ -73,7 +73,7 @@ def train(options):
         reducer.load_state_dict(mine["reducer"])
         start = shared["step"]
     requests = []
-    remember_requests(reducer.averager.link._calls, requests)
+    remember_requests(reducer.averager.link.calls, requests)
     target = torch.randn(32, 10, generator=torch.Generator().manual_seed(7))
     for step in range(start, options.to):
         generator = torch.Generator().manual_seed(step * 64 + comm.rank)

@@ -174,7 +174,8 @@ class Buckets:
         Nothing is re-ordered where `stays`. With `share` owners of second residuals change, so all
         ranks must take part at once; elsewhere `apply` makes the buckets when the next step begins.
         """
-        if not self.order.end_noting() or len(self._all) == 1 or stays:
+        noted, self.order.noting = self.order.noting, False
+        if not noted or len(self._all) == 1 or stays:
             return
         order = np.array(self.order.seen, np.int32)
         self._link.broadcast(order, "agreeing on buckets")

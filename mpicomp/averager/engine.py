@@ -305,7 +305,8 @@ class Engine:
         """Collective: judge the ratio, and agree on the order of buckets after the first step."""
         if self.ratio:
             self.ratio.after(self.step - 1, self.method)
-        self.buckets.agree(stays=self.mode.late, share=self.method.adagrad)
+        if self.buckets.order.noting:
+            self.buckets.agree(stays=self.mode.late, share=self.method.adagrad)
 
     def check_ratio(self):
         """At the end of a run: hold the steps since the last judgement to require_ratio, too."""

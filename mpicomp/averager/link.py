@@ -22,7 +22,7 @@ class Link:
     def __init__(self, comm, method, settings, stats, memory, pipeline=None):
         self.comm, self.method, self.stats, self.seed = comm, method, stats, settings.seed
         self.memory, self.watchdog = memory, None
-        self._calls = Calls(comm, stats)
+        self.calls = Calls(comm, stats)
         self.pipeline = pipeline or Pipeline(comm, settings.stall_timeout, settings.progress,
                                              memory.again)
         self.exchange = self._open(method)
@@ -40,7 +40,7 @@ class Link:
         self.watchdog = Watchdog(averager)
 
     def _open(self, method):
-        exchange = method.open(self._calls)
+        exchange = method.open(self.calls)
         if refusal := exchange.check(method.compressor):
             mpi.release(self.comm)
             raise SpecError(refusal)
@@ -64,7 +64,7 @@ class Link:
     @property
     def communicators(self) -> list:
         """All that MPI is called on here, to revoke them where a rank has died."""
-        found = [*mpi.family(self.comm), *self._calls.communicators, *self.exchange.communicators]
+        found = [*mpi.family(self.comm), *self.calls.communicators, *self.exchange.communicators]
         if self.warm:
             found += self.warm.communicators
         return list({id(comm): comm for comm in found}.values())

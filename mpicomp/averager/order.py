@@ -16,6 +16,7 @@ class Order:
     registered  the reverse order of registration, since backward ends with the first parameters
     now         that of the buckets
     next        that of the buckets to be made before the next step, or None
+    noting      is the order of this step to be noted?
     """
 
     def __init__(self, named):
@@ -27,17 +28,12 @@ class Order:
 
     def restart(self, noting):
         """Note the order of the next step, or do not."""
-        self._noting, self._seen, self.next = noting, [], None
+        self.noting, self._seen, self.next = noting, [], None
 
     def note(self, name):
         """An array is complete."""
-        if self._noting:
+        if self.noting:
             self._seen.append(self._number[name])
-
-    def end_noting(self) -> bool:
-        """The step that was noted is over; False where none was."""
-        was, self._noting = self._noting, False
-        return was
 
     @property
     def seen(self) -> list:
