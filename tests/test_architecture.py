@@ -100,6 +100,59 @@ def test_the_table_tells_a_wrong_import(tmp_path):
     assert own_part("mpicomp.Reducer") == "" and own_part("mpicomp.kernels.reference") == "kernels"
 
 
+MOST_ATTRIBUTES = 15
+# Private names of Python, torch and objects of the user's that have no public one.
+FOREIGN = ("os.", "sys.", "torch.", "scaler.", "joined.", "gradient._version", "g._version",
+           "g._values", "tensor._values")
+
+
+def private(path):
+    """(line, text) of each attribute with a leading underscore that is another object's."""
+    tree = ast.parse(path.read_text())
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name) and node.value.id == "self"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.fullmatch(r"_[a-z]\w*", node.attr):
+            text = ast.unparse(node)
+            if node.attr not in own and not text.startswith(FOREIGN):
+                yield node.lineno, text
+
+
+@files
+def test_nobody_reaches_into_the_private_parts_of_others(path):
+    assert not list(private(path))
+
+
+@files
+def test_no_class_has_too_many_attributes(path):
+    for cls in ast.walk(ast.parse(path.read_text())):
+        if isinstance(cls, ast.ClassDef):
+            own = {node.attr for function in cls.body if isinstance(function, ast.FunctionDef)
+                   for node in ast.walk(function) if isinstance(node, ast.Attribute)
+                   and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"}
+            assert len(own) <= MOST_ATTRIBUTES, f"{cls.name}: {sorted(own)}"
+
+
+@files
+def test_calls_are_found_by_a_search_for_their_name(path):
+    """No star imports, no module __getattr__, and nothing is looked up by text put together."""
+    tree = ast.parse(path.read_text())
+    top = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert "__getattr__" not in top or path == PACKAGE / "__init__.py"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert all(alias.name != "*" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "import_module"):
+            assert not any(isinstance(part, ast.JoinedStr) for part in node.args[1:])
+
+
+def test_the_tests_of_the_house_tell_what_is_wrong(tmp_path):
+    source = tmp_path / "odd.py"
+    source.write_text("def f(reducer):\n    return reducer._plan, self._own\n")
+    assert list(private(source)) == [(2, "reducer._plan")]
+
+
 @files
 def test_a_module_opens_with_one_sentence(path):
     said = ast.get_docstring(ast.parse(path.read_text()))
