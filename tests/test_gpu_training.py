@@ -252,3 +252,39 @@ def test_a_copy_that_is_not_waited_for_is_found(comm, gpu, monkeypatch):
     monkeypatch.setattr(device.Cupy, "join", lambda self: None)
     with pytest.raises((AssertionError, mpicomp.MpicompError)):
         same_as_on_the_cpu("bf16:exchange=allgather", comm, gpu)
+
+
+class Placed(DeviceArray):
+    """An array of CuPy's as the Averager sees it: of the module cupy, on device 0."""
+
+    device = 0
+
+
+Placed.__module__ = "cupy"
+
+
+@pytest.mark.parametrize("spec", ["dense", "onebit", "strom:tau=0.5", "terngrad",
+                                  "onebit:exchange=sharded"])
+def test_an_averager_of_cupy_arrays(spec, comm, gpu, monkeypatch):
+    """The bits of NumPy arrays, in place, without torch's memory."""
+    def values(step):
+        return np.random.default_rng([step, comm.rank]).standard_normal(600).astype(np.float32)
+
+    on_host, on_device = [], []
+    averager = mpicomp.Averager({"w": np.zeros(600, np.float32)}, spec, comm)
+    for step in range(STEPS):
+        x = values(step)
+        averager.average({"w": x})
+        on_host.append(x.tobytes())
+    cupy = gpu()
+    monkeypatch.setattr(memory.CupyGpu, "_current_stream", lambda self: TORCH_STREAM)
+    array = Placed(cupy.zeros(600, np.float32)._inner)
+    averager = mpicomp.Averager({"w": array}, spec, comm)
+    for step in range(STEPS):
+        with averager.memory.here():
+            array[...] = device.current().array(values(step))
+        averager.average({"w": array})
+        with averager.memory.here():
+            on_device.append(device.current().host(array).tobytes())
+    assert isinstance(averager.buckets[0].grad, DeviceArray) and cupy.launches
+    assert on_device == on_host
