@@ -52,7 +52,7 @@ def _installed():
 
 
 def _source(told):
-    """The argument of pip install that a direct_url.json (PEP 610) stands for, or None."""
+    """What pip was told to install, as direct_url.json (PEP 610) has it, or None."""
     url, git = told.get("url"), told.get("vcs_info")
     if git:
         return f"{git['vcs']}+{url}@{git['commit_id']}"

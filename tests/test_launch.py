@@ -220,7 +220,7 @@ def test_ranks_survive_a_dead_one_only_where_mpirun_is_told_to_let_them(tmp_path
 
 def test_bootstrap_names_the_python_it_cannot_use(tmp_path):
     (tmp_path / "launch").mkdir()
-    (tmp_path / "mpicomp" / "kernels" / "cpp").mkdir(parents=True)
+    (tmp_path / "mpicomp" / "kernels" / "cpu" / "src").mkdir(parents=True)
     (tmp_path / "launch" / "bootstrap").write_text((ROOT / "launch" / "bootstrap").read_text())
     for name in ("setup.cfg", "setup.py", "pyproject.toml", "launch/constraints.txt",
                  "launch/data-requirements.txt", "mpicomp/kernels/cpu/src/cpu.cpp",
