@@ -112,7 +112,7 @@ def another_step_is_the_same_error_on_all(exchange, comm):
         named = parameters(**SHAPES)
         reducer = mpicomp.Reducer(named, joined(spec, f"exchange={exchange}"), comm)
         exchanged(reducer, named, comm.rank, 2)
-        reducer.step += comm.rank == 1
+        reducer.averager.step += comm.rank == 1
         text = same_error(comm, mpicomp.MismatchError,
                           lambda: exchanged(reducer, named, comm.rank, 1))
         assert "rank 1 is at step 3, rank 0 at 2" in text
