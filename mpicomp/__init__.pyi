@@ -5,6 +5,7 @@ from mpicomp import checkpoint as checkpoint
 from mpicomp import compressor as compressor
 from mpicomp import ddp as ddp
 from mpicomp import errors as errors
+from mpicomp import exchange as exchange
 from mpicomp import kernels as kernels
 from mpicomp import nn as nn
 from mpicomp import philox as philox

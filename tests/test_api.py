@@ -3,6 +3,7 @@
 import ast
 import doctest
 import inspect
+import operator
 import re
 import runpy
 import tempfile
@@ -20,15 +21,24 @@ MODULES = sorted(set(mpicomp._MODULES) - {"watchdog"})  # of which the status al
 
 
 def public():
-    """{name behind "mpicomp.": object} of all that users may call or derive from."""
+    """{name behind "mpicomp.": object} of all that users may call or derive from.
+
+    Of a module inside of a public one, such as exchange.packet, that is what the pages show.
+    """
     found = {name: getattr(mpicomp, name) for name in mpicomp.__all__}
     for module in (getattr(mpicomp, name) for name in MODULES):
         own = [name for name, value in vars(module).items() if not name.startswith("_")
                and (inspect.isfunction(value) or inspect.isclass(value))
                and value.__module__ == module.__name__]
         for name in getattr(module, "__all__", own):
-            if name not in found or found[name] is not getattr(module, name):
-                found[f"{module.__name__.removeprefix('mpicomp.')}.{name}"] = getattr(module, name)
+            value = getattr(module, name)
+            place = f"{module.__name__.removeprefix('mpicomp.')}.{name}"
+            if inspect.ismodule(value):
+                shown = [other for other in SHOW if other.startswith(place + ".")]
+                assert shown, place
+                found |= {other: operator.attrgetter(other)(mpicomp) for other in shown}
+            elif name not in found or found[name] is not value:
+                found[place] = value
     return found
 
 
@@ -55,6 +65,8 @@ def test_the_examples_of_a_page_run(page, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     registry = inspect.getmodule(mpicomp.register)
     monkeypatch.setattr(registry, "_REGISTRY", registry.registry())
+    registry = inspect.getmodule(mpicomp.exchange.register)
+    monkeypatch.setattr(registry, "_REGISTRY", registry.exchanges())
     monkeypatch.setattr(mpicomp.kernels, "_chosen", None)
     test = doctest.DocTestParser().get_doctest(examples(page), {}, page.name, str(page), 0)
     assert test.examples
@@ -79,11 +91,13 @@ def members(name, cls):
     chosen = re.search(r":members:(.*)", SHOW[name])
     listed = chosen and chosen[1].replace(",", " ").split()
     left_out = re.findall(r"\w+", "".join(re.findall(r":exclude-members:(.*)", SHOW[name])))
-    for owner in cls.__mro__:
-        for member, of in vars(owner).items() if owner.__module__.startswith("mpicomp.") else ():
-            if member == "__init__" or chosen and of.__doc__ and member[0] != "_" and (
-                    member in listed if listed else member not in left_out):
-                yield member, of
+    own = {}
+    for owner in reversed(cls.__mro__):
+        own |= vars(owner) if owner.__module__.startswith("mpicomp.") else {}
+    for member, of in own.items():
+        if member == "__init__" or chosen and of.__doc__ and member[0] != "_" and (
+                member in listed if listed else member not in left_out):
+            yield member, of
 
 
 @pytest.mark.parametrize("name, value", public().items(), ids=list(public()))

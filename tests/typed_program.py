@@ -3,7 +3,7 @@
 mypy is strict here, so a call of a function without types is an error, as is a wrong type.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_type
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 import mpicomp
 from mpicomp import advice, checkpoint, ddp, kernels, nn, philox, slurm
 from mpicomp.compressor import State, check_options, find, option, registry
+from mpicomp.exchange import Codec, Cost, Exchange, WholeBucket, exchanges, packet, staging
 from mpicomp.transport.meter import Meter
 
 
@@ -46,7 +47,13 @@ def training(model: torch.nn.Module, optimizer: torch.optim.SGD, scaler: torch.a
     reducer.close()
     averager = mpicomp.Averager(dict(model.named_parameters()), "onebit", comm, average=False)
     averager.average(dict(model.named_parameters()), weight=0.5)
+    averager.start("w", np.zeros(4, np.float32))
+    assert_type(averager.finish(), bool)
+    assert_type(averager.deliver(), dict[str, NDArray[np.float32]])
+    assert_type(averager.stats, Meter)
+    assert_type(averager.state_dict(), dict[str, Any])
     averager.load_state_dict(averager.state_dict())
+    averager.check_ratio()
     averager.close()
     assert_type(mpicomp.local_rank(), int)
 
@@ -107,6 +114,39 @@ class Nothing(mpicomp.Compressor):
     def decode_add(self, packet: NDArray[Any], out: NDArray[Any], layout: mpicomp.Layout,
                    key: mpicomp.Key, weight: float = 1.0) -> None:
         self.expect(packet, 0)
+
+
+class Inboxes(WholeBucket):
+    def __init__(self, exchange: Exchange, *arguments: Any) -> None:
+        super().__init__(exchange, *arguments)
+        size = self.codec.outbox.size * exchange.wire.size
+        self.inbox = staging.buffers_for(self.grad)(size, "uint8")
+
+
+@mpicomp.exchange.register
+@dataclass(eq=False, repr=False)
+class Ring(Exchange):
+    name = "ring"
+    bucket = Inboxes
+    hops: int = option(1, "of no use", least=1)
+
+    @classmethod
+    def cost(cls, ranks: int) -> Cost:
+        return Cost(ranks - 1, decodes=ranks)
+
+    def run(self, bucket: Inboxes, step: int, flags: int) -> Iterator[list[Any]]:
+        codec: Codec = bucket.codec
+        yield from self.agree(codec, flags)
+        self.encode(codec, step, flags)
+        yield [self.wire.allgather(1, codec.outbox, bucket.inbox)]
+        bucket.headers = self.read_headers(bucket.inbox, range(0, packet.SIZE, packet.SIZE))
+
+    def decode(self, bucket: Inboxes, step: int, weight: float) -> None:
+        bucket.grad[...] = weight * bucket.codec.decoded(step, self.wire.rank)
+
+
+def costs(ranks: int) -> dict[str, Cost]:
+    return {name: of.cost(ranks) for name, of in exchanges().items()}
 
 
 def compressed(x: NDArray[np.float32], comm: MPI.Intracomm) -> int:

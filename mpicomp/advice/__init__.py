@@ -92,7 +92,7 @@ class Advice:
     notes: tuple[str, ...] = ()  # which predictions mean nothing, and what to type
 
     @property
-    def copy(self):
+    def copy(self) -> float:
         """Seconds to copy an element, on all ranks at once: what dense takes to encode it."""
         return next(iter(self.codecs.values())).encode
 

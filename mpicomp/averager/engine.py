@@ -3,7 +3,9 @@
 import math
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +44,9 @@ class Engine:
 
     Collective. All the memory that will be needed is taken here.
     """
+
+    stats: Meter
+    step: int
 
     def __init__(self, comm, named, method, settings, problem, slot, rows=(), **facts):
         self.settings, self.stats, self.step = settings, Meter(), 0
@@ -308,7 +313,7 @@ class Engine:
         if self.buckets.order.noting:
             self.buckets.agree(stays=self.mode.late, share=self.method.adagrad)
 
-    def check_ratio(self):
+    def check_ratio(self) -> None:
         """At the end of a run: hold the steps since the last judgement to require_ratio, too."""
         if self.ratio:
             self.ratio.check(self.step)
@@ -387,7 +392,7 @@ class Engine:
     # ---- state ----
 
     @in_memory
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """{"step": int, "error/<name>": array}: what this rank owes, in the units of its arrays.
 
         Also "error2/<name>" where a second residual is kept, and "order" where buckets were made
@@ -399,7 +404,7 @@ class Engine:
                 **self.mode.state()}
 
     @in_memory
-    def load_state_dict(self, state) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave on this rank: the same packets follow, to the bit.
 
         To be called on all ranks. Raises MismatchError, with nothing changed, if names or shapes

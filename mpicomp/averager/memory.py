@@ -4,8 +4,10 @@ On a GPU a bucket is torch's memory that CuPy works on, without a copy, on torch
 """
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from mpicomp.kernels.gpu import device
 from mpicomp.transport import probe, staging
 
 ON_DEVICE = ("allgather", "allreduce", "sharded", "silent")  # exchanges that take device arrays
+F = TypeVar("F", bound=Callable[..., Any])
 WAYS = ("auto", "host", "mirror", "direct")
 
 
@@ -130,7 +133,7 @@ def of(named, exchange):
     return gpu
 
 
-def in_memory(method):
+def in_memory(method: F) -> F:
     """Decorates a method of an object with `memory`: kernels in it run where the arrays are."""
     @wraps(method)
     def call(self, *arguments, **keywords):

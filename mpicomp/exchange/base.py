@@ -4,15 +4,21 @@ docs/adding-an-exchange.md explains it with an example that runs.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass
+from typing import Any, ClassVar
 
 from mpicomp import kernels
+from mpicomp.compressors.base import Array, Compressor
 from mpicomp.compressors.options import check_options
 from mpicomp.errors import MismatchError, PacketError, SpecError
+from mpicomp.layout import Layout
 from mpicomp.philox import Key
 from mpicomp.transport import packet, staging
 from mpicomp.transport.calls import Calls
 from mpicomp.transport.packet import Header
+
+Requests = Iterator[list[Any]]  # lists of MPI requests, each of which is waited for
 
 
 class Codec:
@@ -26,7 +32,8 @@ class Codec:
     shared  what ranks agree on before they encode (a part of the state), or None
     """
 
-    def __init__(self, compressor, layout, index, grad, plan, seed, outbox=None):
+    def __init__(self, compressor: Compressor, layout: Layout, index: int, grad: Array, plan: int,
+                 seed: int, outbox: Any = None) -> None:
         self.compressor, self.layout, self.index = compressor, layout, index
         self.grad, self.plan, self.seed = grad, plan, seed
         self.state = compressor.init(layout, grad)
@@ -37,22 +44,22 @@ class Codec:
         self.asked, self.agreed = to_agree(grad, self.shared)
 
     @property
-    def payload(self):
+    def payload(self) -> Any:
         """The outbox after its header."""
         return self.outbox[packet.SIZE:]
 
-    def key(self, step, rank) -> Key:
+    def key(self, step: int, rank: int) -> Key:
         """That of the random numbers in the packet of this rank and step."""
         return Key(self.seed, rank, step, self.index)
 
-    def measure(self, flags):
+    def measure(self, flags: int) -> None:
         """Have the compressor fill `shared`, with zeros if the gradient is not finite."""
         if flags & packet.NONFINITE:
             self.shared[...] = 0
         else:
             self.compressor.measure(self.grad, self.layout, self.state)
 
-    def encode(self, step, rank, flags) -> int:
+    def encode(self, step: int, rank: int, flags: int) -> int:
         """Fill the outbox, header included; returns the bytes of the payload.
 
         A gradient that is not finite is not encoded: the flag in the header tells all ranks.
@@ -68,11 +75,11 @@ class Codec:
         staging.leave(self.outbox, packet.SIZE, fresh)
         return used
 
-    def stamp(self, header):
+    def stamp(self, header: Header) -> None:
         """Write the header in front of the payload."""
         header.write(staging.host(self.outbox))
 
-    def decoded(self, step, rank):
+    def decoded(self, step: int, rank: int) -> Array:
         """float32[layout.size]: what the packet in the outbox says, encoded in `step` on `rank`."""
         values = kernels.of(self.grad).zeros(self.layout.size)
         used = Header.read(staging.host(self.outbox)).length
@@ -80,19 +87,19 @@ class Codec:
                                    self.key(step, rank))
         return values
 
-    def replan(self, plan):
+    def replan(self, plan: int) -> None:
         """Headers carry this plan digest from now on."""
         self.plan = plan
 
-    def commit(self):
+    def commit(self) -> None:
         """The step was applied on all ranks: what was sent is no longer owed."""
         self.compressor.commit(self.state)
 
-    def persistent(self) -> dict:
+    def persistent(self) -> dict[str, Array]:
         """{kind: flat array} of all state that outlives a step, as views or copies."""
         return self.compressor.persistent(self.state)
 
-    def restore(self, arrays):
+    def restore(self, arrays: Mapping[str, Array]) -> None:
         """Take over what `persistent` gave."""
         for kind, array in self.persistent().items():
             array[...] = staging.fitting(arrays[kind], array)
@@ -124,11 +131,13 @@ class BucketExchange:
     allocate nothing. `persistent` is by default the state of the first codec.
     """
 
-    def __init__(self, layout, index, grad, codecs=()):
+    def __init__(self, layout: Layout, index: int, grad: Array,
+                 codecs: Iterable[Codec] = ()) -> None:
         self.layout, self.index, self.grad = layout, index, grad
-        self.codecs, self.headers = list(codecs), []
+        self.codecs = list(codecs)
+        self.headers: list[Header] = []
 
-    def flagged(self, flag) -> list[int]:
+    def flagged(self, flag: int) -> list[int]:
         """The ranks whose header carries the flag."""
         return [rank for rank, header in enumerate(self.headers) if header.flags & flag]
 
@@ -137,7 +146,7 @@ class BucketExchange:
         """Had any rank a gradient? Where none had, there is nothing to decode."""
         return any(not header.flags & packet.EMPTY for header in self.headers)
 
-    def replan(self, plan) -> None:
+    def replan(self, plan: int) -> None:
         """Headers carry this plan digest from now on."""
         for codec in self.codecs:
             codec.replan(plan)
@@ -147,19 +156,19 @@ class BucketExchange:
         for codec in self.codecs:
             codec.commit()
 
-    def persistent(self) -> dict:
+    def persistent(self) -> dict[str, Array]:
         """{kind: float32[layout.size]} of all state that outlives a step.
 
         "error" is what this rank still owes of its gradients, "error2" what it owes as an owner.
         """
         return self.codecs[0].persistent() if self.codecs else {}
 
-    def restore(self, arrays) -> None:
+    def restore(self, arrays: Mapping[str, Array]) -> None:
         """Take over what `persistent` gave."""
         if self.codecs:
             self.codecs[0].restore(arrays)
 
-    def own(self, step, rank):
+    def own(self, step: int, rank: int) -> Array:
         """float32[layout.size]: what this rank's packet of that step says. SpecError if there is
         no such packet, or several."""
         raise SpecError("what a rank has sent is known with exchange=allgather only: elsewhere it "
@@ -169,11 +178,12 @@ class BucketExchange:
 class WholeBucket(BucketExchange):
     """A bucket that one codec encodes as a whole, as most exchanges do."""
 
-    def __init__(self, exchange, compressor, layout, index, grad, plan, seed, outbox=None):
+    def __init__(self, exchange: "Exchange", compressor: Compressor, layout: Layout, index: int,
+                 grad: Array, plan: int, seed: int, outbox: Any = None) -> None:
         self.codec = Codec(compressor, layout, index, grad, plan, seed, outbox)
         super().__init__(layout, index, grad, [self.codec])
 
-    def own(self, step, rank):
+    def own(self, step: int, rank: int) -> Array:
         return self.codec.decoded(step, rank)
 
 
@@ -195,8 +205,14 @@ class Cost:
     copies_after: float = 0
 
 
+class Wired(ABC):
+    """Tells type checkers that the InitVar of Exchange is an attribute, too."""
+
+    wire: Calls
+
+
 @dataclass(eq=False, repr=False)
-class Exchange(ABC):
+class Exchange(Wired):
     """Carries buckets of gradients: each becomes `weight` times the sum over the ranks.
 
     One object serves all buckets of a Reducer over one `wire`. Options are dataclass fields, made
@@ -206,17 +222,21 @@ class Exchange(ABC):
 
     wire: InitVar[Calls]
 
-    name = None  # in specifications: exchange=NAME
-    stages = 3  # the most MPI calls that a bucket makes one after the other
-    bucket = WholeBucket  # the class of its buckets
-    asynchronous = False  # ranks do not meet in a step: see asynchronous.py
-    owns = False  # each rank updates a part of the parameters; one bucket holds all: see server.py
-    adds = False  # MPI adds up payloads: the compressor must say what they are (`summable`)
-    on_device = False  # takes arrays on a GPU; otherwise gradients are copied to host memory
-    lacks = {}  # {"delay", "warmup" or "sparse": why it cannot be combined with that}
+    name: ClassVar[str]  # in specifications: exchange=NAME
+    stages: ClassVar[int] = 3  # the most MPI calls that a bucket makes one after the other
+    bucket: ClassVar[type[BucketExchange]] = WholeBucket  # the class of its buckets
+    asynchronous: ClassVar[bool] = False  # ranks do not meet in a step: see asynchronous.py
+    # each rank updates a part of the parameters; one bucket holds all: see server.py
+    owns: ClassVar[bool] = False
+    # MPI adds up payloads: the compressor must say what they are (`summable`)
+    adds: ClassVar[bool] = False
+    # takes arrays on a GPU; otherwise gradients are copied to host memory
+    on_device: ClassVar[bool] = False
+    # {"delay", "warmup" or "sparse": why it cannot be combined with that}
+    lacks: ClassVar[Mapping[str, str]] = {}
     settled = True  # nothing is under way between two steps
 
-    def __post_init__(self, wire):
+    def __post_init__(self, wire: Calls) -> None:
         check_options(self)
         self.wire = wire
         wire.open(self.stages)
@@ -224,25 +244,25 @@ class Exchange(ABC):
     # ---- what it is able to do ----
 
     @classmethod
-    def refusal(cls, compressor) -> str | None:
+    def refusal(cls, compressor: Compressor) -> str | None:
         """Why no rank can carry packets of this compressor so, and what to type, or None."""
 
     @classmethod
-    def cost(cls, ranks) -> Cost:
+    def cost(cls, ranks: int) -> Cost:
         """Of a step on so many ranks; by default that of everybody's packet to everybody."""
         return Cost(ranks - 1, decodes=ranks)
 
     @classmethod
-    def keeps_history(cls, **options) -> bool:
+    def keeps_history(cls, **options: Any) -> bool:
         """With these options: do owners keep state of past steps that no other rank has?"""
         return False
 
     @classmethod
-    def unattended(cls, **options) -> bool:
+    def unattended(cls, **options: Any) -> bool:
         """With these options: do others wait while this rank makes no call of its Reducer?"""
         return False
 
-    def check(self, compressor) -> str | None:
+    def check(self, compressor: Compressor) -> str | None:
         """Why this compressor cannot take this exchange over so many ranks, or None."""
         return self.refusal(compressor)
 
@@ -252,18 +272,19 @@ class Exchange(ABC):
         return self.wire.size
 
     @property
-    def communicators(self) -> list:
+    def communicators(self) -> list[Any]:
         """All that this exchange calls MPI on, to revoke them where a rank has died."""
         return self.wire.communicators
 
     # ---- a bucket ----
 
-    def open(self, compressor, layout, index, grad, plan, seed) -> BucketExchange:
+    def open(self, compressor: Compressor, layout: Layout, index: int, grad: Array, plan: int,
+             seed: int) -> BucketExchange:
         """One bucket, with all the memory that it will need."""
         return self.bucket(self, compressor, layout, index, grad, plan, seed)
 
     @abstractmethod
-    def run(self, bucket, step, flags):
+    def run(self, bucket: Any, step: int, flags: int) -> Requests:
         """A generator that carries the bucket and leaves `bucket.headers`.
 
         It yields a list of MPI requests wherever it must wait for them, the same number of lists on
@@ -271,7 +292,7 @@ class Exchange(ABC):
         """
 
     @abstractmethod
-    def decode(self, bucket, step, weight) -> None:
+    def decode(self, bucket: Any, step: int, weight: float) -> None:
         """Turn bucket.grad into weight * the sum over ranks of what their packets say.
 
         Called after `run`, unless a rank's gradient is not finite. Same bits on all ranks.
@@ -279,7 +300,7 @@ class Exchange(ABC):
 
     # ---- a run of steps; for asynchronous exchanges ----
 
-    def restart(self, step) -> None:
+    def restart(self, step: int) -> None:
         """Steps are counted from here."""
 
     def poll(self) -> None:
@@ -290,7 +311,7 @@ class Exchange(ABC):
 
     # ---- what subclasses use ----
 
-    def agree(self, codec, flags):
+    def agree(self, codec: Codec, flags: int) -> Requests:
         """Replace what the compressor measured, if it does, by the maximum over ranks. Stage 0."""
         from mpi4py import MPI
 
@@ -301,14 +322,14 @@ class Exchange(ABC):
             yield [self.wire.allreduce(0, codec.asked, codec.agreed, MPI.MAX)]
             codec.shared[...] = staging.arrive(codec.agreed, now=True)
 
-    def encode(self, codec, step, flags) -> int:
+    def encode(self, codec: Codec, step: int, flags: int) -> int:
         """`codec.encode` with its seconds and the bytes of its payload booked."""
         with self.wire.meter.stage("encode"):
             used = codec.encode(step, self.wire.rank, flags)
         self.book(codec, used)
         return used
 
-    def book(self, codec, used):
+    def book(self, codec: Codec, used: int) -> None:
         """Book the bytes of a payload that is about to be sent by the cases of its rule."""
         if used:
             payload = staging.device(codec.payload)[:used]
@@ -316,7 +337,7 @@ class Exchange(ABC):
             for case, size in parts.items():
                 self.wire.meter.move(case, size)
 
-    def read_headers(self, buffer, starts) -> list[Header]:
+    def read_headers(self, buffer: Any, starts: Iterable[int]) -> list[Header]:
         """The headers at these offsets, one of each rank.
 
         Raises the same MismatchError on all ranks if they differ in step, bucket or plan.
@@ -335,7 +356,7 @@ class Exchange(ABC):
                         "same steps")
         return headers
 
-    def lengths(self, headers, most) -> list[int]:
+    def lengths(self, headers: Sequence[Header], most: Iterable[int]) -> list[int]:
         """The bytes of payload that each rank announces; PacketError beyond `most` (one a rank)."""
         for rank, (header, limit) in enumerate(zip(headers, most)):
             if header.length > limit:

@@ -1,14 +1,17 @@
 """The registry of exchanges: every class by the name that stands in exchange=NAME."""
 
 from dataclasses import Field
+from typing import TypeVar
 
 from mpicomp.errors import SpecError
 from mpicomp.exchange.base import Exchange
 
+C = TypeVar("C", bound=type[Exchange])
+
 _REGISTRY: dict[str, type[Exchange]] = {}
 
 
-def register(cls):
+def register(cls: C) -> C:
     """Make an Exchange class known under `cls.name`; usable as a decorator.
 
     Packages may also name their classes in the entry-point group `mpicomp.exchanges`.

@@ -19,6 +19,7 @@ it. Headers are compared before anything is decoded.
 
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 from mpicomp.errors import PacketError
 
@@ -30,6 +31,7 @@ LAST = 4
 DISAGREE = 8
 JOINED = 16
 HINT = 8  # flags from this bit on: exchange=sharded, size class of slots (slots.py)
+Buffer = Any  # bytes-like, such as an array of uint8
 _FORMAT = struct.Struct("<4sHHIIQQ")
 SIZE = _FORMAT.size
 
@@ -44,13 +46,13 @@ class Header:
     length: int
     flags: int = 0
 
-    def write(self, buffer) -> None:
+    def write(self, buffer: Buffer) -> None:
         """Write the 32 bytes to the front of `buffer`, any writable bytes-like object."""
         _FORMAT.pack_into(buffer, 0, MAGIC, VERSION, self.flags, self.step & 0xFFFFFFFF,
                           self.bucket, self.plan, self.length)
 
     @classmethod
-    def read(cls, buffer) -> "Header":
+    def read(cls, buffer: Buffer) -> "Header":
         """The header at the front of `buffer`. Raises PacketError if there is none."""
         if len(buffer) < SIZE:
             raise PacketError(f"a packet begins with {SIZE} bytes of header, found {len(buffer)}")

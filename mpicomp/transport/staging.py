@@ -11,8 +11,10 @@ If MPI takes device pointers (`use_direct`, see probe.py), it gets the device's 
 headers are copied. Reductions, and numbers that ranks agree on, always use host memory.
 """
 
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -95,7 +97,7 @@ class MirroredBuffer:
         return MirroredBuffer(self.memory, self.start, self.stop, dtype)
 
 
-def buffers_for(array, reduced=False):
+def buffers_for(array: Any, reduced: bool = False) -> Callable[..., Any]:
     """A function zeros(size, dtype=float32) that makes MPI's buffers for an exchange of `array`.
 
     `reduced`: the buffers are for reductions, which need host memory.
@@ -111,7 +113,7 @@ def buffers_for(array, reduced=False):
     return zeros
 
 
-def mirror(array):
+def mirror(array: Any) -> Any:
     """A buffer for MPI's reduction of `array`: itself, or a MirroredBuffer around it."""
     if not is_device_array(array):
         return array
@@ -119,17 +121,17 @@ def mirror(array):
     return MirroredBuffer(memory, 0, array.nbytes, array.dtype)
 
 
-def device(buffer):
+def device(buffer: Any) -> Any:
     """The kernels' view of a buffer."""
     return buffer.device if isinstance(buffer, MirroredBuffer) else buffer
 
 
-def host(buffer):
+def host(buffer: Any) -> Any:
     """The host view of a buffer; headers are written here."""
     return buffer.host if isinstance(buffer, MirroredBuffer) else buffer
 
 
-def leave(buffer, head=0, used=None) -> None:
+def leave(buffer: Any, head: int = 0, used: int | None = None) -> None:
     """Start copying a finished packet to the host: the first `head` bytes are already there,
     `used` bytes (default: all) follow on the device.
 
@@ -148,14 +150,14 @@ def leave(buffer, head=0, used=None) -> None:
         memory.event = _device().leave(payload.device, payload.host)
 
 
-def read(buffer):
+def read(buffer: Any) -> Any:
     """Received bytes for the host to read, such as headers."""
     if isinstance(buffer, MirroredBuffer):
         return _device().host(buffer.device) if buffer.memory.direct else buffer.host
     return buffer
 
 
-def arrive(buffer, now=False):
+def arrive(buffer: Any, now: bool = False) -> Any:
     """Received bytes for kernels to read in a `decoding` block, or with `now` at once."""
     if not isinstance(buffer, MirroredBuffer):
         return buffer
@@ -170,7 +172,7 @@ def arrive(buffer, now=False):
 
 
 @contextmanager
-def decoding(array):
+def decoding(array: Any) -> Iterator[None]:
     """Wait for received bytes before decoding; raise PacketError on exit if a kernel found a bad
     packet."""
     if not is_device_array(array):
@@ -181,17 +183,17 @@ def decoding(array):
         yield
 
 
-def encoding(array):
+def encoding(array: Any) -> AbstractContextManager[None]:
     """A block at whose end errors of kernels are looked at once."""
     return kernels.of(array).deferred() if is_device_array(array) else nullcontext()
 
 
-def fetched(array):
+def fetched(array: Any) -> Any:
     """The array in host memory: a copy of a device array, or itself."""
     return _device().host(array) if is_device_array(array) else array
 
 
-def fitting(values, array):
+def fitting(values: Any, array: Any) -> Any:
     """The values on the device if `array` is there, else as they are."""
     if is_device_array(array) and not is_device_array(values):
         return _device().array(np.ascontiguousarray(values))
@@ -216,7 +218,7 @@ class DeferredCall:
         return self._posted and (self._request is None or self._request.Test())
 
 
-def departure(buffer) -> list:
+def departure(buffer: Any) -> list[Any]:
     """Requests that complete when the packet in a buffer has left the device; [] for the host's."""
     return [DeferredCall(buffer.memory.event)] if isinstance(buffer, MirroredBuffer) else []
 
