@@ -337,17 +337,16 @@ class Engine:
                             "cannot be added to the first")
         self.mark_step()
         self.mode.flush()
-        self.current.finished, self.current.outcome = True, "flushed"
-        if self.mode.owed_is_gone(self.owed):
-            return False
-        for bucket in self.buckets:
+        gone = self.mode.owed_is_gone(self.owed)
+        for bucket in () if gone else self.buckets:
             total = self.link.sum(staging.fetched(self.owed(bucket)), "flush",
                                   "adding up what all ranks owe")
             total *= np.float32(self.share)
             if self.mode.asynchronous:
                 total += bucket.grad
             bucket.grad[...] = staging.fitting(total, bucket.grad)
-        return True
+        self.current.finished, self.current.outcome = True, "flushed"
+        return not gone
 
     def owed(self, bucket):
         """The sum of this rank's residuals of a bucket, which become zero."""

@@ -332,6 +332,7 @@ class _DdpGradients(Gradients):
     def _names(self):
         return {id(p): name for name, p in self.named}
 
+    @torch.compiler.disable
     def take(self, slot):
         """DDP's gradient of a parameter is complete."""
         with self.lock, self.memory.here():
@@ -341,6 +342,7 @@ class _DdpGradients(Gradients):
             self.launch_ready()
             self.poll()
 
+    @torch.compiler.disable
     def finish(self):
         """Wait until every slot holds the mean, and give it to DDP."""
         with self.lock, self.memory.here():
