@@ -39,9 +39,9 @@ class Recovery:
 
         recovery = mpicomp.Recovery(reducer, model)
         for step in range(steps):
-            recovery.run(train, step)           # forward, backward, optimizer.step(): once, last
+            recovery.run(train, step)   # forward, backward, optimizer.step(): once, last
             if (step + 1) % 100 == 0:
-                recovery.run(report, step)      # evaluation, checkpoint: may be done twice
+                recovery.run(report, step)  # evaluation, checkpoint: may be done twice
         recovery.leave()
 
     reducer    an attached Reducer; it is moved to fewer ranks by `Reducer.regroup`

@@ -16,7 +16,6 @@ from mpicomp.exchange import exchange as find
 from mpicomp.kernels.gpu import device
 from mpicomp.transport import probe, staging
 
-ON_DEVICE = ("allgather", "allreduce", "sharded", "silent")  # exchanges that take device arrays
 F = TypeVar("F", bound=Callable[..., Any])
 WAYS = ("auto", "host", "mirror", "direct")
 

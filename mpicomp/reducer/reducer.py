@@ -96,7 +96,7 @@ class Reducer(copies.Uncopied):
     # ---- one step ----
 
     def attach(self, optimizer: torch.optim.Optimizer,
-               scaler: torch.amp.GradScaler | None = None) -> Self:
+               scaler: "torch.amp.GradScaler | None" = None) -> Self:
         """Call `finish` before every optimizer.step(), or at the end of its closure. Returns self.
 
         The optimizer stays the user's own object. From now on every rank must call step()
