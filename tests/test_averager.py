@@ -261,6 +261,10 @@ def test_what_does_not_fit_is_named(comm):
     assert "no method" in same_error(comm, SpecError,
                                      lambda: mpicomp.Averager(arrays(0), "twobit", comm))
     averager = mpicomp.Averager(arrays(0), "dense", comm)
+    for given in 3, [np.zeros(3, np.float32)]:
+        with pytest.raises(SpecError, match=r"expected \{name: array\}"):
+            averager.average(given)
+    assert averager.average(arrays(comm.rank).items())
     with pytest.raises(SpecError, match=r"'v' found, expected .* w, b, scalar|'v' found"):
         averager.start("v", np.zeros(3, np.float32))
     with pytest.raises(SpecError, match=r"'b' is a numpy array of float32 on cpu, shape \[4\]"):
@@ -268,7 +272,7 @@ def test_what_does_not_fit_is_named(comm):
     with pytest.raises(SpecError, match="a torch array of float32"):
         averager.start("b", torch.zeros(3))
     averager.start("b", np.zeros(3, np.float32))
-    with pytest.raises(MismatchError, match="'b' was given twice in step 0"):
+    with pytest.raises(MismatchError, match="'b' was given twice in step 1"):
         averager.start("b", np.zeros(3, np.float32))
     with pytest.raises(MismatchError, match="in the middle of a step"):
         averager.flush()

@@ -71,8 +71,8 @@ class Averager(Engine):
     def average(self, arrays: Mapping[str, Any], weight: float | None = None) -> bool:
         """Replace these arrays by their mean over ranks (average=False: their sum), in place.
 
-        arrays  {name: array}, with names that the Averager was made with; those that are left out
-                count as zero. All ranks must call this equally often
+        arrays  {name: array} or (name, array) pairs, with names that the Averager was made with;
+                those that are left out count as zero. All ranks must call this equally often
         weight  this rank's share, 0 or more, given on all ranks or on none: the mean is
                 sum(weight * array) / sum(weight), the sum is sum(weight * array). A rank with
                 weight 0 takes part and gives nothing, and what it owes waits
@@ -81,6 +81,11 @@ class Averager(Engine):
         weights are 0, nor in the first step of delay=1. Raises NonFiniteError, MismatchError or
         StallError, on all ranks alike.
         """
+        try:
+            arrays = dict(arrays)
+        except (TypeError, ValueError):
+            raise SpecError(f"average: found {type(arrays).__name__}, expected {{name: array}}, or "
+                            "(name, array) pairs") from None
         factor = self._factor(weight)
         if factor is None:
             return False
