@@ -1,5 +1,6 @@
 """mpicomp.Averager: arrays in, their mean out, with error feedback, and no hooks."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -359,3 +360,103 @@ def test_gradients_and_an_averager_share_a_communicator(comm):
     averager.average(arrays(comm.rank))
     reducer.close()
     averager.close()
+
+
+# ---- after an error, and beside what is late
+
+
+def test_what_is_wrong_is_found_before_anything_is_done(comm):
+    """Also with weight 0: what this rank owes is not lost, and the right call goes on."""
+    averager = mpicomp.Averager(arrays(0), "onebit", comm)
+    averager.average(arrays(comm.rank))
+    before = averager.state_dict()
+    for wrong in ({"typo": arrays(0)["b"]}, {"w": arrays(0)["w"], "b": np.zeros(4, np.float32)},
+                  {"w": arrays(0)["w"], "b": [0.0]}):
+        for weight in 0.0, 1.0:
+            with pytest.raises(SpecError):
+                averager.average(wrong, weight)
+    after = averager.state_dict()
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+    assert averager.average(arrays(comm.rank, 1), 1.0) is True
+
+
+@pytest.mark.mpi(min_size=2)
+def test_what_is_held_back_in_a_step_that_fails_is_owed_again(comm, monkeypatch):
+    averager = mpicomp.Averager(arrays(0), "onebit", comm)
+    averager.average(arrays(comm.rank))
+    before = averager.state_dict()
+
+    def fails(*_):
+        raise RuntimeError("on all ranks")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(averager, "prepare", fails)
+        for step in range(2):
+            with pytest.raises(RuntimeError):
+                averager.average(arrays(comm.rank, 1), float(comm.rank > 0))
+            for bucket in averager.buckets:
+                bucket.reset()
+    after = averager.state_dict()
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+
+
+def test_a_skipped_step_is_not_delivered_again(comm):
+    averager = mpicomp.Averager(arrays(0), "dense:delay=1", comm, nonfinite="skip")
+    averager.average(arrays(comm.rank))
+    bad = arrays(comm.rank, 1)
+    bad["w"][0, 0] = np.nan
+    averager.average(bad)  # hands out the first
+    assert averager.deliver() == {}
+
+
+@pytest.mark.parametrize("spec", ["dense:delay=1", "strom:tau=0.5,exchange=peers"])
+def test_where_means_come_late_every_array_is_given(spec, comm):
+    averager = mpicomp.Averager(arrays(0), spec, comm)
+    given = {"w": arrays(comm.rank)["w"]}
+    text = same_error(comm, SpecError, lambda: averager.average(given))
+    assert "every array must be given in every step" in text
+
+
+@pytest.mark.mpi(min_size=2)
+def test_with_peers_a_rank_that_skips_still_gets_what_others_have_sent(comm):
+    averager = mpicomp.Averager({"x": np.zeros(4, np.float32)},
+                                "dense:exchange=peers,staleness=0", comm, nonfinite="skip")
+    x = np.full(4, np.nan if comm.rank == 0 else 1, np.float32)
+    averager.average({"x": x})
+    assert np.allclose(x, (comm.size - 1) / comm.size)
+    averager.deliver()
+
+
+def test_closed_it_sends_nothing(comm):
+    averager = mpicomp.Averager(arrays(0), "dense", comm)
+    averager.close()
+    for call in (lambda: averager.average(arrays(0)),
+                 lambda: averager.start("w", arrays(0)["w"])):
+        with pytest.raises(SpecError, match="closed"):
+            call()
+
+
+def test_it_cannot_be_copied(comm):
+    with pytest.raises(SpecError, match="cannot be copied"):
+        copy.deepcopy(mpicomp.Averager(arrays(0), "dense", comm))
+
+
+def test_names_are_text(comm):
+    averager = mpicomp.Averager({0: np.zeros(3, np.float32)}, "dense", comm)
+    assert averager.average({0: np.full(3, comm.rank, np.float32)})
+    assert "error/0" not in averager.state_dict()
+
+
+def test_compiled_code_may_call_it(comm):
+    tensor = torch.zeros(6)
+    averager = mpicomp.Averager({"w": tensor}, "dense", comm)
+
+    def step(x):
+        y = 2 * x
+        averager.average({"w": y})
+        return y
+
+    x = torch.full((6,), float(comm.rank))
+    mean = torch.full((6,), float(comm.size - 1))
+    assert torch.equal(torch.compile(step, backend="eager")(x), mean)
+    assert averager.step == 1

@@ -1,12 +1,21 @@
 """Models that change under DistributedDataParallel with our hook: unfrozen layers, other dtypes."""
 
+import gc
+
 import pytest
 import torch
 from test_ddp import group  # noqa: F401 (a fixture)
 from torch.nn.parallel import DistributedDataParallel
-from training import digest, examples, network, replicas_are_identical, same_error
+from training import (
+    digest,
+    examples,
+    network,
+    outcome,
+    replicas_are_identical,
+    same_error,
+)
 
-from mpicomp import SpecError, ddp
+from mpicomp import MismatchError, NonFiniteError, SpecError, ddp
 
 pytestmark = pytest.mark.mpi
 
@@ -66,3 +75,62 @@ def test_a_model_that_moves_keeps_its_hooks(group, comm):
     model(examples(comm, 2)[0]).sum().backward()
     optimizer.step()
     replicas_are_identical(comm, net)
+
+
+def two_layers(comm, spec="dense", **keywords):
+    """(network, DDP, HookState), with a bucket for each parameter."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    state = ddp.HookState(spec, comm, named_parameters=net.named_parameters(), bucket_bytes=64,
+                          **keywords)
+    return net, around(net, state), state
+
+
+def around(net, state):
+    model = DistributedDataParallel(net, bucket_cap_mb=1e-5)
+    model.register_comm_hook(state, ddp.comm_hook)
+    return model
+
+
+def test_a_gradient_that_is_not_finite_is_left_to_nobody(group, comm):
+    """Who catches the error and steps, steps on nothing."""
+    net, model, _ = two_layers(comm)
+    x = torch.full((2, 4), float("nan") if comm.rank == 0 else 1.0)
+    same_error(comm, NonFiniteError, lambda: model(x).sum().backward())
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_backward_that_failed_on_the_way_is_not_taken_for_half_of_the_next(group, comm):
+    net, model, state = two_layers(comm)
+    model(torch.ones(2, 4)).sum().backward()
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("of the user's")
+
+    hook = net[1].register_forward_pre_hook(lambda module, inputs: (Fails.apply(inputs[0]),))
+    with pytest.raises(RuntimeError, match="of the user's"):
+        model(100 * torch.ones(2, 4)).sum().backward()
+    hook.remove()
+    net.zero_grad()
+    del model
+    gc.collect()  # its hooks go
+    again = around(net, state)
+    texts = outcome(comm, lambda: again(torch.ones(2, 4)).sum().backward())
+    assert all("a second gradient of" in str(text) for text in texts), texts
+
+
+@pytest.mark.mpi(min_size=2)
+def test_replicas_are_compared_as_often_as_the_state_was_told(group, comm):
+    net, model, _ = two_layers(comm, check_replicas_every=2)
+    model(torch.ones(2, 4)).sum().backward()
+    if comm.rank == 1:
+        with torch.no_grad():
+            net[0].weight[0, 0] += 1
+    assert "'0.weight'" in same_error(comm, MismatchError,
+                                      lambda: model(torch.ones(2, 4)).sum().backward())

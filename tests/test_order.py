@@ -160,7 +160,7 @@ def test_work_to_agree_on_an_order_grows_as_parameters_do(comm):
     reducer = mpicomp.Reducer(parameters(**{f"p{i}": 2 for i in range(80)}), "dense", comm,
                               bucket_bytes=8)
     reducer.averager.buckets.order._seen = list(map(Number, range(40)))
-    reducer.averager.buckets.agree(False, False)
+    reducer.averager.buckets.agree(False)
     assert reducer.averager.buckets.order.next == [*range(40), *range(79, 39, -1)]
     assert len(hashed) <= 2 * 80
 
@@ -230,3 +230,17 @@ def test_a_state_of_the_first_step_begins_anew_in_the_same_process(spec, comm):
         ends.append(digest(model.parameters()))
     assert ends[0] == ends[1]
     assert named(optimizer.reducer)[0][0].startswith("last")
+
+
+@pytest.mark.mpi(min_size=2)
+def test_what_adagrad_has_summed_in_the_first_step_survives(comm):
+    """Buckets are made anew before the optimizer has stepped: owners change at once."""
+    model, optimizer = begin("onebit:exchange=sharded,adagrad=yes", comm)
+    before = named(optimizer.reducer)
+    steps(model, optimizer, comm, 0)
+    assert named(optimizer.reducer) != before
+    state = optimizer.reducer.state_dict()
+    for kind in "adagrad", "error":
+        mine = sum(value.abs().sum() for key, value in state.items()
+                   if key.startswith(f"{kind}/") and "idle" not in key)
+        assert comm.allreduce(float(mine)) > 0

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mpicomp import mpi
 from mpicomp.averager.engine import Engine, resolved
-from mpicomp.averager.memory import in_memory
+from mpicomp.averager.memory import in_memory, uncompiled
 from mpicomp.averager.settings import Settings
 from mpicomp.averager.slot import ArraySlot
 from mpicomp.averager.startup import averageable
@@ -68,11 +68,13 @@ class Averager(Engine):
 
     # ---- one step ----
 
+    @uncompiled
     def average(self, arrays: Mapping[str, Any], weight: float | None = None) -> bool:
         """Replace these arrays by their mean over ranks (average=False: their sum), in place.
 
         arrays  {name: array} or (name, array) pairs, with names that the Averager was made with;
-                those that are left out count as zero. All ranks must call this equally often
+                those that are left out count as zero, but with delay=1 and exchange=peers none
+                may be left out. All ranks must call this equally often
         weight  this rank's share, 0 or more, given on all ranks or on none: the mean is
                 sum(weight * array) / sum(weight), the sum is sum(weight * array). A rank with
                 weight 0 takes part and gives nothing, and what it owes waits
@@ -82,45 +84,70 @@ class Averager(Engine):
         StallError, on all ranks alike.
         """
         try:
-            arrays = dict(arrays)
+            arrays = {str(name): array for name, array in dict(arrays).items()}
         except (TypeError, ValueError):
             raise SpecError(f"average: found {type(arrays).__name__}, expected {{name: array}}, or "
                             "(name, array) pairs") from None
+        for name, array in arrays.items():  # before anything is done
+            self._slot(name).check(array)
         factor = self._factor(weight)
         if factor is None:
             return False
         if factor == 0.0:
             self._hold()
         for name, array in arrays.items():
-            self.start(name, array, factor)
-        return self.finish()
+            self._give(name, array, factor)
+        return self._end()
 
-    def start(self, name: str, array: Any, factor: float = 1.0) -> None:
+    @uncompiled
+    def start(self, name: str, array: Any) -> None:
         """Begin to exchange one array; `finish` replaces it, and it must not change until then.
 
         Arrays may come in any order. A bucket is on its way when all of its arrays are here.
         """
-        if name not in self.buckets.names:
-            raise SpecError(f"{name!r} found, expected one of the arrays that this Averager was "
-                            f"made with: {', '.join(self.buckets.names)}")
-        with self.lock, self.memory.here():
+        self._give(name, array)
+
+    @uncompiled
+    def finish(self) -> bool:
+        """Wait until every array of this step is the mean; returns whether it was replaced."""
+        return self._end()
+
+    @in_memory
+    def _give(self, name, array, factor=1.0):
+        """Take an array in, times `factor`, and send what is complete."""
+        self._slot(name).check(array)
+        with self.lock:
             self.begin()
-            bucket, slot = self.buckets.names[name]
+            bucket, slot = self.buckets.names[str(name)]
             if slot.ready:
                 raise MismatchError(f"rank {self.comm.rank}: {name!r} was given twice in step "
                                     f"{self.step}: call finish() between the two")
             self.mark_step()
-            self.buckets.note(name)
+            self.buckets.note(slot.name)
             slot.fill(array, factor)
             bucket.arrived(slot)
             self.launch_ready()
             self.poll()
 
-    def finish(self) -> bool:
-        """Wait until every array of this step is the mean; returns whether it was replaced."""
-        with self.lock, self.memory.here():
+    def _slot(self, name):
+        """The slot of an array; SpecError where there is none, or none any more."""
+        if self.closed:
+            raise SpecError("this Averager is closed: make another one")
+        if str(name) not in self.buckets.names:
+            raise SpecError(f"{name!r} found, expected one of the arrays that this Averager was "
+                            f"made with: {', '.join(self.buckets.names)}")
+        return self.buckets.names[str(name)][1]
+
+    @in_memory
+    def _end(self):
+        with self.lock:
             if self.current.finished or self.closed:
                 return False
+            absent = [slot.name for slot in self.buckets.slots if not slot.ready]
+            if absent and self.mode.late:
+                raise SpecError(f"{absent[0]!r} was not given in step {self.step}: with "
+                                f"{self.method!r}, whose means come late, every array must be "
+                                "given in every step (zeros where there is nothing)")
             self.prepare()
             return self.complete(_absent)
 
@@ -147,14 +174,17 @@ class Averager(Engine):
 
     # ---- between two steps ----
 
+    @uncompiled
     def deliver(self) -> dict[str, NDArray[np.float32]]:
         """Return {name: float32 array}: everything that any rank has sent and nobody has got yet.
 
         Collective, for exchange=peers and delay=1: call it between two steps, before results are
         compared or saved, and before a rank ends. {} where nothing was under way.
         """
-        return self._values() if self.deliver_into_buckets() else {}
+        found = self.deliver_into_buckets() or []
+        return self._values(slot for bucket in found for slot in bucket.slots)
 
+    @uncompiled
     def flush(self) -> dict[str, NDArray[np.float32]]:
         """Return {name: float32 array}: the mean (or sum) of what all ranks owe, which is zero now.
 
@@ -162,11 +192,20 @@ class Averager(Engine):
         al. 2016 do so at the end of each epoch). Uncompressed.
         """
         self.flush_into_buckets()
-        return self._values()
+        return self._values(self.buckets.slots)
 
-    def _values(self):
-        return {name: staging.fetched(slot.flat).copy().reshape(slot.shape)
-                for name, (_, slot) in self.buckets.names.items()}
+    @in_memory
+    def _values(self, slots):
+        return {slot.name: staging.fetched(slot.flat).copy().reshape(slot.shape) for slot in slots}
+
+    def clear_outputs(self):
+        """Nothing is handed out; in an asynchronous exchange what others have sent still is."""
+        if not self.exchange.asynchronous:
+            super().clear_outputs()
+
+    def __reduce__(self):
+        raise SpecError("an Averager cannot be copied or pickled, since it belongs to the ranks of "
+                        "its communicator: make another one, and give it state_dict()")
 
 
 def _absent(slot) -> bool:

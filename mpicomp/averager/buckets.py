@@ -55,6 +55,7 @@ class Bucket:
 
     def hold(self):
         """Keep what this rank owes out of the packet of this step."""
+        self.release()  # what an error has left here
         owed = self.codec.persistent()
         if "error" in owed:
             self._held = owed["error"].copy()
@@ -162,30 +163,34 @@ class Buckets:
             for codec in [*self.codecs, *(b.warm for b in self._all if b.warm is not None)]:
                 codec.replan(self.marked_plan)
 
+    def release(self):
+        """What buckets have kept out of a step is owed again."""
+        for bucket in self._all:
+            bucket.release()
+
     # ---- the order ----
 
     def note(self, name):
         """An array is complete."""
         self.order.note(name)
 
-    def agree(self, stays, share):
-        """After the first step: take rank 0's order. Collective, once, if there are buckets.
+    def agree(self, stays) -> bool:
+        """After the first step: take rank 0's order, unless it `stays`; does it cut other buckets?
 
-        Nothing is re-ordered where `stays`. With `share` owners of second residuals change, so all
-        ranks must take part at once; elsewhere `apply` makes the buckets when the next step begins.
+        Collective, once, if there are several buckets. `apply` makes them when the next step
+        begins.
         """
-        noted, self.order.noting = self.order.noting, False
-        if not noted or len(self._all) == 1 or stays:
-            return
+        self.order.noting = False
+        if len(self._all) == 1 or stays:
+            return False
         order = np.array(self.order.seen, np.int32)
         self._link.broadcast(order, "agreeing on buckets")
-        if self._cut(order) != self._cut(self.order.now):
-            self.order.next = order.tolist()
-            if share:
-                self._share()
-                self.apply()
+        if self._cut(order) == self._cut(self.order.now):
+            return False
+        self.order.next = order.tolist()
+        return True
 
-    def _share(self):
+    def share(self):
         """What only owners have, second residual and AdaGrad's history, on all ranks.
 
         Without AdaGrad a second residual stays with its rank and joins the first (sharded.py).
@@ -212,6 +217,7 @@ class Buckets:
 
     def _rebuild(self, order):
         self.order.now, self.order.next = list(order), None
+        self.release()
         kept = {(kind, s.name): array[s.slice] for bucket in self._all
                 for kind, array in bucket.codec.persistent().items()
                 for s in bucket.layout.segments} | self._shared
@@ -254,6 +260,7 @@ class Buckets:
 
     def residuals(self) -> dict:
         """{"error/<name>": float32 array with the shape of that array, a copy on the host} ..."""
+        self.release()
         return {f"{kind}/{s.name}": array[s.slice].copy().reshape(s.shape)
                 for bucket in self._all
                 for kind, array in ((kind, staging.fetched(array))

@@ -13,7 +13,7 @@ from mpicomp import catalogue, kernels, mpi
 from mpicomp.averager import memory
 from mpicomp.averager.buckets import Buckets
 from mpicomp.averager.link import Link
-from mpicomp.averager.memory import in_memory
+from mpicomp.averager.memory import in_memory, uncompiled
 from mpicomp.averager.modes import Delayed, Peers, Synchronous
 from mpicomp.averager.ratio import Ratio
 from mpicomp.averager.startup import agree_on_plan
@@ -51,7 +51,7 @@ class Engine:
     def __init__(self, comm, named, method, settings, problem, slot, rows=(), **facts):
         self.settings, self.stats, self.step = settings, Meter(), 0
         try:
-            where = method and memory.of(named, method.exchange)
+            where = method and memory.of([*named, *rows], method.exchange)
         except (SpecError, DeviceError) as error:
             problem = problem or error
         plan = agree_on_plan(comm, method, [*named, *rows], problem, **facts)
@@ -296,8 +296,7 @@ class Engine:
 
     def release(self):
         """What `average` has kept out of a step with weight 0 is owed again."""
-        for bucket in self.buckets:
-            bucket.release()
+        self.buckets.release()
 
     def end_step(self, skipped):
         """Count the step, and do what comes after some."""
@@ -310,8 +309,11 @@ class Engine:
         """Collective: judge the ratio, and agree on the order of buckets after the first step."""
         if self.ratio:
             self.ratio.after(self.step - 1, self.method)
-        if self.buckets.order.noting:
-            self.buckets.agree(stays=self.mode.late, share=self.method.adagrad)
+        if self.buckets.order.noting and self.buckets.agree(stays=self.mode.late):
+            if self.method.adagrad:  # its owners change, so all must take part: at once
+                self.commit()
+                self.buckets.share()
+                self.buckets.apply()
 
     def check_ratio(self) -> None:
         """At the end of a run: hold the steps since the last judgement to require_ratio, too."""
@@ -321,10 +323,10 @@ class Engine:
     # ---- between two steps ----
 
     @in_memory
-    def deliver_into_buckets(self) -> bool:
-        """Put what is under way into the buckets, and hand it out; True if there was something."""
+    def deliver_into_buckets(self) -> list | None:
+        """Hand out what is under way; the buckets that have some of it, None if nothing was."""
         if not self.mode.late:
-            return False
+            return None
         self.require_no_step("deliver")
         return self.mode.deliver()
 
@@ -390,6 +392,7 @@ class Engine:
 
     # ---- state ----
 
+    @uncompiled
     @in_memory
     def state_dict(self) -> dict[str, Any]:
         """{"step": int, "error/<name>": array}: what this rank owes, in the units of its arrays.
@@ -402,6 +405,7 @@ class Engine:
         return {"step": self.step, **self.buckets.order.state(), **self.buckets.residuals(),
                 **self.mode.state()}
 
+    @uncompiled
     @in_memory
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave on this rank: the same packets follow, to the bit.
@@ -424,8 +428,8 @@ class Engine:
                                     f"{list(state[key].shape)}, expected {list(array.shape)}")
         if objection := self.buckets.order.objection(state):
             raise MismatchError(f"rank {self.comm.rank}: {objection}")
-        self.buckets.restore(state)
         self.mode.restore(state)
+        self.buckets.restore(state)
         self.step, self.checked = int(state["step"]), False
         self.link.exchange.restart(max(self.step, self.method.warmup))
         if self.ratio:

@@ -4,6 +4,7 @@ On a GPU a bucket is torch's memory that CuPy works on, without a copy, on torch
 """
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
@@ -138,5 +139,20 @@ def in_memory(method: F) -> F:
     def call(self, *arguments, **keywords):
         with self.memory.here():
             return method(self, *arguments, **keywords)
+
+    return call
+
+
+def uncompiled(method: F) -> F:
+    """Decorates a method that torch.compile must call as it is; without torch it is that itself."""
+    apart = []
+
+    @wraps(method)
+    def call(*arguments, **keywords):
+        if "torch" not in sys.modules:
+            return method(*arguments, **keywords)
+        if not apart:
+            apart.append(sys.modules["torch"]._disable_dynamo(method))
+        return apart[0](*arguments, **keywords)
 
     return call

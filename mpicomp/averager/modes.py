@@ -88,9 +88,9 @@ class Synchronous:
 
     # ---- between two steps ----
 
-    def deliver(self) -> bool:
-        """Receive all that any rank has sent, and hand it out; True if there was something."""
-        return False
+    def deliver(self) -> list | None:
+        """Receive all that any rank has sent, and hand it out; the buckets that have some of it,
+        None if nothing was under way."""
 
     def flush(self):
         """Before what is owed is added up."""
@@ -194,12 +194,13 @@ class Delayed(Synchronous):
 
     def deliver(self):
         if self._under_way is None:
-            return False
+            return None
         self.averager.mark_step()
         self.land()
+        found = [bucket for bucket in self.averager.buckets if bucket.index in self._landed]
         self._hand_out_landed(scaled=False)  # no scaler takes part
         self._raise_error()
-        return True
+        return found
 
     def flush(self):
         self.require_settled("flush()")
@@ -236,13 +237,13 @@ class Peers(Synchronous):
             a.step = a.link.exchange.settle(a.step, a.link.timeout)
         a.stats.reason = reason
 
-    def _decode_rest(self) -> bool:
-        """Hand out what was received and not applied; False if there is nothing."""
-        a, found = self.averager, False
+    def _decode_rest(self) -> list:
+        """Hand out what was received and not applied; the buckets that have some of it."""
+        a, found = self.averager, []
         a.buckets.clear()
         for bucket in a.buckets:
             if a.link.exchange.rest_of(bucket.codec, a.share):
-                found = True
+                found.append(bucket)
                 for slot in bucket.slots:
                     slot.give_back()
         return found
@@ -250,8 +251,8 @@ class Peers(Synchronous):
     def deliver(self):
         self._settle("deliver")
         found = self._decode_rest()
-        self.averager.current.finished |= found
-        return found
+        self.averager.current.finished |= bool(found)
+        return found or None
 
     def flush(self):
         self._settle("flush")

@@ -42,11 +42,17 @@ class ArraySlot(Slot):
         self._on_host = bucket.tensor is None and isinstance(bucket.grad, np.ndarray)
         self._given = None
 
-    def fill(self, array, factor):
-        """Copy `array` in, times `factor`; it is what `give_back` writes to."""
+    def check(self, array):
+        """SpecError unless `array` is of the kind and shape that the averager was made with."""
+        if not hasattr(array, "dtype"):
+            raise SpecError(f"{self.name!r} is {type(array).__name__}, expected "
+                            f"{in_words(self.kind, self.shape)}")
         if tuple(array.shape) != self.shape or kind(array) != self.kind:
             raise SpecError(f"{self.name!r} is {in_words(kind(array), array.shape)}, expected "
                             f"{in_words(self.kind, self.shape)}, as when the Averager was made")
+
+    def fill(self, array, factor):
+        """Copy `array` in, times `factor`; it is what `give_back` writes to."""
         if factor:
             self._copy(array, self._view)
         else:  # also where it holds NaN: this rank gives nothing

@@ -313,9 +313,6 @@ class _DdpSlot(GradientSlot):
         if self.gradient is not None and not self.gradient.is_sparse:
             self.gradient.copy_(self.view)
 
-    def clear(self):
-        """DDP has its own way to leave out a gradient: see HookState._leave_out."""
-
 
 class _DdpGradients(Gradients):
     """An averager that a HookState feeds. Its mean leaves out ranks that have joined with
@@ -337,6 +334,8 @@ class _DdpGradients(Gradients):
         """DDP's gradient of a parameter is complete."""
         with self.lock, self.memory.here():
             self.begin()
+            if slot.ready:
+                self.refuse_second(slot)
             slot.bring(slot.gradient)  # None where DDP leaves this parameter out
             self.buckets.names[slot.name][0].arrived(slot)
             self.launch_ready()
@@ -349,6 +348,7 @@ class _DdpGradients(Gradients):
             self.prepare()
             for slot in self.buckets.slots:
                 self.refuse_changed(slot, slot.changed)
+            self.refuse_frozen()
             self.complete(_absent)
 
     @property

@@ -6,8 +6,6 @@ from functools import partial
 
 import torch
 
-from mpicomp.errors import MismatchError
-
 
 class GradientHooks:
     """Hands each gradient to the averager when autograd says that it is complete.
@@ -60,13 +58,8 @@ class GradientHooks:
         of the user's may yet change it."""
         g = self.gradients
         if slot.ready:
-            self.changes.give_up()
-            raise MismatchError(
-                f"rank {g.comm.rank}: a second gradient of {slot.name!r} arrived before the "
-                "step: wrap every backward() but the last one, and only those, in  with "
-                "reducer.no_sync():  (checkpoint() of a module that is used twice does this in one "
-                "backward(); there use_reentrant=False helps). A step that is not to be made is "
-                "given up by optimizer.zero_grad(), or by reducer.discard()")
+            self.changes.forget()
+            g.refuse_second(slot)
         if not self.synchronising:
             return
         g.launch_ready()

@@ -99,11 +99,9 @@ class Changes:
             g.refuse_changed(slot, slot.became if slot.ready else slot.changed)
         for table in g.rows.tables:
             g.refuse_changed(table, table.changed)
-        if g.buckets.frozen and (g.method.adagrad or g.link.exchange.owns):
-            g.problem(
-                f"{g.buckets.frozen[0]!r} needs no gradient any more, but with {g.method!r} it "
-                "would move on: after freezing a layer close() the Reducer and make a new one")
-        elif changed and all(slot.parameter.grad is None for slot in self._came):
+        if g.refuse_frozen():
+            return
+        if changed and all(slot.parameter.grad is None for slot in self._came):
             self.give_up()
         elif changed and self._of_another(changed[0].parameter.grad):
             g.problem(
@@ -135,16 +133,15 @@ class Changes:
         """Has another Reducer made this p.grad what it is?"""
         return owner_of(gradient) not in (None, self.gradients.owner)
 
-    def give_up(self):
-        """This rank's step is not to be applied: what came is gone, or came twice."""
+    def forget(self):
+        """What came is gone, or came twice."""
         self._came.clear()
         self._last = None
-        g = self.gradients
-        g.current.bad["given up"] = True
-        if g.mode.late and (g.current.next or not g.mode.asynchronous):
-            g.problem(
-                f"{g.method!r} cannot give up a step that backward() has begun, since a part of it "
-                "is applied already: call optimizer.step()")
+
+    def give_up(self):
+        """This rank's step is not to be applied."""
+        self.forget()
+        self.gradients.give_up()
 
     def discard(self):
         """Reducer.discard: take part in the step that is not over, which no rank then applies."""

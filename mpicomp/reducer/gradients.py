@@ -6,9 +6,9 @@ import torch
 from mpicomp import mpi
 from mpicomp.averager.engine import Engine, resolved
 from mpicomp.averager.settings import Settings
-from mpicomp.errors import SpecError
+from mpicomp.errors import MismatchError, SpecError
 from mpicomp.reducer.parameters import trainable
-from mpicomp.reducer.replicas import bad_every, check_start
+from mpicomp.reducer.replicas import bad_every, check_replicas, check_start
 from mpicomp.reducer.server import Server
 from mpicomp.reducer.slot import GradientSlot
 from mpicomp.reducer.sparse import Sparse, divide
@@ -20,6 +20,7 @@ class Gradients(Engine):
     optimizers  that step on the mean: a step is applied when one has done so
     rows        gradients that travel beside the buckets, see sparse.py
     listeners   objects whose begin() is called when a new step begins
+    check_every replicas are compared after every so many steps, or None
     slot        the class of a parameter's place in a bucket
     """
 
@@ -38,7 +39,7 @@ class Gradients(Engine):
         problem = problem or bad_every(check_replicas_every, method)
         named, in_rows, wrong = divide(named, sparse, method)
         self.optimizers, self.listeners, self.owner = [], [], Owner()
-        self.rows = Sparse(self, in_rows)
+        self.rows, self.check_every = Sparse(self, in_rows), check_replicas_every
         super().__init__(comm, named, method, settings, problem or wrong, self._slot, in_rows,
                          sparse=list(sparse), **settings.facts,
                          check_replicas_every=check_replicas_every)
@@ -91,6 +92,39 @@ class Gradients(Engine):
             self.problem(
                 f"{slot.name!r} {became}: convert the model first (model.half(), model.to("
                 "device)), then make its optimizer and Reducer; close() the Reducer that it had")
+
+    def refuse_frozen(self) -> bool:
+        """A problem where a frozen parameter would move on all the same; is there one?"""
+        frozen = self.buckets.frozen
+        if found := bool(frozen) and (self.method.adagrad or self.link.exchange.owns):
+            self.problem(
+                f"{frozen[0]!r} needs no gradient any more, but with {self.method!r} it "
+                "would move on: after freezing a layer close() the Reducer and make a new one")
+        return found
+
+    def refuse_second(self, slot):
+        """MismatchError, and the step is given up: what stands in the bucket is neither gradient.
+        """
+        self.give_up()
+        raise MismatchError(
+            f"rank {self.comm.rank}: a second gradient of {slot.name!r} arrived before the "
+            "step: wrap every backward() but the last one, and only those, in  with "
+            "reducer.no_sync():  (checkpoint() of a module that is used twice does this in one "
+            "backward(); there use_reentrant=False helps). A step that is not to be made is "
+            "given up by optimizer.zero_grad(), or by reducer.discard()")
+
+    def give_up(self):
+        """This rank's step is not to be applied, and so no rank's."""
+        self.current.bad["given up"] = True
+        if self.mode.late and (self.current.next or not self.mode.asynchronous):
+            self.problem(
+                f"{self.method!r} cannot give up a step that backward() has begun, since a part of "
+                "it is applied already: call optimizer.step()")
+
+    def after_step(self):
+        super().after_step()
+        if self.check_every and self.step % self.check_every == 0:
+            check_replicas(self, None, {})
 
     def finish_rows(self):
         return self.rows.exchange(self.exchange, self.buckets.marked_plan, self.weight)

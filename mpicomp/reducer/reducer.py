@@ -58,7 +58,7 @@ class Reducer(copies.Uncopied):
             nonfinite=nonfinite, stall_timeout=stall_timeout, require_ratio=require_ratio,
             ratio_window=ratio_window, progress=progress, sparse=sparse,
             check_replicas_every=check_replicas_every)
-        self._check_every, self._finishing = check_replicas_every, False
+        self._finishing = False
         self._changes, self._given = Changes(self.averager, self.finish), Given()
         self.averager.listeners.append(self._changes)
         self._gradient_hooks = GradientHooks(self.averager, self._changes)
@@ -147,9 +147,6 @@ class Reducer(copies.Uncopied):
         finally:
             if g.current.finished and not g.optimizers:
                 self._given.remember(g.parameters)
-        with g.guard.tail():
-            if self._check_every and self.step % self._check_every == 0:
-                self.check_replicas()
 
     def finish_for(self, what: str) -> None:
         """`finish`, to read or change p.grad. SpecError where no gradient is left after it."""
@@ -189,7 +186,7 @@ class Reducer(copies.Uncopied):
 
         Raises StallError, naming the ranks, if they do not come within `stall_timeout`.
         """
-        if self.averager.deliver_into_buckets() and self.averager.optimizers:
+        if self.averager.deliver_into_buckets() is not None and self.averager.optimizers:
             for optimizer in self.averager.optimizers:
                 optimizer.step()
             if self.averager.mode.asynchronous:

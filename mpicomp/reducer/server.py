@@ -46,7 +46,6 @@ class Server(Peers):
     def deliver(self):
         self._settle("deliver")
         self._take_over()
-        return False
 
     def flush(self):
         self._settle("flush")
