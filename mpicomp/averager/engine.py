@@ -377,6 +377,7 @@ class Engine:
         self.commit()
         self.mode.require_settled(what)
 
+    @uncompiled
     @in_memory
     def sent_by_array(self) -> dict:
         """{name: how many of its elements this rank's last packet made non-zero}.

@@ -232,7 +232,6 @@ class Reducer(copies.Uncopied):
 
         return report(self.method, self.stats, self.advice)
 
-    @torch.compiler.disable
     def sent_by_parameter(self) -> dict[str, int]:
         """{parameter name: how many of its elements this rank's last packet made non-zero}.
 
@@ -244,7 +243,6 @@ class Reducer(copies.Uncopied):
 
     # ---- state, dead ranks, the end ----
 
-    @torch.compiler.disable
     def state_dict(self) -> dict[str, Any]:
         """{"step": int, "error/<name>": tensor}: this rank's residuals, in gradient units.
 
@@ -255,7 +253,6 @@ class Reducer(copies.Uncopied):
         """
         return in_torch(self.averager.state_dict())
 
-    @torch.compiler.disable
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave on this rank: the same packets follow, to the bit.
 
