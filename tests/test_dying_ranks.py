@@ -48,7 +48,8 @@ PEERS, SERVER, slow = "strom:exchange=peers", "dropping:exchange=server", pytest
 
 
 @pytest.mark.parametrize("method, how", [
-    (PEERS, "kill"), (SERVER, "exit"), (PEERS, "raise"), pytest.param(PEERS, "exit", marks=slow),
+    pytest.param(PEERS, "kill", marks=slow), (SERVER, "exit"), (PEERS, "raise"),
+    pytest.param(PEERS, "exit", marks=slow),
     pytest.param(SERVER, "kill", marks=slow), pytest.param(SERVER, "raise", marks=slow)])
 def test_a_rank_that_dies_ends_the_job(method, how, tmp_path):
     script = tmp_path / "script.py"

@@ -18,7 +18,8 @@ from mpicomp.kernels.gpu import device
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (c++, g++ or clang++): "
                                 "the CUDA source cannot be run on the CPU")
 SIZES = (0, 1, 2, 7, 33, 257, 4099)
-SMALL = {"adacomp": (0, 1, 33, 700)}  # a warp takes a bin, which may be a single element
+# In AdaComp a warp takes a bin, which may be a single element; in the others a block searches.
+SMALL = dict.fromkeys(("adacomp", "dropping", "dryden"), (0, 1, 33, 700))
 MATRICES = ((1, 1), (1, 5), (33, 9), (1100, 3), (40, 60), (2051, 1))
 
 

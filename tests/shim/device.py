@@ -1,6 +1,7 @@
 """Builds gpu.cu with shim.h by the C++ compiler, and launches its kernels as `gpu.device` asks."""
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
@@ -60,15 +61,22 @@ def build(source):
     folder = Path(tempfile.gettempdir()) / f"mpicomp-shim-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{key.hexdigest()}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            code, built = Path(scratch) / "kernels.cpp", Path(scratch) / "kernels.so"
-            code.write_text(text)
-            done = subprocess.run([COMPILER, *OPTIONS, str(code), "-o", str(built)], text=True,
-                                  capture_output=True)
-            assert done.returncode == 0, done.stderr[-4000:]
-            os.replace(built, library)
+    with open(folder / "lock", "w") as lock:  # one process builds, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            compile_into(library, text)
     return ctypes.CDLL(str(library))
+
+
+def compile_into(library, text):
+    """Build this C++ as a library; the file is there when it is whole."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        code, built = Path(scratch) / "kernels.cpp", Path(scratch) / "kernels.so"
+        code.write_text(text)
+        done = subprocess.run([COMPILER, *OPTIONS, str(code), "-o", str(built)], text=True,
+                              capture_output=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        os.replace(built, library)
 
 
 class Shim:
