@@ -105,6 +105,7 @@ class Averager(Engine):
 
         Arrays may come in any order. A bucket is on its way when all of its arrays are here.
         """
+        self._slot(name).check(array)
         self._give(name, array)
 
     @uncompiled
@@ -114,8 +115,7 @@ class Averager(Engine):
 
     @in_memory
     def _give(self, name, array, factor=1.0):
-        """Take an array in, times `factor`, and send what is complete."""
-        self._slot(name).check(array)
+        """Take an array in that fits, times `factor`, and send what is complete."""
         with self.lock:
             self.begin()
             bucket, slot = self.buckets.names[str(name)]

@@ -3,6 +3,7 @@
 from dataclasses import fields
 from typing import TypeVar
 
+from mpicomp.compressors import known
 from mpicomp.compressors.base import Compressor
 from mpicomp.compressors.options import parse_options
 from mpicomp.compressors.spec import split_spec
@@ -18,22 +19,13 @@ def register(cls: C) -> C:
 
     Packages may also name their classes in the entry-point group `mpicomp.compressors`.
     """
-    known = _REGISTRY.get(cls.name)
-    if known is not None and known is not cls:
-        raise SpecError(f"two compressors are called {cls.name!r}: {known.__module__}."
-                        f"{known.__qualname__} and {cls.__module__}.{cls.__qualname__}")
-    _REGISTRY[cls.name] = cls
+    known.add(_REGISTRY, cls, "compressors")
     return cls
 
 
 def registry() -> dict[str, type[Compressor]]:
     """All registered compressor classes by name: our own, and those of installed packages."""
-    from importlib.metadata import entry_points
-
-    if not getattr(registry, "complete", False):
-        registry.complete = True
-        for point in entry_points(group="mpicomp.compressors"):
-            register(point.load())
+    known.load("mpicomp.compressors", register)
     return dict(_REGISTRY)
 
 

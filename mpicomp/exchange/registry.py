@@ -3,6 +3,7 @@
 from dataclasses import Field
 from typing import TypeVar
 
+from mpicomp.compressors import known
 from mpicomp.errors import SpecError
 from mpicomp.exchange.base import Exchange
 
@@ -16,25 +17,16 @@ def register(cls: C) -> C:
 
     Packages may also name their classes in the entry-point group `mpicomp.exchanges`.
     """
-    known = _REGISTRY.get(cls.name)
-    if known is not None and known is not cls:
-        raise SpecError(f"two exchanges are called {cls.name!r}: {known.__module__}."
-                        f"{known.__qualname__} and {cls.__module__}.{cls.__qualname__}")
     if any(isinstance(value, Field) for value in vars(cls).values()):
         raise SpecError(f"{cls.__qualname__} has options: write @dataclass(eq=False, repr=False) "
                         "above the class, below @register")
-    _REGISTRY[cls.name] = cls
+    known.add(_REGISTRY, cls, "exchanges")
     return cls
 
 
 def exchanges() -> dict[str, type[Exchange]]:
     """All registered exchange classes by name: our own, and those of installed packages."""
-    from importlib.metadata import entry_points
-
-    if not getattr(exchanges, "complete", False):
-        exchanges.complete = True
-        for point in entry_points(group="mpicomp.exchanges"):
-            register(point.load())
+    known.load("mpicomp.exchanges", register)
     return dict(_REGISTRY)
 
 

@@ -3,13 +3,13 @@
 import ctypes
 import os
 from ctypes import c_double, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
-from functools import wraps
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import numpy as np
 
 from mpicomp.errors import SpecError
+from mpicomp.kernels.unfit import Unfit, otherwise
 from mpicomp.philox import MASK32
 
 VERSION = 4  # of the compiled functions: mp_version in src/common.h
@@ -111,28 +111,9 @@ if _wanted.isdecimal():
 # ---- arguments ----------------------------------------------------------------------------------
 
 
-class Unfit(ValueError):
-    """A call that the compiled function cannot take; the reference may."""
-
-    def __init__(self):
-        super().__init__("float32 and uint8 arrays without gaps, of the right sizes, are expected")
-
-
 def or_reference(theirs):
     """Decorates a compiled function: a call that is Unfit goes to `theirs`, the reference's."""
-    def decorate(function):
-        @wraps(function)
-        def call(*arguments):
-            try:
-                return function(*arguments)
-            except Unfit:
-                pass  # outside of this block an error of the reference's has no context
-            return theirs(*arguments)
-
-        call.__doc__ = theirs.__doc__
-        return call
-
-    return decorate
+    return otherwise(theirs, theirs)
 
 
 def at(array, dtype, least, write=False):

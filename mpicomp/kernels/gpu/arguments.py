@@ -10,14 +10,11 @@ from functools import wraps
 import numpy as np
 
 from mpicomp.kernels.gpu import device
+from mpicomp.kernels.unfit import Unfit, otherwise
 from mpicomp.philox import MASK32
 
 _tables = {}  # content of a small device array: that array
 _deferred = None  # (fault, complain) of the block `deferred`
-
-
-class Unfit(ValueError):
-    """A call that the kernels cannot take; the reference may."""
 
 
 def is_device_array(value) -> bool:
@@ -196,16 +193,4 @@ def _to_device(value):
 
 def or_host(theirs):
     """Decorates a function of device arrays: a call that is Unfit goes to `on_host(theirs)`."""
-    def decorate(function):
-        @wraps(function)
-        def call(*arguments):
-            try:
-                return function(*arguments)
-            except Unfit:
-                pass  # outside of this block an error of the reference's has no context
-            return on_host(theirs)(*arguments)
-
-        call.__doc__ = theirs.__doc__
-        return call
-
-    return decorate
+    return otherwise(theirs, on_host(theirs))
