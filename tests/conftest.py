@@ -209,7 +209,7 @@ def elsewhere(items, may_run, here=SIZE):
 
 
 # Files whose tests share what exists once: one of pytest-xdist's workers runs all of them.
-TOGETHER = {"tests/test_cluster.py", "tests/test_train.py"}
+TOGETHER = {"tests/test_cluster.py", "tests/test_data.py", "tests/test_train.py"}
 
 
 @pytest.hookimpl(optionalhook=True)

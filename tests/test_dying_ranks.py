@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import ranks
+from small_data import small_data
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 SETTINGS = ("MPICOMP_", "OMPI_", "PMIX_", "PRTE_", "OMP_", "PMI")
@@ -38,8 +40,8 @@ print("the others went on to the end", flush=True)
 """
 
 
-def finish(*command, cwd):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(SETTINGS)}
+def finish(*command, cwd, **settings):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(SETTINGS)} | settings
     return subprocess.run([sys.executable, *map(str, command)], stdin=subprocess.DEVNULL, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=clean, cwd=cwd)
 
@@ -72,11 +74,13 @@ def test_training_ends_with_equal_replicas(options, tmp_path):
     train = [LAUNCH / "run", "--python", sys.executable, "-n", 2, "--timeout", ranks.JOB,
              LAUNCH / "train.py", "--data", "fsdd", "--batch", 16, "--log-every", 5,
              "--save-every", 10, *options, "--out", "run"]
-    done = finish(*train, "--steps", 20, cwd=tmp_path)
+    small_data(tmp_path / "cache", "fsdd")
+    run = partial(finish, cwd=tmp_path, MPICOMP_DATA=str(tmp_path / "cache"))
+    done = run(*train, "--steps", 20)
     assert done.returncode == 0, done.stdout
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["steps"] == 20 and result["ratio"] > 1 and result["accuracy"] > 0.05
     (tmp_path / "run" / "result.json").unlink()
     (tmp_path / "run" / "checkpoint" / "step-20").rename(tmp_path / "gone")
-    again = finish(*train, "--steps", 20, "--resume", cwd=tmp_path)
+    again = run(*train, "--steps", 20, "--resume")
     assert again.returncode == 0 and "from step 10" in again.stdout, again.stdout

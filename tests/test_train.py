@@ -15,6 +15,7 @@ import torch
 from forks import Forks
 from mpi4py import MPI
 from shim.device import COMPILER
+from small_data import small_data
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 
@@ -46,8 +47,10 @@ pytestmark = pytest.mark.skipif(bool(missing), reason=f"packages that hold data:
 def environment(tmp_path_factory):
     """What a shell would give a new process: this one's MPI has left its own marks."""
     ours = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "MPICOMP_", "OMP_")
+    cache = tmp_path_factory.mktemp("cache")
+    small_data(cache, "mnist5k", "fsdd")
     return {**{k: v for k, v in os.environ.items() if not k.startswith(ours)},
-            "MPICOMP_DATA": str(tmp_path_factory.mktemp("cache"))}
+            "MPICOMP_DATA": str(cache)}
 
 
 def launch(environment, folder, count, words):
