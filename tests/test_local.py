@@ -154,8 +154,6 @@ def test_applied_and_owed_is_how_far_ranks_have_come(spec, weighted, comm):
         owed = sum(value.numpy().astype(np.float64) for key, value in state.items()
                    if key.startswith("error") and key.endswith(f"/{name}"))
         owed = sum(comm.allgather(owed)) / comm.size
-        assert np.allclose(-p.detach().numpy() + owed, given[name] * np.ones(1), atol=1e-4) \
-            == bool(not given[name].any() or True)
         assert np.allclose(owed - p.detach().numpy(), given[name], atol=1e-4)
 
 
@@ -284,7 +282,7 @@ def test_nan_on_one_rank_leaves_anchor_and_residuals(spec, nonfinite, comm):
     assert all(torch.equal(after[f"parameter/{name}"], after[f"anchor/{name}"])
                for name, _ in model.named_parameters())
     steps(model, local, comm, 4)
-    assert equal(comm, digest(model.parameters())) and local.stats.skipped == 1
+    assert equal(comm, digest(model.parameters())) and local.rounds == 3
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -292,7 +290,7 @@ def test_what_cannot_be_is_refused(comm):
     for words, options in (
             ("every=0", dict(every=0)), ("every=True", dict(every=True)),
             ("multiple of fragments=3", dict(every=4, fragments=3)),
-            ("at most 4, the number of layers", dict(every=10, fragments=5)),
+            ("at most 3, the number of layers", dict(every=10, fragments=5)),
             ("a lag of at most a round", dict(lag=5)), ("lag=-1", dict(lag=-1)),
             ("mix=1", dict(mix=1)), ("fragments=0", dict(fragments=0)),
             ("one of average, nesterov, heavy-ball", dict(outer="adam")),
@@ -368,37 +366,29 @@ def test_layers_are_dealt_out_in_turn():
 
 @pytest.mark.parametrize("lag, mix", [(0, 0.0), (1, 0.0), (2, 0.5), (4, 0.25)])
 def test_what_was_sent_is_applied_so_many_steps_later(lag, mix, comm):
-    """Two fragments, a round of four steps; every rank moves by its number plus one a step."""
+    """Two fragments, a round of four steps; rank r moves by r + 1 in each step."""
     named = parameters(**{"0.w": 2, "1.w": 3})
     local = mpicomp.LocalUpdates(named, still(named), 4, "dense", "average", comm,
                                  fragments=2, lag=lag, mix=mix)
-    own, anchor, sent = [0.0, 0.0], [0.0, 0.0], [None, None]
-    mean = sum(range(1, comm.size + 1)) / comm.size
-    everyone = [[0.0, 0.0] for _ in range(comm.size)]
+    rates = np.arange(1.0, comm.size + 1)
+    values, anchor = np.zeros((2, comm.size)), np.zeros(2)  # of both fragments, on every rank
+    due = {}  # (fragment, step): the mean difference that is applied then
     for now in range(1, 17):
-        for (_, p), other in zip(named, (0, 1)):
+        values -= rates
+        for _, p in named:
             p.data -= comm.rank + 1.0
-            for rank, values in enumerate(everyone):
-                values[other] -= rank + 1.0
         local.step()
-        order = [f for f in (0, 1) if sent[f] and sent[f][0] + lag == now and lag]
-        number = {2: 0, 0: 1}.get(now % 4)
-        for f in order + [number] * (number is not None):
-            if f == number and not (f in order and sent[f] is not None):
-                sent[f] = now, sum(anchor[f] - values[f] for values in everyone) / comm.size
-                if lag:
-                    continue
-            anchor[f] -= sent[f][1]
-            sent[f] = None
-            for values in everyone:
-                values[f] = mix * values[f] + (1 - mix) * anchor[f]
-            if f == number and lag:  # was due, and is sent again
-                sent[f] = now, sum(anchor[f] - values[f] for values in everyone) / comm.size
-                break
-        own = everyone[comm.rank]
-        for (_, p), expected in zip(named, own):
-            assert torch.allclose(p, torch.tensor(expected), atol=1e-4), (now, expected)
-    assert local.rounds == 4 and mean > 0
+        sent = {2: 0, 0: 1}.get(now % 4)  # which fragment is sent after this step
+        for when in ("before", "after"):
+            for f in (0, 1):
+                if (f, now) in due:
+                    anchor[f] -= due.pop((f, now))
+                    values[f] = mix * values[f] + (1 - mix) * anchor[f]
+            if when == "before" and sent is not None:
+                due[sent, now + lag] = (anchor[sent] - values[sent]).mean()
+        for (_, p), expected in zip(named, values[:, comm.rank]):
+            assert np.allclose(p.detach(), expected, atol=1e-4), now
+    assert local.rounds == 4
 
 
 def test_what_is_under_way_has_left_before_it_is_waited_for(comm):
@@ -431,7 +421,7 @@ CASES = [("onebit", {}), ("dropping:rate=0.9", dict(fragments=2)), ("onebit:exch
          ("terngrad", dict(every=lambda number: 2 + number))]
 
 
-@pytest.mark.parametrize("at", [4, 5, 7])
+@pytest.mark.parametrize("at", [5, 7])
 @pytest.mark.parametrize("spec, options", CASES)
 def test_saved_and_loaded_it_goes_on_to_the_bit(spec, options, at, comm):
     options = dict(options, outer="nesterov")
@@ -442,8 +432,8 @@ def test_saved_and_loaded_it_goes_on_to_the_bit(spec, options, at, comm):
     model, local = made(comm, spec, **options)
     local.load_state_dict(state)
     assert steps(model, local, comm, 8) == expected
-    local.load_state_dict({f"_orig_mod.{key}" if "/" not in key and False else key: value
-                           for key, value in state.items()})  # also in place of another state
+    local.load_state_dict({key.replace("/", "/_orig_mod."): value
+                           for key, value in state.items()})  # of a compiled model; once more
     assert steps(model, local, comm, 8) == expected
 
 
@@ -461,7 +451,7 @@ def test_a_checkpoint_of_every_rank(comm, tmp_path):
 
 
 @pytest.mark.parametrize("spec", ["onebit", "onebit:exchange=sharded"])
-@pytest.mark.parametrize("former", [1, 2, 5])
+@pytest.mark.parametrize("former", [2, 5])
 def test_on_another_number_of_ranks_nothing_that_is_owed_is_lost(spec, former, comm):
     """The states of `former` ranks, of which each rank here makes those that it needs alike."""
     model, local = made(comm, spec, fragments=2)

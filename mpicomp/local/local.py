@@ -348,8 +348,8 @@ class LocalUpdates:
             if key in state and hasattr(value, "shape") and state[key].shape != value.shape:
                 raise SpecError(f"saved {key!r} has shape {list(state[key].shape)}, expected "
                                 f"{list(value.shape)}")
-        self.inner.load_state_dict(state["inner"])
-        self.outer.load_state_dict(state["outer"])
+        self.inner.load_state_dict(copy.deepcopy(state["inner"]))  # torch takes its tensors over
+        self.outer.load_state_dict(copy.deepcopy(state["outer"]))
         for fragment, place in zip(self.fragments, state["fragments"], strict=True):
             fragment.restore(state, place)
         self._rounds.step, self._rounds.number = state["step"], state["round"]
