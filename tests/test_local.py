@@ -1,10 +1,16 @@
 """mpicomp.LocalUpdates: steps alone, then the mean of how far ranks have come."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
+from mpi4py import MPI
 from training import digest, examples, network, parameters, same_error
 
 import mpicomp
@@ -302,7 +308,7 @@ def test_what_cannot_be_is_refused(comm):
             ("delay=1 found", dict(spec="onebit:delay=1")),
             ("exchange=peers found", dict(spec="strom:exchange=peers")),
             ("no method", dict(spec="twobit")),
-            ("nonfinite", dict(nonfinite="ignore")), ("round 0: every=None", dict(
+            ("nonfinite", dict(nonfinite="ignore")), ("seed=-1", dict(seed=-1, fragments=2)), ("round 0: every=None", dict(
                 every=lambda _: None)),
             ("ZeroDivisionError", dict(outer=lambda _: 1 / 0))):
         text = same_error(comm, SpecError, lambda options=options: made(comm, **options))
@@ -560,6 +566,55 @@ def test_with_recovery_where_nothing_dies(comm):
     assert found == expected
 
 
+SETTINGS = ("MPICOMP_", "OMPI_", "PMIX_", "PRTE_", "OMP_", "PMI")  # of this process's own MPI
+DIES = """
+import os, signal, sys, torch, mpicomp
+sys.path.insert(0, sys.argv[1])
+from training import digest, examples, network
+spec, when, fragments = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+model = network()
+inner = torch.optim.AdamW(model.parameters(), lr=0.01)
+local = mpicomp.LocalUpdates(model, inner, 4, spec, "nesterov", fragments=fragments)
+rank, recovery = local.comm.rank, mpicomp.Recovery(local, model)
+def train(step):
+    x, y = examples(recovery, step)
+    inner.zero_grad()
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    if rank == 1 and step == when:
+        os.kill(os.getpid(), signal.SIGKILL)
+    local.step()
+for step in range(16):
+    if local.exchanges_next:
+        recovery.run(train, step)
+    else:
+        train(step)
+with local.anchored():
+    anchors = recovery.comm.allgather(digest(model.parameters()))
+moments = {int(state["step"]) for state in inner.state.values()}
+assert len(set(anchors)) == 1 and recovery.size == 2, (anchors, recovery.lost)
+assert (local.steps, local.rounds, moments) == (16, 4, {16}), (local.steps, moments)
+print("two went on", flush=True)
+recovery.leave()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.mpi(sizes=(1,))
+@pytest.mark.skipif(MPI.ERR_PROC_FAILED == MPI.ERR_UNKNOWN
+                    or "Open MPI" not in MPI.Get_library_version(), reason="this MPI has no ULFM")
+@pytest.mark.parametrize("spec, when, fragments", [
+    ("onebit", 6, 1), ("onebit", 7, 1), ("dense:exchange=sharded", 5, 2), ("onebit", 6, 2)])
+def test_a_rank_that_dies_costs_its_own_progress_only(spec, when, fragments):
+    """Survivors make 16 steps each, none of them twice, and end at one anchor."""
+    launch = Path(__file__).resolve().parent.parent / "launch" / "run"
+    done = subprocess.run(
+        [sys.executable, launch, "--with-ft", "--python", sys.executable, "-n", "3", "--timeout",
+         str(ranks.JOB), "-c", DIES, launch.parent.parent / "tests", spec, str(when),
+         str(fragments)], capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        env={k: v for k, v in os.environ.items() if not k.startswith(SETTINGS)})
+    assert done.returncode == 0 and done.stdout.count("two went on") == 2, done.stderr
+
+
 def test_the_loss_scale_stays_the_ranks_own(comm):
     """A step that a GradScaler skips on one rank counts, so ranks meet all the same."""
     model, local = made(comm, every=2)
@@ -575,10 +630,12 @@ def test_the_loss_scale_stays_the_ranks_own(comm):
     assert (scaler.get_scale() == 2.0) == (comm.rank == 0)
 
 
-def test_fedopt_muon_and_sparseloco(comm):
+def test_fedopt_and_muon(comm):
     model, local = made(comm, outer=lambda anchors: torch.optim.Adam(anchors, lr=0.01, eps=1e-3))
     steps(model, local, comm, 8)
     assert equal(comm, digest(model.parameters()))
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
     named = [(name, p) for name, p in network().named_parameters() if p.ndim == 2]
     local = mpicomp.LocalUpdates(named, torch.optim.Muon([p for _, p in named], lr=0.01), 1,
                                  "onebit", "nesterov", comm)
@@ -586,6 +643,9 @@ def test_fedopt_muon_and_sparseloco(comm):
         p.grad = torch.randn(p.shape)
     local.step()
     assert equal(comm, digest(p for _, p in named))
+
+
+def test_sparseloco_is_a_preset(comm):
     model = network()
     local = mpicomp.SparseLoCo(model, torch.optim.AdamW(model.parameters(), lr=0.01), 2,
                                "dropping:rate=0.98", comm=comm)

@@ -112,9 +112,9 @@ class LocalUpdates:
             Fragment(part, {name: found[name] for name in part},
                      lambda parameters, differences, number=number: Differences(
                          parameters, differences, method, comm, self._rounds.place,
-                         self._objection, seed=(seed + number) % 2**64, nonfinite=nonfinite,
-                         bucket_bytes=bucket_bytes, stall_timeout=stall_timeout,
-                         progress=progress))
+                         self._objection, seed=number and (seed + number) % 2**64 or seed,
+                         bucket_bytes=bucket_bytes, nonfinite=nonfinite,
+                         stall_timeout=stall_timeout, progress=progress))
             for number, part in enumerate(parts)]
 
     def _check(self, method):
@@ -127,7 +127,7 @@ class LocalUpdates:
                 ("mix", self._mix, Real, lambda v: 0 <= v < 1, "a number from 0, below 1")):
             if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
                 raise SpecError(f"{name}={value!r} found, expected {expected}")
-        rounds.length  # noqa: B018  raises what is wrong with it
+        rounds.check()
         if method.delay or exchange(method.exchange).asynchronous:
             late = f"exchange={method.exchange}" if not method.delay else "delay=1"
             raise SpecError(f"{late} found: differences cannot come late by themselves; type  "
@@ -174,7 +174,7 @@ class LocalUpdates:
         """
         loss = None
         if not self._interrupted:
-            self._rounds.length  # noqa: B018  a wrong one is an error before anything is done
+            self._rounds.check()  # before anything is done
             loss = scaler.step(self.inner) if scaler else self.inner.step(closure)
             self._rounds.step += 1
             self._interrupted = True

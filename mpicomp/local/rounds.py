@@ -25,6 +25,10 @@ class Rounds:
             self._asked = self.number, self._checked(length)
         return self._asked[1]
 
+    def check(self):
+        """SpecError unless the present round can be made."""
+        return self.length
+
     def _checked(self, length):
         where = f"round {self.number}: every={length!r}" if callable(self.every) else \
             f"every={length!r}"
