@@ -308,8 +308,8 @@ def test_what_cannot_be_is_refused(comm):
             ("delay=1 found", dict(spec="onebit:delay=1")),
             ("exchange=peers found", dict(spec="strom:exchange=peers")),
             ("no method", dict(spec="twobit")),
-            ("nonfinite", dict(nonfinite="ignore")), ("seed=-1", dict(seed=-1, fragments=2)), ("round 0: every=None", dict(
-                every=lambda _: None)),
+            ("nonfinite", dict(nonfinite="ignore")), ("seed=-1", dict(seed=-1, fragments=2)),
+            ("round 0: every=None", dict(every=lambda _: None)),
             ("ZeroDivisionError", dict(outer=lambda _: 1 / 0))):
         text = same_error(comm, SpecError, lambda options=options: made(comm, **options))
         assert words in text, text

@@ -112,7 +112,7 @@ class LocalUpdates:
             Fragment(part, {name: found[name] for name in part},
                      lambda parameters, differences, number=number: Differences(
                          parameters, differences, method, comm, self._rounds.place,
-                         self._objection, seed=number and (seed + number) % 2**64 or seed,
+                         self._objection, seed=(seed + number) % 2**64 if number else seed,
                          bucket_bytes=bucket_bytes, nonfinite=nonfinite,
                          stall_timeout=stall_timeout, progress=progress))
             for number, part in enumerate(parts)]
