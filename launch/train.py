@@ -5,6 +5,7 @@
     launch/run -n 4 launch/train.py --data fsdd --method strom:tau=0.01 --out runs/fsdd
     launch/run -n 4 launch/train.py --data fsdd --method strom:tau=0.01 --out runs/fsdd --resume
     launch/run -n 4 launch/train.py --model dorefa --bits 1,2,6 --method dorefa:bits=6
+    launch/run -n 4 launch/train.py --data fsdd --local 20 --outer nesterov --method onebit
     python launch/train.py --data mnist5k                      alone, without mpirun: one rank
 
 SIGTERM and SIGUSR1 to any rank make all of them save after the same step and end with status 75.
@@ -34,17 +35,21 @@ def main():
     args, ranks = setup.args, setup.ranks
     torch.manual_seed(args.seed)  # the same on every rank: replicas start equal
     model = setup.model()
-    local = setup.optimizer(model)
-
-    # Here it becomes distributed: from now on step() first makes every p.grad the mean over all
-    # ranks, and then does what it always did.
-    optimizer = ranks.agreed(lambda: mpicomp.DistributedOptimizer(
-        local, model.named_parameters(), method=setup.method, seed=args.seed,
-        nonfinite=args.nonfinite, require_ratio=args.require_ratio,
-        stall_timeout=args.stall_timeout))
+    optimizer = setup.optimizer(model)
     mpicomp.broadcast_parameters(model)
 
-    training = Training(setup, model, optimizer)
+    # Here it becomes distributed: from now on step() first makes every p.grad the mean over all
+    # ranks, and then does what it always did. With --local ranks exchange after every few steps.
+    def distributed():
+        options = dict(method=setup.method, seed=args.seed, nonfinite=args.nonfinite,
+                       stall_timeout=args.stall_timeout)
+        if args.local:
+            return mpicomp.LocalUpdates(model, optimizer, args.local, outer=args.outer, **options)
+        return mpicomp.DistributedOptimizer(optimizer, model.named_parameters(),
+                                            require_ratio=args.require_ratio, **options).reducer
+
+    reducer = ranks.agreed(distributed)
+    training = Training(setup, model, optimizer, reducer)
 
     def train(step):
         """One step: this rank's loss, its number of targets, and a signal to end or 0."""
@@ -56,7 +61,7 @@ def main():
         # the reducer takes, is exactly the mean over the global batch (padding counts as 0).
         (loss * (ranks.size / (setup.batch * y[0].numel()))).backward()
         heard = training.signal()
-        optimizer.step()
+        (reducer if args.local else optimizer).step()
         return loss.item(), count(y), heard
 
     for step in training.steps():

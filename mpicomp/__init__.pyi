@@ -31,6 +31,8 @@ from mpicomp.errors import RatioError as RatioError
 from mpicomp.errors import SpecError as SpecError
 from mpicomp.errors import StallError as StallError
 from mpicomp.layout import Layout as Layout
+from mpicomp.local import LocalUpdates as LocalUpdates
+from mpicomp.local import SparseLoCo as SparseLoCo
 from mpicomp.mpi import watchdog as watchdog
 from mpicomp.mpi.start import local_rank as local_rank
 from mpicomp.philox import Key as Key

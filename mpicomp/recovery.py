@@ -22,6 +22,7 @@ import torch
 
 from mpicomp import mpi
 from mpicomp.errors import DeadRankError, StallError
+from mpicomp.local import LocalUpdates
 from mpicomp.mpi import ranks_text
 from mpicomp.reducer import Reducer
 
@@ -44,7 +45,7 @@ class Recovery:
                 recovery.run(report, step)  # evaluation, checkpoint: may be done twice
         recovery.leave()
 
-    reducer    an attached Reducer; it is moved to fewer ranks by `Reducer.regroup`
+    reducer    an attached Reducer, or LocalUpdates; it is moved to fewer ranks by its `regroup`
     model      its buffers, and torch's and Python's random states, are restored before a piece is
                repeated
     comm       the communicator of the user's code, by default COMM_WORLD
@@ -64,13 +65,13 @@ class Recovery:
     (`Reducer.irreplaceable`), `run` raises DeadRankError on all survivors.
     """
 
-    def __init__(self, reducer: Reducer, model: torch.nn.Module | None = None,
+    def __init__(self, reducer: Reducer | LocalUpdates, model: torch.nn.Module | None = None,
                  comm: "MPI.Comm | None" = None, *, keep: Callable[[], Any] | None = None,
                  restore: Callable[[Any], object] | None = None,
                  regrouped: Callable[["Recovery"], object] | None = None, least: int = 1) -> None:
         self.reducer, self.model, self.least = reducer, model, least
         self._keep, self._restore, self._regrouped = keep, restore, regrouped
-        limit = reducer.averager.link.timeout
+        limit = reducer.averagers[0].link.timeout
         self.comm, self._base = (mpi.communicator(comm, limit, "starting Recovery")
                                  for _ in range(2))
         self._members = list(range(self.comm.size))
@@ -78,18 +79,24 @@ class Recovery:
         self._committed = self._late = False
         self.why = _missing()
         self._votes = self.active and reducer.irreplaceable is None
-        if self._votes:
-            reducer.averager.guard = self
+        for averager in reducer.averagers if self._votes else ():
+            averager.guard = self
         note = self.why or reducer.irreplaceable
         if note and self.comm.size > 1:
-            reducer.stats.notes.append(f"a dead rank ends this job: {note}")
+            note = f"a dead rank ends this job: {note}"
+            reducer.averagers[0].stats.notes.append(note)
             if self.rank == 0:
-                print(f"mpicomp: {reducer.stats.notes[-1]}", file=sys.stderr)
+                print(f"mpicomp: {note}", file=sys.stderr)
 
     @property
     def active(self) -> bool:
         """Does this job survive a dead rank?"""
         return self.why is None
+
+    @property
+    def _step(self):
+        """The step, or round, that is being made."""
+        return self.reducer.averagers[0].step
 
     @property
     def rank(self) -> int:
@@ -203,7 +210,7 @@ class Recovery:
     def _answer(self, asked) -> bool:
         """Did all live ranks vote 1? StallError after the Reducer's timeout."""
         request, vote = asked
-        start, looks, timeout = perf_counter(), 0, self.reducer.averager.link.timeout
+        start, looks, timeout = perf_counter(), 0, self.reducer.averagers[0].link.timeout
         try:
             while not request.Test():
                 looks += 1
@@ -213,7 +220,7 @@ class Recovery:
                     mpi.keep(asked)
                     raise StallError(
                         f"rank {self.rank} waited {timeout:g} s for the others to agree on step "
-                        f"{self.reducer.step}: they made other pieces, or are slower than "
+                        f"{self._step}: they made other pieces, or are slower than "
                         "stall_timeout allows")
         except Exception as error:
             if not mpi.dead_rank(error):
@@ -238,7 +245,7 @@ class Recovery:
         if reason:
             names = self._known_dead()
             raise DeadRankError(
-                f"{ranks_text(self._members[r] for r in names)} died in step {self.reducer.step} "
+                f"{ranks_text(self._members[r] for r in names)} died in step {self._step} "
                 f"and this piece cannot be repeated without it: {reason}. Restart from the newest "
                 "checkpoint.") from error
         if not isinstance(error, Undone):
@@ -246,11 +253,11 @@ class Recovery:
         self._late = False
         dead = self._shrink()
         elements, norm = self._owed()
-        self.lost.append(dict(step=self.reducer.step, ranks=dead, left=self.size,
+        self.lost.append(dict(step=self._step, ranks=dead, left=self.size,
                               residuals=elements * len(dead), norm=norm, noticed=noticed,
                               seconds=perf_counter() - start))
         if self.rank == 0:
-            print(f"mpicomp: {ranks_text(dead)} died in step {self.reducer.step}, which "
+            print(f"mpicomp: {ranks_text(dead)} died in step {self._step}, which "
                   f"{self.size} do again{self._loss()}", file=sys.stderr, flush=True)
 
     def _known_dead(self):
@@ -305,7 +312,8 @@ class Recovery:
 
     def _owed(self):
         """(number of elements, norm) of this rank's residuals."""
-        arrays = [array for codec in self.reducer.averager.buckets.codecs
+        arrays = [array for averager in self.reducer.averagers
+                  for codec in averager.buckets.codecs
                   for kind, array in codec.persistent().items() if kind.startswith("error")]
         return (sum(a.size for a in arrays),
                 float(np.sqrt(sum(float(np.dot(a, a)) for a in arrays))))

@@ -14,7 +14,7 @@ from test_architecture import PACKAGE, ROOT
 import mpicomp
 
 PAGES = sorted((ROOT / "docs").glob("api-*.md"))
-SHOWN = re.compile(r"^\.\. auto(?!module)\w+:: mpicomp\.(.+)\n((?: +:.*\n)*)", re.M)
+SHOWN = re.compile(r"^\.\. auto(?!module)\w+:: mpicomp\.(.+)\n((?: +\S.*\n)*)", re.M)
 SHOW = {name: options for page in PAGES  # {name behind "mpicomp.": options of the directive}
         for name, options in SHOWN.findall(page.read_text())}
 MODULES = sorted(set(mpicomp._MODULES) - {"watchdog"})  # of which the status alone is public
@@ -88,7 +88,7 @@ def untyped(function):
 
 def members(name, cls):
     """(name, object) of what a page shows of a class, of its own or inherited from the package."""
-    chosen = re.search(r":members:(.*)", SHOW[name])
+    chosen = re.search(r":members:([^:]*)", SHOW[name])
     listed = chosen and chosen[1].replace(",", " ").split()
     left_out = re.findall(r"\w+", "".join(re.findall(r":exclude-members:(.*)", SHOW[name])))
     own = {}

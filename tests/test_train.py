@@ -21,7 +21,9 @@ LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 
 RUNS = {"onebit": ["--data", "fsdd", "--method", "onebit", "--batch", "16"],
         "dorefa": ["--data", "mnist5k", "--model", "dorefa", "--method", "dorefa:bits=6",
-                   "--batch", "16"]}
+                   "--batch", "16"],
+        "local": ["--data", "fsdd", "--method", "onebit", "--batch", "16", "--optimizer", "adam",
+                  "--local", "5", "--outer", "nesterov"]}
 LENGTH = ["--steps", "24", "--save-every", "8", "--log-every", "3"]
 
 # Rank 1 dies while the second checkpoint is being written; rank 0 has begun to write it.
@@ -157,6 +159,29 @@ def test_told_to_end_then_killed_and_resumed_is_as_undisturbed_to_the_bit(
     assert abs(found["loss"] - whole["loss"]) < 0.1 * whole["loss"]
 
 
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_round_of_local_steps(start, undisturbed, tmp_path):
+    """The checkpoint of step 8 is of the third step of the second round."""
+    words = [LAUNCH / "train.py", *RUNS["local"], *LENGTH, "--out", "parts"]
+    assert start(2, "-c", DIES, *words).returncode != 0
+    shutil.copytree(tmp_path / "parts", tmp_path / "other")
+    resumed = start(2, *words, "--resume")
+    assert resumed.returncode == 0 and "from step 8" in resumed.stdout, resumed.stderr
+    assert result(tmp_path / "parts")["parameters_sha256"] == \
+        result(undisturbed("local"))["parameters_sha256"]
+    assert rows(tmp_path / "parts") == rows(undisturbed("local"))
+    alone = start(None, *words[:-1], "other", "--resume")
+    assert alone.returncode == 0 and "written by 2 ranks, now 1" in alone.stdout, alone.stderr
+
+
+def test_local_steps(start, tmp_path):
+    done = start(None, LAUNCH / "train.py", *RUNS["local"], "--steps", "7", "--out", "x")
+    assert done.returncode == 0, done.stderr
+    found = result(tmp_path / "x")
+    assert (found["config"]["local"], found["config"]["outer"]) == (5, "nesterov")
+    assert found["ratio"] > 60  # two exchanges of a bit in the place of seven of 32
+
+
 def test_checkpoints_that_cannot_be_read_are_not_deleted(start, tmp_path):
     words = [LAUNCH / "train.py", "--batch", "8", "--steps", "2", "--save-every", "1", "--out", "x"]
     assert start(None, *words).returncode == 0
@@ -189,6 +214,8 @@ def test_a_bad_option_is_one_line_and_status_2(start):
 
 @pytest.mark.parametrize("words, said", [
     (["--data", "fsdd", "--model", "dorefa"], "--model dorefa does not fit --data fsdd"),
+    (["--outer", "average"], "--outer is for --local H"),
+    (["--local", "5", "--survive"], "--survive with --local"),
     (["--bits", "1,2,6"], "--bits is for --model dorefa, found --model cnn"),
     (["--model", "dorefa", "--bits", "1,2"], "found '1,2'"),
     (["--model", "dorefa", "--bits", "1,20,6"], "bits=20: expected 1 ... 16")])

@@ -49,6 +49,8 @@ def training(model: torch.nn.Module, optimizer: torch.optim.SGD, scaler: torch.a
     averager.average(dict(model.named_parameters()), weight=0.5)
     averager.start("w", np.zeros(4, np.float32))
     assert_type(averager.finish(), bool)
+    assert_type(averager.send({"w": np.zeros(4, np.float32)}), bool)
+    averager.poll()
     assert_type(averager.deliver(), dict[str, NDArray[np.float32]])
     assert_type(averager.stats, Meter)
     assert_type(averager.state_dict(), dict[str, Any])
@@ -56,6 +58,25 @@ def training(model: torch.nn.Module, optimizer: torch.optim.SGD, scaler: torch.a
     averager.check_ratio()
     averager.close()
     assert_type(mpicomp.local_rank(), int)
+
+
+def alone(model: torch.nn.Module, comm: MPI.Intracomm) -> None:
+    inner = torch.optim.AdamW(model.parameters())
+    local = mpicomp.LocalUpdates(
+        model, inner, lambda number: 4, "onebit", lambda anchors: torch.optim.Adam(anchors), comm,
+        fragments=2, lag=1, mix=0.5, weight=2.0)
+    local.step()
+    local.step(lambda: torch.zeros(1))
+    local.sync()
+    assert_type(local.rounds, int)
+    assert_type(local.stats, Meter)
+    with local.anchored():
+        pass
+    local.load_state_dict(local.state_dict())
+    local.regroup(comm)
+    mpicomp.Recovery(local, model)
+    assert_type(mpicomp.SparseLoCo(model, inner, method="onebit"), mpicomp.LocalUpdates)
+    local.close()
 
 
 def hooks(model: torch.nn.parallel.DistributedDataParallel, comm: MPI.Intracomm) -> None:

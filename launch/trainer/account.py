@@ -14,6 +14,7 @@ class Account:
 
     def __init__(self, reducer):
         self.reducer, self.seconds, self.times = reducer, 0.0, []
+        self._sent = 0  # bytes when the last step ended
         self.earlier = dict(sent=0, dense=0, reasons={})
         self.tally = dict(loss=0.0, targets=0, steps=0, seconds=0.0, sent=0)
 
@@ -25,8 +26,9 @@ class Account:
         """Count a step: its summed loss over so many targets, and how long it took."""
         self.times.append(seconds)
         self.seconds += seconds
+        before, self._sent = self._sent, self.reducer.stats.sent
         for key, value in dict(loss=loss, targets=targets, steps=1, seconds=seconds,
-                               sent=self.reducer.stats.last["sent"]).items():
+                               sent=self._sent - before).items():
             self.tally[key] += value
 
     def clear(self):

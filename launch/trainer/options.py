@@ -69,6 +69,12 @@ def parse(about, refuse, rank):
     parser.add_argument("--momentum", type=float, default=0.0, help="of sgd (default: %(default)s)")
     parser.add_argument("--local-adagrad", action="store_true",
                         help="AdaGrad on each rank's own gradient, before it is exchanged")
+    parser.add_argument("--local", type=int, default=0, metavar="H",
+                        help="steps that each rank makes alone, before ranks exchange how far they "
+                             "have come (docs/local-updates.md); default: none")
+    parser.add_argument("--outer", metavar="SPEC",
+                        help="with --local, what moves the parameters by the mean of that: average "
+                             "(the default), nesterov, heavy-ball:lr=0.7,momentum=0.9")
     parser.add_argument("--flush-epochs", action="store_true",
                         help="exchange all residuals in full at each epoch's end (Dryden 2016)")
     parser.add_argument("--validate", action="store_true",
@@ -102,10 +108,17 @@ def parse(about, refuse, rank):
                              "so many are left (default: 1); needs launch/run --with-ft")
     args = parser.parse_args()
     for name, least in dict(epochs=1, steps=1, batch=1, lr=0, momentum=0, seed=0, log_every=1,
-                            save_every=0, survive=0).items():
+                            save_every=0, survive=0, local=0).items():
         value = getattr(args, name)
         if value is not None and not value >= least:
             refuse(f"--{name.replace('_', '-')} {value}: expected {least} or more")
     if args.survive and args.flush_epochs:
         refuse("--survive with --flush-epochs: a flush cannot be taken back; leave out either")
+    if args.outer and not args.local:
+        refuse("--outer is for --local H; add that, or leave it out")
+    for name in ("flush_epochs", "log_layers", "require_ratio", "survive"):
+        if args.local and getattr(args, name):
+            refuse(f"--{name.replace('_', '-')} with --local: it is for an exchange in every step; "
+                   "leave out either")
+    args.outer = args.outer or "average"
     return args

@@ -13,9 +13,9 @@ class Checkpoints:
     rank (reducer, random numbers, bytes, tally, squares).
     """
 
-    def __init__(self, setup, model, optimizer, account):
+    def __init__(self, setup, model, optimizer, reducer, account):
         self.setup, self.ranks, self.account = setup, setup.ranks, account
-        self.model, self.optimizer, self.reducer = model, optimizer, optimizer.reducer
+        self.model, self.optimizer, self.reducer = model, optimizer, reducer
         self.folder = setup.out / "checkpoint"
 
     def restore(self):
@@ -62,8 +62,8 @@ class Checkpoints:
         the mean of the residuals that says what the parameters will still get.
         """
         rank, size = self.ranks.rank, self.ranks.size
-        keys = self.ranks.comm.allgather(len(self.reducer.state_dict()))
-        holders = [r for r, count in enumerate(keys) if count > 1]
+        owes = any(key.startswith("error") for key in self.reducer.state_dict())
+        holders = [r for r, there in enumerate(self.ranks.comm.allgather(owes)) if there]
         states = checkpoint.repartition([other["reducer"] for other in everyone], size,
                                         keep="mean", holders=holders or range(size))
         added = {key: sum(other["tally"][key] for other in everyone) * (rank == 0)

@@ -52,10 +52,13 @@ class Setup:
             momentum=args.momentum, seed=args.seed, nonfinite=args.nonfinite,
             local_adagrad=args.local_adagrad, flush_epochs=args.flush_epochs,
             validate=args.validate)
+        if args.local:
+            self.config |= dict(local=args.local, outer=args.outer)
         text = json.dumps(self.config, sort_keys=True)
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.out = args.out or Path("runs", re.sub(r"[^\w.=]+", "-", "-".join(
-            filter(None, (args.data, args.model, args.method)))))
+            filter(None, (args.data, args.model, args.method, args.local and f"local{args.local}"))
+        )))
         self.noise, self.squares = torch.Generator(self.device), {}
         ranks.share_cores()
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import statistics
+from contextlib import nullcontext
 from time import perf_counter
 
 import torch
@@ -23,20 +24,21 @@ from trainer.scores import evaluate, phoneme_error_rate, rows_of
 class Training:
     """A training under way. It goes on from a checkpoint where --resume asks for that.
 
-        training = Training(setup, model, optimizer)
+        training = Training(setup, model, optimizer, reducer)
         for step in training.steps():
             training.after(step, *training.piece(train, step))
         training.finish()
 
     train(step) gets its examples by `batch`, asks for `signal` after backward, and returns this
-    rank's summed loss, its number of targets, and that signal.
+    rank's summed loss, its number of targets, and that signal. `reducer` is the optimizer's, or
+    with --local mpicomp.LocalUpdates.
     """
 
-    def __init__(self, setup, model, optimizer):
+    def __init__(self, setup, model, optimizer, reducer):
         self.setup, self.ranks, self.model = setup, setup.ranks, model
-        self.optimizer, self.reducer = optimizer, optimizer.reducer
+        self.optimizer, self.reducer = optimizer, reducer
         self.account = Account(self.reducer)
-        self.checkpoints = Checkpoints(setup, model, optimizer, self.account)
+        self.checkpoints = Checkpoints(setup, model, optimizer, reducer, self.account)
         self.start = self.checkpoints.restore()
         self.scores, self.recovery, self.began = None, None, 0.0
         self.journal = Journal(setup.out, self.ranks.size == 1)
@@ -112,6 +114,8 @@ class Training:
     def batch(self, step):
         """This rank's examples of a step, as (inputs, targets); sets the step's learning rate."""
         setup, ranks = self.setup, self.ranks
+        if setup.args.local:  # ranks meet when a round ends
+            self.together = self.reducer.exchanges_next
         if self.together:
             self.signals.post()
         rows = my_rows(len(setup.kept), setup.batch, setup.args.seed, step, ranks.rank, ranks.size)
@@ -139,6 +143,8 @@ class Training:
         evaluates = ends_epoch or last
         stopped_by = heard * (not last)
         saves = stopped_by or (step + 1) % setup.save_every == 0 or last
+        if last and setup.args.local:
+            self.reducer.sync()
         if evaluates or saves or logs and setup.method.unattended:
             self.piece(self._settle)
         if saves and not self.together:
@@ -154,6 +160,8 @@ class Training:
 
     def _settle(self):
         """Make replicas equal: apply all packets that an asynchronous method has under way."""
+        if self.setup.args.local:
+            return
         self.reducer.deliver()
         if self.setup.method.asynchronous and not self.setup.method.owns:
             # Replicas have added the same packets in another order, and with momentum or Adam in
@@ -209,7 +217,8 @@ class Training:
 
     def _score(self, function):
         """What evaluate or phoneme_error_rate gives for this model, on the ranks that are left."""
-        return self.piece(lambda: function(self.model, *self.setup.scored, self.ranks.comm))
+        with self.reducer.anchored() if self.setup.args.local else nullcontext():
+            return self.piece(lambda: function(self.model, *self.setup.scored, self.ranks.comm))
 
     def _stop(self, step, number):
         """End all ranks after a checkpoint, with the status that asks for a resumption."""
@@ -223,7 +232,8 @@ class Training:
     def finish(self):
         """Write result.json, print it, and make sure that all replicas are equal."""
         self.signals.close()
-        self._within_ratio(self.reducer.check_ratio)
+        if not self.setup.args.local:
+            self._within_ratio(self.reducer.check_ratio)
         loss, accuracy = self.scores or self._score(evaluate)
         errors = self._score(phoneme_error_rate)
         weights = self._weights()

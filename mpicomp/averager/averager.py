@@ -83,21 +83,21 @@ class Averager(Engine):
         weights are 0, nor in the first step of delay=1. Raises NonFiniteError, MismatchError or
         StallError, on all ranks alike.
         """
-        try:
-            arrays = {str(name): array for name, array in dict(arrays).items()}
-        except (TypeError, ValueError):
-            raise SpecError(f"average: found {type(arrays).__name__}, expected {{name: array}}, or "
-                            "(name, array) pairs") from None
-        for name, array in arrays.items():  # before anything is done
-            self._slot(name).check(array)
-        factor = self._factor(weight)
-        if factor is None:
-            return False
-        if factor == 0.0:
-            self._hold()
-        for name, array in arrays.items():
-            self._give(name, array, factor)
-        return self._end()
+        return self._take(arrays, weight) and self._end()
+
+    @uncompiled
+    def send(self, arrays: Mapping[str, Any], weight: float | None = None) -> bool:
+        """Begin to exchange these arrays, as `average` does, and come back at once.
+
+        Everything of this step is on its way then; `finish` waits and replaces the arrays, which
+        must not change until then. What is under way moves on while `poll` is called, or by itself
+        with progress="thread". Returns whether there is anything to wait for: not where all weights
+        are 0. With a `weight` this call waits for those of the other ranks.
+        """
+        taken = self._take(arrays, weight)
+        if taken:
+            self._send()
+        return taken
 
     @uncompiled
     def start(self, name: str, array: Any) -> None:
@@ -112,6 +112,24 @@ class Averager(Engine):
     def finish(self) -> bool:
         """Wait until every array of this step is the mean; returns whether it was replaced."""
         return self._end()
+
+    def _take(self, arrays, weight):
+        """Take in the arrays of a step, those that fit; False where nobody gives anything."""
+        try:
+            arrays = {str(name): array for name, array in dict(arrays).items()}
+        except (TypeError, ValueError):
+            raise SpecError(f"found {type(arrays).__name__}, expected {{name: array}}, or "
+                            "(name, array) pairs") from None
+        for name, array in arrays.items():  # before anything is done
+            self._slot(name).check(array)
+        factor = self._factor(weight)
+        if factor is None:
+            return False
+        if factor == 0.0:
+            self._hold()
+        for name, array in arrays.items():
+            self._give(name, array, factor)
+        return True
 
     @in_memory
     def _give(self, name, array, factor=1.0):
@@ -139,17 +157,27 @@ class Averager(Engine):
         return self.buckets.names[str(name)][1]
 
     @in_memory
-    def _end(self):
+    def _send(self):
+        """Launch what is left of this step; finished, or closed: there is nothing."""
         with self.lock:
             if self.current.finished or self.closed:
-                return False
+                return
             absent = [slot.name for slot in self.buckets.slots if not slot.ready]
             if absent and self.mode.late:
                 raise SpecError(f"{absent[0]!r} was not given in step {self.step}: with "
                                 f"{self.method!r}, whose means come late, every array must be "
                                 "given in every step (zeros where there is nothing)")
-            self.prepare()
-            return self.complete(_absent)
+            if self.current.next < len(self.buckets):
+                self.prepare()
+                self.launch_rest(_absent)
+
+    @in_memory
+    def _end(self):
+        with self.lock:
+            if self.current.finished or self.closed:
+                return False
+            self._send()
+            return self.mode.finish()
 
     def _factor(self, weight):
         """What this rank's arrays are multiplied by; None where nobody gives anything."""

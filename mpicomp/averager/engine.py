@@ -148,6 +148,10 @@ class Engine:
         """The names of the arrays that are to stand still in this step."""
         return ()
 
+    def place(self) -> str:
+        """What else all ranks must agree on in this step."""
+        return ""
+
     def mark_step(self):
         """As a step begins: have its headers say what is frozen, and if the last was taken back.
 
@@ -156,7 +160,8 @@ class Engine:
         now = self.current
         if not now.marked:
             now.marked = True
-            self.buckets.mark(self.frozen(), "the last step was taken back" * now.taken_back,
+            taken_back = "the last step was taken back" * now.taken_back
+            self.buckets.mark(self.frozen(), taken_back + self.place(),
                               compare=not self.mode.asynchronous)
             now.taken_back = False
 
@@ -187,8 +192,8 @@ class Engine:
                and not self.buckets[self.current.next].missing):
             self.launch(self.buckets[self.current.next], touched=True)
 
-    def poll(self):
-        """Move on what is under way."""
+    def poll(self) -> None:
+        """Move on what is under way; does not wait."""
         if self.current.next or self.mode.late:
             with self.stats.stage("post"):
                 self.link.pipeline.poll()
@@ -209,8 +214,8 @@ class Engine:
     def check_start(self):
         """Headers compare step and plan; there is nothing else to compare."""
 
-    def complete(self, bring_absent) -> bool:
-        """Send the buckets that are left and finish the step; was anything handed out?
+    def launch_rest(self, bring_absent):
+        """Send the buckets that are left.
 
         bring_absent  called with each slot that is not ready: fills it, and returns whether this
                       rank has something there
@@ -222,6 +227,10 @@ class Engine:
                     touched |= bring_absent(slot)
                     bucket.arrived(slot)
             self.launch(bucket, touched)
+
+    def complete(self, bring_absent) -> bool:
+        """`launch_rest`, and finish the step; was anything handed out?"""
+        self.launch_rest(bring_absent)
         return self.mode.finish()
 
     def finish_rows(self) -> bool:

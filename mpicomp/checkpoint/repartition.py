@@ -16,7 +16,8 @@ def repartition(states: Sequence[Mapping[str, Any]], ranks: int, *,
                 holders: Iterable[int] | None = None) -> list[dict[str, Any]]:
     """The states for `ranks` Reducers that go on from those of len(states) others.
 
-    states   Reducer.state_dict() of every former rank, in rank order
+    states   state_dict() of the Reducer, Averager or LocalUpdates of every former rank, in rank
+             order
     keep     "sum" keeps the sum over ranks of "error" and of "error2", element by element. "mean"
              keeps that sum divided by the number of ranks, which is what a Reducer with
              average=True will still add to the parameters; the sum changes by ranks / len(states)
@@ -27,19 +28,21 @@ def repartition(states: Sequence[Mapping[str, Any]], ranks: int, *,
     the rounding of those before it, so a sum is off by less than one unit in the last place of the
     largest residual involved. Second-stage residuals go, with keep="sum" unrounded, to the rank
     that owns the element (exchange/shards.py). AdaGrad's sums of squares go to all ranks, each of
-    which loads the part that it owns. The given states do not change. If the number of ranks is
-    the same, load the states themselves: only that continues to the bit. MismatchError if the
-    states are of different steps or parameters.
+    which loads the part that it owns. All else, such as the anchors of LocalUpdates and the
+    parameters of a rank in the middle of a round, new rank r takes over from former rank r modulo
+    their number. The given states do not change. If the number of ranks is the same, load the
+    states themselves: only that continues to the bit. MismatchError if the states are of different
+    steps or parameters.
     """
     if keep not in ("sum", "mean"):
         raise ValueError(f"keep={keep!r}: expected 'sum' or 'mean'")
-    step, shapes = _common(states)
+    shapes = _common(states)
     holders = list(range(ranks)) if holders is None else list(holders)
     factor = 1.0 if keep == "sum" else ranks / len(states)
     stepped = any(key.startswith("adagrad/") for key in shapes)
     owners = _owners(shapes, ranks)
-    order = {"order": states[0]["order"]} if "order" in states[0] else {}  # of the buckets
-    new = [{"step": step, **order} for _ in range(ranks)]
+    new = [{key: value for key, value in states[rank % len(states)].items() if not _owed(key)}
+           for rank in range(ranks)]
     for key, shape in shapes.items():
         kind, _, name = key.partition("/")
         total = torch.zeros(shape, dtype=torch.float64)
@@ -59,25 +62,29 @@ def repartition(states: Sequence[Mapping[str, Any]], ranks: int, *,
     return new
 
 
+def _owed(key):
+    """Is this what ranks owe, or AdaGrad's sums, which are divided?"""
+    return key.partition("/")[0] in ("error", "error2", "adagrad")
+
+
 def _common(states):
-    """(step, {key: shape}) of all states; only leaders of nodes have residuals in some."""
+    """{key: shape} of what is divided; only leaders of nodes have residuals in some."""
     if any("shard" in state for state in states):
         raise MismatchError(f"exchange=server keeps the optimizer's state of a shard with its "
                             f"owner, which cannot be divided: go on with {len(states)} ranks")
     fullest = max(states, key=len)
-    shapes = {key: value.shape for key, value in fullest.items()
-              if key not in ("step", "order")}
+    shapes = {key: value.shape for key, value in fullest.items() if _owed(key)}
     for rank, state in enumerate(states):
         if state["step"] != states[0]["step"]:
             raise MismatchError(
                 f"the state of rank {rank} is of step {state['step']}, that of rank 0 of step "
                 f"{states[0]['step']}: take them from one checkpoint")
         for key, value in state.items():
-            if key not in ("step", "order") and (key not in shapes or shapes[key] != value.shape):
+            if _owed(key) and (key not in shapes or shapes[key] != value.shape):
                 raise MismatchError(f"the state of rank {rank} has {key!r} of shape "
                                     f"{list(value.shape)}, others have "
                                     f"{list(shapes[key]) if key in shapes else 'nothing'}")
-    return states[0]["step"], shapes
+    return shapes
 
 
 def _even(total, count):

@@ -263,6 +263,11 @@ class Reducer(copies.Uncopied):
         self.averager.load_state_dict(state)
 
     @property
+    def averagers(self) -> list[Gradients]:
+        """What exchanges, for Recovery."""
+        return [self.averager]
+
+    @property
     def communicators(self) -> list:
         """All that this Reducer calls MPI on, to revoke them where a rank has died."""
         return self.averager.link.communicators

@@ -73,6 +73,20 @@ class Meter:
         self.last_reasons = self.reasons - reasons
         self._before = now, Counter(self.reasons)
 
+    @classmethod
+    def total(cls, meters) -> "Meter":
+        """A new Meter with the sums of several, and the last step of each; notes without repeats.
+        """
+        found = cls()
+        for meter in meters:
+            for name in ("sent", "received", "dense", "within", "steps", "skipped"):
+                setattr(found, name, getattr(found, name) + getattr(meter, name))
+            for name in ("calls", "seconds", "reasons", "last_reasons"):
+                getattr(found, name).update(getattr(meter, name))
+            found.last = {key: value + meter.last[key] for key, value in found.last.items()}
+            found.notes += [note for note in meter.notes if note not in found.notes]
+        return found
+
     def __str__(self):
         seconds = ", ".join(f"{k} {v:.2f} s" for k, v in self.seconds.items())
         return (f"{self.steps} steps ({self.skipped} skipped), sent {self.sent} bytes, received "
