@@ -113,6 +113,7 @@ class Averager(Engine):
         """Wait until every array of this step is the mean; returns whether it was replaced."""
         return self._end()
 
+    @in_memory
     def _take(self, arrays, weight):
         """Take in the arrays of a step, those that fit; False where nobody gives anything."""
         try:
@@ -125,6 +126,8 @@ class Averager(Engine):
         factor = self._factor(weight)
         if factor is None:
             return False
+        with self.lock:
+            self.begin()  # also where this rank gives nothing
         if factor == 0.0:
             self._hold()
         for name, array in arrays.items():
