@@ -19,11 +19,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = ("errors", "installed", "names", "philox", "layout", "kernels", "mpi", "transport",
           "compressors", "compressor", "exchange", "catalogue", "variants", "advice", "averager",
           "reducer",
-          "broadcast", "checkpoint", "recovery", "ddp", "nn", "slurm", "bench", "cli", "__main__")
-TORCH = {"reducer", "broadcast", "nn", "ddp", "bench", "checkpoint", "recovery"}
+          "broadcast", "checkpoint", "recovery", "ddp", "nn", "slurm", "compat", "bench",
+          "cli", "__main__")
+TORCH = {"reducer", "broadcast", "nn", "ddp", "bench", "checkpoint", "recovery", "compat"}
 TORCH_IF_NEEDED = {"averager"}  # only inside of functions, where arrays are torch's
 MPI = {"mpi", "transport", "exchange", "advice", "averager", "reducer", "broadcast", "checkpoint",
-       "recovery", "ddp", "bench", "cli"}
+       "recovery", "ddp", "compat", "bench", "cli"}
 CUPY = {"device.py", "staging.py"}
 MOST_AT_THE_TOP = 27  # folders and files of mpicomp/
 
