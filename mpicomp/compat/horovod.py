@@ -164,7 +164,8 @@ def DistributedOptimizer(
         problem = str(error)
     together(job.comm, "hvd.DistributedOptimizer", problem, passes=backward_passes_per_step)
     passes = Passes(optimizer, named, backward_passes_per_step)
-    passes.attach(Reducer(named, compression.method, job.given, average=op is Average))
+    passes.attach(Reducer(named, compression.method, job.given, average=op is Average,
+                          nonfinite="skip"))
     return optimizer
 
 

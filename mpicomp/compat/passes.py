@@ -23,16 +23,17 @@ class Passes(copies.Uncopied):
 
     def __init__(self, optimizer, named, passes):
         self.passes, self.optimizer, self.reducer = passes, optimizer, None
-        self._counts, self._accumulating, self._not_finite = Counter(), ExitStack(), None
+        self._counts, self._accumulating = Counter(), ExitStack()
         self._parameters = [p for _, p in named if p.requires_grad]
         self._names = {id(p): name for name, p in named}
         for parameter in self._parameters:
             parameter.register_post_accumulate_grad_hook(self._came)
-        optimizer.register_step_pre_hook(self._before_step)
 
     def attach(self, reducer: Reducer):
-        """Have the optimizer exchange by this Reducer, and behave as Horovod's."""
+        """Have the optimizer exchange by this Reducer (nonfinite="skip"), and behave as Horovod's.
+        """
         self.reducer = self.optimizer.reducer = reducer.attach(self.optimizer)
+        self.optimizer.register_step_pre_hook(self._before_step)  # after the Reducer's own
         self.optimizer.register_step_post_hook(self._after_step)
         self.optimizer.synchronize = self.synchronize
         self.optimizer.skip_synchronize = self.skip_synchronize
@@ -45,6 +46,11 @@ class Passes(copies.Uncopied):
         averager = self.reducer.averager
         return bool(self._counts) and not averager.current.finished and not averager.closed
 
+    @property
+    def _skipped(self) -> bool:
+        """Was the last exchange given up because of a NaN or Inf?"""
+        return self.reducer.averager.current.outcome == "skipped"
+
     # ---- hooks ----
 
     @torch.compiler.disable
@@ -54,7 +60,6 @@ class Passes(copies.Uncopied):
             return
         if self.reducer.averager.current.finished:  # the first gradient of a new step
             self._forget()
-        self._not_finite = None
         self._counts[id(parameter)] += 1
         count = self._counts[id(parameter)]
         if count > self.passes > 1:
@@ -72,9 +77,16 @@ class Passes(copies.Uncopied):
             self._accumulating.enter_context(self.reducer.no_sync())
 
     def _before_step(self, optimizer, args, kwargs):
-        """NaN that `synchronize` has left is for a GradScaler, which makes no step on it."""
-        if self._not_finite is not None and not hasattr(optimizer, "found_inf"):
-            raise self._not_finite
+        """No step where the exchange has found NaN, unless a scaler that knows (fused=True) asks.
+
+        A closure is not called yet, so there is nothing to be said.
+        """
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None and self._skipped and not hasattr(optimizer, "found_inf"):
+            raise NonFiniteError(
+                f"step {self.reducer.step - 1}: the gradient holds NaN or Inf on some rank, and no "
+                "rank makes this step. Under a GradScaler call optimizer.synchronize() after "
+                "backward(): then all ranks skip such a step")
 
     def _after_step(self, optimizer, args, kwargs):
         self._forget()
@@ -92,14 +104,11 @@ class Passes(copies.Uncopied):
         Where it is not finite on some rank, every p.grad is NaN on all ranks, for a GradScaler to
         see; step() then raises NonFiniteError.
         """
-        try:
-            self.reducer.finish()
-        except NonFiniteError as error:
-            self._not_finite = error
+        self.reducer.finish()
+        self._forget()
+        if self._skipped:
             for parameter in self._parameters:
                 parameter.grad = torch.full_like(parameter, float("nan"))
-        finally:
-            self._forget()
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -120,7 +129,6 @@ class Passes(copies.Uncopied):
                     f"rank {self.reducer.comm.rank}: optimizer.zero_grad() between backward() and "
                     "step(), expected it after optimizer.step() or optimizer.synchronize(): to "
                     "give up this step on all ranks type  optimizer.reducer.discard()")
-            self._not_finite = None
             return inner(*args, **kwargs)
 
         return zero_grad

@@ -256,8 +256,8 @@ def _zero(reader):
     stage = reader.block("zero_optimization").take("stage", 0)
     if stage:
         reader.note("zero_optimization", f"stage {stage}: mpicomp has no ZeRO; every rank holds "
-                    "all weights and the whole optimizer state. DeepSpeed itself refuses ZeRO with its "
-                    "1-bit optimizers")
+                    "all weights and the whole optimizer state. DeepSpeed itself refuses ZeRO with "
+                    "its 1-bit optimizers")
 
 
 def _method(reader, made):
