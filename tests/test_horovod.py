@@ -1,5 +1,7 @@
 """Horovod's interface: its calls in its order, on 1 to 4 ranks, with the results that it gives."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -239,7 +241,7 @@ def test_nan_is_an_error_of_step_on_all_ranks(hvd, comm):
     before = digest(model.parameters())
     for way in (optimizer.step, lambda: (optimizer.synchronize(), optimizer.step())):
         backward(model, comm, 0, factor=float("nan") if hvd.rank() == 0 else 1.0)
-        assert same_error(comm, NonFiniteError, way)
+        assert "(rank 0: " in same_error(comm, NonFiniteError, way)
         optimizer.zero_grad()
         assert digest(model.parameters()) == before
     backward(model, comm, 0)
@@ -270,6 +272,38 @@ def test_a_scaler_skips_alike_on_all_ranks(hvd, comm, fused):
     assert [scale for scale, _ in seen] == [4.0, 2.0, 2.0]
     assert seen[0][1] == seen[1][1] != seen[2][1]
     replicas_are_identical(comm, model)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_scaler_without_synchronize_does_not_part_the_ranks(hvd, comm):
+    """Only the rank with the Inf would skip."""
+    model, optimizer = made(hvd)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    x, y = examples(comm, 0)
+    loss = cross_entropy(model(x), y) * (float("inf") if hvd.rank() == 0 else 1.0)
+    scaler.scale(loss).backward()
+    assert "rank 0: " in same_error(comm, NonFiniteError, lambda: scaler.step(optimizer))
+
+
+def test_a_copy_refuses_to_step(hvd, comm):
+    model, optimizer = made(hvd)
+    other = copy.deepcopy(optimizer)
+    assert "is a copy of an optimizer" in same_error(comm, SpecError, other.step)
+    backward(model, comm, 0)
+    optimizer.step()
+    replicas_are_identical(comm, model)
+
+
+def test_closed_it_is_the_optimizer_that_it_was(hvd, comm):
+    model, optimizer = made(hvd, backward_passes_per_step=2)
+    backward(model, comm, 0)
+    optimizer.step()
+    optimizer.reducer.close()
+    for _ in range(3):
+        backward(model, comm, 0)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.reducer.step == 1
 
 
 def test_what_is_refused(hvd, comm):

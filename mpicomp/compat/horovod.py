@@ -164,8 +164,7 @@ def DistributedOptimizer(
         problem = str(error)
     together(job.comm, "hvd.DistributedOptimizer", problem, passes=backward_passes_per_step)
     passes = Passes(optimizer, named, backward_passes_per_step)
-    passes.attach(Reducer(named, compression.method, job.given, average=op is Average,
-                          nonfinite="skip"))
+    passes.attach(Reducer(named, compression.method, job.given, average=op is Average))
     return optimizer
 
 
@@ -240,9 +239,8 @@ def allreduce(tensor: torch.Tensor, average: bool | None = None, name: str | Non
     op, comm = tensors.operation(average, op), _now().comm
     is_tensor = isinstance(tensor, torch.Tensor)
     if compression != Compression.none and is_tensor and tensor.is_floating_point():
-        scaled = tensor * prescale_factor
-        return postscale_factor * Exchanged.apply(
-            scaled, *2 * [partial(_compressed, op=op, name=name, method=compression.method)])
+        there = partial(_compressed, op=op, name=name, method=compression.method)
+        return postscale_factor * Exchanged.apply(tensor * prescale_factor, there, there)
     there = partial(_reduced, op=op, name=name, before=prescale_factor, after=postscale_factor)
     if not is_tensor or not tensor.requires_grad:
         return there(tensor)

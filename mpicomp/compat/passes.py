@@ -23,33 +23,26 @@ class Passes(copies.Uncopied):
 
     def __init__(self, optimizer, named, passes):
         self.passes, self.optimizer, self.reducer = passes, optimizer, None
-        self._counts, self._accumulating = Counter(), ExitStack()
+        self._counts, self._accumulating, self._not_finite = Counter(), ExitStack(), None
         self._parameters = [p for _, p in named if p.requires_grad]
         self._names = {id(p): name for name, p in named}
         for parameter in self._parameters:
             parameter.register_post_accumulate_grad_hook(self._came)
+        optimizer.register_step_pre_hook(self._before_step)
 
     def attach(self, reducer: Reducer):
-        """Have the optimizer exchange by this Reducer (nonfinite="skip"), and behave as Horovod's.
-        """
+        """Have the optimizer exchange by this Reducer, and behave as Horovod's."""
         self.reducer = self.optimizer.reducer = reducer.attach(self.optimizer)
-        self.optimizer.register_step_pre_hook(self._before_step)  # after the Reducer's own
-        self.optimizer.register_step_post_hook(self._after_step)
+        reducer.averager.listeners.append(self)
         self.optimizer.synchronize = self.synchronize
         self.optimizer.skip_synchronize = self.skip_synchronize
         self.optimizer.set_backward_passes_per_step = self.set_backward_passes_per_step
         self.optimizer.zero_grad = self._guarded(self.optimizer.zero_grad)
 
-    @property
-    def _under_way(self) -> bool:
-        """Has a backward pass brought gradients that are not exchanged yet?"""
-        averager = self.reducer.averager
-        return bool(self._counts) and not averager.current.finished and not averager.closed
-
-    @property
-    def _skipped(self) -> bool:
-        """Was the last exchange given up because of a NaN or Inf?"""
-        return self.reducer.averager.current.outcome == "skipped"
+    def begin(self):
+        """A new step: no pass of it has been made. The Reducer's averager says so."""
+        self._counts.clear()
+        self._accumulate(False)
 
     # ---- hooks ----
 
@@ -58,12 +51,14 @@ class Passes(copies.Uncopied):
         """The gradient of a parameter is complete, in one of the passes."""
         if self.reducer is None or self.reducer.averager.closed:
             return
-        if self.reducer.averager.current.finished:  # the first gradient of a new step
-            self._forget()
+        averager = self.reducer.averager
+        with averager.memory.here(), averager.lock:
+            averager.begin()  # where the last step is over
+        self._not_finite = None
         self._counts[id(parameter)] += 1
         count = self._counts[id(parameter)]
         if count > self.passes > 1:
-            self.reducer.averager.give_up()
+            averager.give_up()
             raise MismatchError(
                 f"rank {self.reducer.comm.rank}: backward() brought gradient {count} of "
                 f"{self._names[id(parameter)]!r} in one step, expected at most {self.passes}: call "
@@ -77,24 +72,16 @@ class Passes(copies.Uncopied):
             self._accumulating.enter_context(self.reducer.no_sync())
 
     def _before_step(self, optimizer, args, kwargs):
-        """No step where the exchange has found NaN, unless a scaler that knows (fused=True) asks.
+        """No step on the NaN that `synchronize` has left: it is for a GradScaler to see.
 
-        A closure is not called yet, so there is nothing to be said.
+        With fused=True the scaler has seen it, and has the optimizer make a step of no effect.
         """
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None and self._skipped and not hasattr(optimizer, "found_inf"):
-            raise NonFiniteError(
-                f"step {self.reducer.step - 1}: the gradient holds NaN or Inf on some rank, and no "
-                "rank makes this step. Under a GradScaler call optimizer.synchronize() after "
-                "backward(): then all ranks skip such a step")
-
-    def _after_step(self, optimizer, args, kwargs):
-        self._forget()
-
-    def _forget(self):
-        """No pass of this step has been made."""
-        self._counts.clear()
-        self._accumulate(False)
+        error, self._not_finite = self._not_finite, None
+        if error is not None:
+            for parameter in self._parameters:
+                parameter.grad = None
+            if not hasattr(optimizer, "found_inf"):
+                raise error
 
     # ---- what the optimizer gets ----
 
@@ -104,9 +91,10 @@ class Passes(copies.Uncopied):
         Where it is not finite on some rank, every p.grad is NaN on all ranks, for a GradScaler to
         see; step() then raises NonFiniteError.
         """
-        self.reducer.finish()
-        self._forget()
-        if self._skipped:
+        try:
+            self.reducer.finish()
+        except NonFiniteError as error:
+            self._not_finite = error
             for parameter in self._parameters:
                 parameter.grad = torch.full_like(parameter, float("nan"))
 
@@ -124,11 +112,13 @@ class Passes(copies.Uncopied):
         """The optimizer's zero_grad, refused while gradients are under way."""
         @wraps(inner)
         def zero_grad(*args, **kwargs):
-            if self._under_way:
+            averager = self.reducer.averager
+            if self._counts and not averager.current.finished and not averager.closed:
                 raise SpecError(
                     f"rank {self.reducer.comm.rank}: optimizer.zero_grad() between backward() and "
                     "step(), expected it after optimizer.step() or optimizer.synchronize(): to "
                     "give up this step on all ranks type  optimizer.reducer.discard()")
+            self._not_finite = None
             return inner(*args, **kwargs)
 
         return zero_grad
