@@ -85,10 +85,9 @@ def translate(config: Mapping[str, Any], ranks: int | None = None) -> str:
     for key in reader.left():
         reader.note(key, KEYS.get(key, "UNKNOWN, not translated"))
     loop = _loop(accumulation, precision, clip)
+    first = "import contextlib\n\n" if accumulation != 1 else ""
     return f"""\
-import contextlib
-
-import torch
+{first}import torch
 
 import mpicomp
 
