@@ -2,6 +2,7 @@
 
 from mpicomp import advice as advice
 from mpicomp import checkpoint as checkpoint
+from mpicomp import compat as compat
 from mpicomp import compressor as compressor
 from mpicomp import ddp as ddp
 from mpicomp import errors as errors
