@@ -176,13 +176,13 @@ def pytest_collection_modifyitems(config, items):
     items[:] = here
 
 
-SPREAD = (2, 3, 2, 4)  # the number of ranks that each case in turn is run on
+SPREAD = (2, 3, 2, 3, 2, 4, 2, 3)  # the number of ranks that each case in turn is run on
 
 
 def elsewhere(items, may_run, here=SIZE):
     """What is run on another number of ranks. Of a test's cases half are run on 2 ranks, where they
-    take least, a quarter each on 3 and 4, and a quarter on one rank, too; a test with one case is
-    run on 1, on 2, and on 3 or 4.
+    take least, three eighths on 3, the others on 4, and a quarter on one rank, too; a test with one
+    case is run on 1, on 2, and on 3 or 4.
 
     Cases are dealt out in the order of a digest, so that none of a test's parameters goes along
     with the number of ranks, and every case stays where it is when another test changes.
