@@ -7,16 +7,19 @@ from dataclasses import dataclass, fields, replace
 from mpicomp.compressors import (
     AdaComp,
     BFloat16,
+    Chunks,
     Dense,
     DoReFa,
     Dropping,
     Dryden,
     Float16,
     OneBit,
+    RandomK,
     Residual,
     Rule,
     Strom,
     TernGrad,
+    TopK,
 )
 from mpicomp.compressors.base import Compressor
 from mpicomp.compressors.options import option, parse_options
@@ -228,6 +231,26 @@ def adacomp(exchange="allgather", feedback=True, **options):
     return Method("adacomp", _owing(AdaComp(**options), feedback), exchange)
 
 
+def chunks(exchange="allgather", feedback=True, **options):
+    """the largest 64 of every 4096 neighbours, in 2 bits each, as SparseLoCo; error feedback"""
+    return Method("chunks", _owing(Chunks(**options), feedback), exchange)
+
+
+def topk(exchange="allgather", feedback=True, **options):
+    """the largest 1 % of every tensor in full, exactly so many, with error feedback"""
+    return Method("topk", _owing(TopK(**options), feedback), exchange)
+
+
+def randomk(exchange="allreduce", feedback=None, **options):
+    """1 % of the elements, drawn alike on all ranks: no indices, and MPI adds the values"""
+    compressor = RandomK(**options)
+    if feedback and compressor.scale:
+        raise SpecError("randomk: scale=yes with feedback=yes found: the residual would grow by "
+                        "n/K - 1 in each step; type scale=no, or feedback=no")
+    return Method("randomk", _owing(compressor, not compressor.scale if feedback is None
+                                    else feedback), exchange)
+
+
 def rule(exchange="allgather", **options):
     """another method for each parameter: rule(*.bias:dense; ndim>2:terngrad; onebit)"""
     if "feedback" in options:
@@ -262,7 +285,7 @@ def auto():
 
 
 METHODS = {f.__name__: f for f in (dense, fp16, bf16, terngrad, onebit, dorefa, strom, dryden,
-                                   dropping, adacomp, rule, auto)}
+                                   dropping, adacomp, chunks, topk, randomk, rule, auto)}
 
 
 @dataclass
