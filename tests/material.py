@@ -19,9 +19,8 @@ class Row:
 # Every registered class is tried. One without a row here is tried as it comes without arguments.
 ROWS = {
     "adacomp": [Row("adacomp"), Row("adacomp:bin=7"), Row("adacomp:bin=70,factor=1.0")],
-    "chunks": [Row("chunks"), Row("chunks:k=4,block=16"), Row("chunks:k=3,block=7,bits=8"),
-               Row("chunks:k=64,block=256,bits=32"), Row("chunks:k=1,block=1,bits=8"),
-               Row("chunks:k=64,bits=8"), Row("chunks:k=5,block=100,bits=32")],
+    "chunks": [Row("chunks"), Row("chunks:k=15,block=60"), Row("chunks:k=64,bits=8"),
+               Row("chunks:k=9,block=500,bits=32")],
     "dorefa": [Row("dorefa"), Row("dorefa:bits=1"), Row("dorefa:bits=2,packing=int8"),
                Row("dorefa:bits=3,scale=own"), Row("dorefa:bits=8,packing=int16"),
                Row("dorefa:bits=4,packing=int32")],
