@@ -332,8 +332,9 @@ def method(spec: Method | str) -> Method:
     """The method that a specification names: `name` or `name:option=value,option=value`.
 
     Options are those of the compressor, those of the exchange, and of every method exchange=NAME,
-    feedback=yes|no, decay=FACTOR, warmup=STEPS and delay=0|1. Raises SpecError that lists what exists for an
-    unknown name, option or value, and for an option that the chosen exchange does not have.
+    feedback=yes|no, decay=FACTOR, warmup=STEPS and delay=0|1. Raises SpecError that lists what
+    exists for an unknown name, option or value, and for an option that the chosen exchange does not
+    have.
     """
     if isinstance(spec, Method):
         return spec

@@ -88,7 +88,7 @@ def dropping_size(c, layout):
 
 
 def chunks_size(c, layout):
-    """Of K elements kept: 12 bits each, and 32 bits; or 8 bits, and a float a tensor; or 2 and 2."""
+    """12 bits for each element kept, and 32; or 8 and a float a tensor; or 2 and two floats."""
     sizes = [s.size for s in layout.segments if s.size]
     kept = 0
     for size in sizes:

@@ -36,7 +36,8 @@ SPECS = ["bf16", "dense", "fp16", "onebit", "onebit:min_rows=1", "onebit:wire=cn
          "dryden:proportion=8,min_rows=1", "dryden:proportion=8,min_rows=1,version=2017",
          "chunks:k=4,block=16", "chunks:k=3,block=9,bits=8", "chunks:k=5,block=32,bits=32",
          "topk:density=0.2", "topk:density=0.2,scope=bucket", "randomk:density=0.3",
-         "randomk:density=0.3,scale=yes", "adacomp", "adacomp:bin=7", "rule(*.bias:fp16; ndim>2:adacomp:bin=9; terngrad)"]
+         "randomk:density=0.3,scale=yes", "adacomp", "adacomp:bin=7",
+         "rule(*.bias:fp16; ndim>2:adacomp:bin=9; terngrad)"]
 SHAPES = [["bias", [5]], ["weight", [35, 2]], ["scalar", []]]
 LARGER = [["conv.bias", [4]], ["conv.weight", [4, 3, 3, 3]], ["fc", [150, 2]]]  # more than a sample
 NEEDS_LARGER = ("dryden", "adacomp", "rule")

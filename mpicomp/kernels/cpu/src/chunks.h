@@ -51,7 +51,28 @@ u16* candidates_plain(const float* x, i64 i, i64 n, int32_t bound, u16* to) {
     return to;
 }
 
+// How many of these numbers are at least `bound`.
+int reaching_plain(const int32_t* size, i64 i, i64 n, int32_t bound) {
+    int count = 0;
+    for (; i < n; i++) count += size[i] >= bound;
+    return count;
+}
+
 #if HAVE_AVX2
+AVX2 int reaching_avx2(const int32_t* size, i64 n, int32_t bound) {
+    const __m256i less = _mm256_set1_epi32(bound - 1);
+    __m256i count = _mm256_setzero_si256();
+    i64 i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(size + i));
+        count = _mm256_sub_epi32(count, _mm256_cmpgt_epi32(v, less));
+    }
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(count), _mm256_extracti128_si256(count, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1));
+    return _mm_cvtsi128_si32(four) + reaching_plain(size, i, n, bound);
+}
+
 AVX2 void group_maxima_avx2(const float* x, i64 n, i64 groups, int32_t* most) {
     const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
     for (i64 g = 0; g < groups; g += 32) {
@@ -70,18 +91,38 @@ AVX2 void group_maxima_avx2(const float* x, i64 n, i64 groups, int32_t* most) {
 AVX2 u16* candidates_avx2(const float* x, i64 n, int32_t bound, u16* to) {
     const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF), less = _mm256_set1_epi32(bound - 1);
     i64 i = 0;
-    for (; i + 32 <= n; i += 32) {
-        u32 mask = 0;
-        for (int k = 0; k < 4; k++) {
+    for (; i + 64 <= n; i += 64) {
+        u64 mask = 0;
+        for (int k = 0; k < 8; k++) {
             const __m256i v = _mm256_castps_si256(_mm256_loadu_ps(x + i + 8 * k));
             const __m256i hit = _mm256_cmpgt_epi32(_mm256_and_si256(v, magnitude), less);
-            mask |= u32(_mm256_movemask_ps(_mm256_castsi256_ps(hit))) << 8 * k;
+            mask |= u64(_mm256_movemask_ps(_mm256_castsi256_ps(hit))) << 8 * k;
         }
-        for (; mask; mask &= mask - 1) *to++ = u16(i + __builtin_ctz(mask));
+        for (; mask; mask &= mask - 1) *to++ = u16(i + __builtin_ctzll(mask));
     }
     return candidates_plain(x, i, n, bound, to);
 }
 #endif
+
+// The largest number that at least `keep` of n magnitudes reach, of those whose `rough` lowest bits
+// are 0. Bit by bit: that has no branch that a CPU guesses wrongly. Long arrays are partitioned.
+int32_t kth_largest(int32_t* size, i64 n, i64 keep, int rough) {
+    if (n > 1024) {
+        std::nth_element(size, size + keep - 1, size + n, std::greater<int32_t>());
+        return size[keep - 1];
+    }
+    int32_t found = 0;
+    for (int bit = 30; bit >= rough; bit--) {
+        const int32_t next = found | 1 << bit;
+#if HAVE_AVX2
+        const int count = avx2 ? reaching_avx2(size, n, next) : reaching_plain(size, 0, n, next);
+#else
+        const int count = reaching_plain(size, 0, n, next);
+#endif
+        found = count >= keep ? next : found;
+    }
+    return found;
+}
 
 // The offsets, ascending, of the `keep` largest magnitudes among n <= MOST_BLOCK; of equal ones
 // those of lower offset. Of the maxima of `groups` groups the one in place `keep` is a bound that
@@ -98,8 +139,7 @@ void chunks_select(const float* x, i64 n, i64 keep, u16* to) {
         if (avx2) maxima = group_maxima_avx2;
 #endif
         maxima(x, n - n % groups, groups, most);
-        std::nth_element(most, most + keep - 1, most + groups, std::greater<int32_t>());
-        bound = most[keep - 1];
+        bound = kth_largest(most, groups, keep, 16);
     }
     u16* end;
 #if HAVE_AVX2
@@ -109,14 +149,16 @@ void chunks_select(const float* x, i64 n, i64 keep, u16* to) {
         end = candidates_plain(x, 0, n, bound, offset);
     const i64 count = end - offset;
     for (i64 c = 0; c < count; c++) size[c] = size_of(x[offset[c]]);
-    std::nth_element(size, size + keep - 1, size + count, std::greater<int32_t>());
-    const int32_t least = size[keep - 1];
-    i64 ties = keep;
-    for (i64 c = 0; c < keep; c++) ties -= size[c] > least;
-    for (i64 c = 0; c < count; c++) {
-        const int32_t own = size_of(x[offset[c]]);
-        if (own > least) *to++ = offset[c];
-        else if (own == least && ties > 0) ties--, *to++ = offset[c];
+    const int32_t least = kth_largest(size, count, keep, 0);
+    int ties = int(keep);
+    for (i64 c = 0; c < count; c++) ties -= size[c] > least;
+    const u16* const stop = to + keep;
+    for (const u16* from = offset; to < stop; from++) {  // without branches, as above
+        const int32_t own = size_of(x[*from]);
+        const int tie = (own == least) & (ties > 0);
+        ties -= tie;
+        *to = *from;
+        to += (own > least) | tie;
     }
 }
 
@@ -145,6 +187,9 @@ inline i64 get_offset(const u8* data, i64 i) {
     return i % 2 ? data[1] >> 4 | data[2] << 4 : data[0] | (data[1] & 15) << 8;
 }
 
+// Rounded to a whole number, a half to the even one, for 0 <= x < 2^51: inline on any CPU.
+inline double nearest(double x) { return x + 0x1p52 - 0x1p52; }
+
 float largest_of(const float* value, i64 n) {
     float most = 0;
     for (i64 i = 0; i < n; i++) most = std::max(most, std::fabs(value[i]));
@@ -160,7 +205,7 @@ void encode_2bit(float* value, i64 first, i64 n, u8* level, u8* codes) {
     u64 sum = 0, upper = 0, count = 0;
     bool zero = false;
     for (i64 i = 0; i < n; i++) {
-        whole[i] = u32(std::nearbyint(double(std::fabs(value[i])) * scale));
+        whole[i] = u32(nearest(double(std::fabs(value[i])) * scale));
         sum += whole[i];
         zero |= !whole[i];
     }
@@ -184,10 +229,10 @@ void encode_8bit(float* value, i64 n, u8* step, u8* codes) {
     const float unit = std::min(largest_of(value, n) / 127.0f, MOST_STEP);
     put(step, unit);
     for (i64 i = 0; i < n; i++) {
-        const float code =
-            unit ? std::max(-127.0f, std::min(127.0f, std::nearbyint(value[i] / unit))) : 0.0f;
-        codes[i] = u8(int8_t(code));
-        value[i] = float(int8_t(code)) * unit;
+        const double size = unit ? std::min(nearest(std::fabs(value[i] / unit)), 127.0) : 0.0;
+        const int code = value[i] < 0 ? -int(size) : int(size);
+        codes[i] = u8(code);
+        value[i] = float(code) * unit;
     }
 }
 
