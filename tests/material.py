@@ -19,6 +19,8 @@ class Row:
 # Every registered class is tried. One without a row here is tried as it comes without arguments.
 ROWS = {
     "adacomp": [Row("adacomp"), Row("adacomp:bin=7"), Row("adacomp:bin=70,factor=1.0")],
+    "chunks": [Row("chunks"), Row("chunks:k=15,block=60"), Row("chunks:k=64,bits=8"),
+               Row("chunks:k=9,block=500,bits=32")],
     "dorefa": [Row("dorefa"), Row("dorefa:bits=1"), Row("dorefa:bits=2,packing=int8"),
                Row("dorefa:bits=3,scale=own"), Row("dorefa:bits=8,packing=int16"),
                Row("dorefa:bits=4,packing=int32")],
@@ -33,6 +35,7 @@ ROWS = {
                Row("onebit:wire=cntk,min_rows=1"), Row("onebit:min_rows=1000"),
                Row("onebit:threshold=mean"), Row("onebit:bits=2"),
                Row("onebit:bits=4,wire=cntk,min_rows=1")],
+    "randomk": [Row("randomk:density=0.1"), Row("randomk:density=0.25,scale=yes")],
     "residual": [Row("residual(bf16)"), Row("residual(dense)"), Row("residual(fp16)"),
                  Row("residual(onebit)"), Row("residual(onebit:wire=cntk,min_rows=5)"),
                  Row("residual(strom:tau=2.0)"), Row("residual(strom:tau=2.0,strict=no)")],
@@ -46,6 +49,7 @@ ROWS = {
                  for packing in ("2bit", "planar", "int8", "int16")]
                 + [Row("terngrad:packing=5trit,clip=0.0"), Row("terngrad:scaler=code"),
                    Row("terngrad:share=no,packing=5trit")],
+    "topk": [Row("topk:density=0.1"), Row("topk:density=0.05,scope=bucket")],
 }
 
 

@@ -87,6 +87,30 @@ def dropping_size(c, layout):
     return 8 * (len(layout.segments) if c.scope == "layer" else 1) + 4 * layout.size
 
 
+def chunks_size(c, layout):
+    """12 bits for each element kept, and 32; or 8 and a float a tensor; or 2 and two floats."""
+    sizes = [s.size for s in layout.segments if s.size]
+    kept = 0
+    for size in sizes:
+        while size > 0:
+            kept += max(1, round(c.k * min(size, c.block) / c.block))
+            size -= c.block
+    values = {32: 4 * kept, 8: 4 * len(sizes) + kept, 2: 8 * len(sizes) + blocks(kept, 4)}
+    return blocks(12 * kept, 8) + values[c.bits]
+
+
+def fraction(c, n):
+    """How many of n elements are sent."""
+    return max(1, round(c.density * n)) if n else 0
+
+
+def topk_size(c, layout):
+    """Index and value of each element sent, of each tensor or of all."""
+    if c.scope == "bucket":
+        return 8 * fraction(c, layout.size)
+    return 8 * sum(fraction(c, s.size) for s in layout.segments)
+
+
 def rule_size(c, layout):
     """Neighbours with the same case together, each from a whole word on; a word for each length."""
     (test, vectors), (_, others) = c.inner
@@ -102,16 +126,19 @@ def rule_size(c, layout):
 FORMATS = {
     "adacomp": per_tensor(adacomp_size),
     "bf16": per_tensor(lambda c, shape, n: 2 * n),
+    "chunks": chunks_size,
     "dense": per_tensor(lambda c, shape, n: 4 * n),
     "dorefa": per_tensor(dorefa_size),
     "dropping": dropping_size,
     "dryden": per_tensor(dryden_size),
     "fp16": per_tensor(lambda c, shape, n: 2 * n),
     "onebit": per_tensor(onebit_size),
+    "randomk": lambda c, layout: 4 * fraction(c, layout.size),
     "residual": lambda c, layout: FORMATS[c.inner.name](c.inner, layout),
     "rule": rule_size,
     "strom": strom_size,
     "terngrad": per_tensor(ternary_size),
+    "topk": topk_size,
 }
 
 

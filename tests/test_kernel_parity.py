@@ -291,6 +291,37 @@ def check_dropping():
         summed(data, rng, -1.0, x.size, name="dropping_decode_sum")
 
 
+def check_chunks():
+    for _, x, rng in each_gradient():
+        sizes = (x.size // 3, 0, x.size - x.size // 3)
+        for block, k, bits_ in ((4096, 64, 2), (500, 7, 8), (100, 100, 32), (2000, 800, 2)):
+            of = sizes, block, k, bits_
+            data = np.full(reference.chunks_size(*of), 255, np.uint8)
+            data = same("chunks_encode", x, *of, data)
+            owing("chunks_encode_owed", x, rng, *of, np.zeros_like(data))
+            packed(data, rng, *of, -1.0, x.size, name="chunks_decode_add")
+        summed(data, rng, *of, 0.3, x.size, name="chunks_decode_sum")
+
+
+def check_topk():
+    for _, x, rng in each_gradient():
+        for keep in {0, min(1, x.size), x.size // 9, x.size}:
+            data = np.zeros(8 * keep, np.uint8)
+            data[:4 * keep] = same("topk_select", x, keep, 0, data, used=lambda _, k=keep: 4 * k)
+            same("topk_select", x, keep, 11, data[:4 * keep])
+            data = same("dropping_values", x, keep, data)
+            packed(data, rng, -1.0, x.size, name="dropping_decode_add")
+
+
+def check_randomk():
+    for _, x, rng in each_gradient():
+        for keep in {0, min(1, x.size), x.size // 9, x.size}:
+            for scale in (True, False):
+                data = np.zeros(4 * keep, np.uint8)
+                data = same("randomk_encode", x, keep, scale, Key(9, 2**32 - 1, 7, 6), data)
+            packed(data, rng, Key(9, 2**32 - 1, 7, 6), 0.3, x.size, name="randomk_decode_add")
+
+
 def check_adacomp():
     for _, x, rng in each_gradient():
         grad = rng.standard_normal(x.size, np.float32)
@@ -404,6 +435,10 @@ CHECKS = {check_finite: ["finite", "copy_finite"], check_adagrad: ["adagrad"],
           check_dropping: ["dropping_cut", "dropping_select", "dropping_values",
                            "dropping_encode_owed", "dropping_signs_encode", "dropping_decode_add",
                            "dropping_decode_sum"],
+          check_chunks: ["chunks_encode", "chunks_encode_owed", "chunks_decode_add",
+                         "chunks_decode_sum"],
+          check_topk: ["topk_select"],
+          check_randomk: ["randomk_encode", "randomk_decode_add"],
           check_adacomp: ["adacomp_encode", "adacomp_encode_layers", "adacomp_decode_add",
                           "adacomp_decode_layers", "adacomp_decode_sum"],
           check_dryden: ["dryden_columns", "dryden_encode_2016", "dryden_encode_owed_2016",

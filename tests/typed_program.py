@@ -212,6 +212,7 @@ def compressed(x: NDArray[np.float32], comm: MPI.Intracomm) -> int:
     assert_type(mpicomp.methods(), dict[str, str])
     packet = np.empty(compressor.capacity(layout), np.uint8)
     assert_type(philox.uniform(key, 0, 8), NDArray[np.float32])
+    assert_type(philox.common(key), mpicomp.Key)
     kernels.use("reference")
     assert_type(kernels.note(), str | None)
     found = advice.advise(comm, gradient={"x": x})

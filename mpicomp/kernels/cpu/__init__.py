@@ -28,6 +28,12 @@ from mpicomp.kernels.cpu.cast import (
     dense_decode_sum,
     dense_scale,
 )
+from mpicomp.kernels.cpu.chunks import (
+    chunks_decode_add,
+    chunks_decode_sum,
+    chunks_encode,
+    chunks_encode_owed,
+)
 from mpicomp.kernels.cpu.dorefa import (
     dorefa_decode_add,
     dorefa_decode_sum,
@@ -58,6 +64,7 @@ from mpicomp.kernels.cpu.onebit import (
     onebit_encode,
     onebit_encode_owed,
 )
+from mpicomp.kernels.cpu.randomk import randomk_decode_add, randomk_encode
 from mpicomp.kernels.cpu.strom import (
     strom_decode_add,
     strom_decode_sum,
@@ -72,6 +79,7 @@ from mpicomp.kernels.cpu.terngrad import (
     terngrad_scale,
     terngrad_scale_code,
 )
+from mpicomp.kernels.cpu.topk import topk_select
 from mpicomp.kernels.reference import (
     adacomp_heads,
     dropping_signs,

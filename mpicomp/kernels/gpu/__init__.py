@@ -27,6 +27,12 @@ from mpicomp.kernels.gpu.cast import (
     dense_decode_sum,
     dense_scale,
 )
+from mpicomp.kernels.gpu.chunks import (
+    chunks_decode_add,
+    chunks_decode_sum,
+    chunks_encode,
+    chunks_encode_owed,
+)
 from mpicomp.kernels.gpu.dorefa import (
     dorefa_decode_add,
     dorefa_decode_sum,
@@ -68,6 +74,7 @@ from mpicomp.kernels.gpu.onebit import (
     onebit_encode_mean,
     onebit_encode_owed,
 )
+from mpicomp.kernels.gpu.randomk import randomk_decode_add, randomk_encode
 from mpicomp.kernels.gpu.strom import (
     strom_2bit_decode_add,
     strom_2bit_encode,
@@ -89,3 +96,4 @@ from mpicomp.kernels.gpu.terngrad import (
     terngrad_scale,
     terngrad_scale_code,
 )
+from mpicomp.kernels.gpu.topk import topk_select

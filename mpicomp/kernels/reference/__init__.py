@@ -31,6 +31,22 @@ from mpicomp.kernels.reference.cast import (
     dense_decode_sum,
     dense_scale,
 )
+from mpicomp.kernels.reference.chunks import (
+    MOST_BLOCK,
+    chunks_decode_add,
+    chunks_decode_sum,
+    chunks_encode,
+    chunks_encode_owed,
+    chunks_expect_finite,
+    chunks_levels,
+    chunks_pack,
+    chunks_plan,
+    chunks_select,
+    chunks_size,
+    chunks_sizes,
+    chunks_step,
+    chunks_unpack,
+)
 from mpicomp.kernels.reference.dorefa import (
     DOREFA_INTEGERS,
     dorefa_codes,
@@ -91,6 +107,11 @@ from mpicomp.kernels.reference.onebit_cntk import (
     onebit_pack,
     onebit_unpack,
 )
+from mpicomp.kernels.reference.randomk import (
+    randomk_decode_add,
+    randomk_encode,
+    randomk_places,
+)
 from mpicomp.kernels.reference.rice import (
     rice_pack,
     rice_parameter,
@@ -131,3 +152,4 @@ from mpicomp.kernels.reference.terngrad import (
     terngrad_size,
     terngrad_unpack,
 )
+from mpicomp.kernels.reference.topk import topk_keeps, topk_select

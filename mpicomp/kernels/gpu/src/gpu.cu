@@ -13,6 +13,8 @@
 #include "words.cuh"
 #include "strom.cuh"
 #include "dropping.cuh"
+#include "chunks.cuh"
+#include "randomk.cuh"
 #include "onebit.cuh"
 #include "onebit_cntk.cuh"
 #include "terngrad.cuh"
