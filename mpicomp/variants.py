@@ -46,7 +46,7 @@ def listing() -> str:
     from dataclasses import fields
 
     from mpicomp.catalogue import common_options, method, methods
-    from mpicomp.compressors.registry import find
+    from mpicomp.compressors.registry import find, registry
     from mpicomp.exchange import exchanges
 
     summaries, lines = methods(), ["The seven systems", ""]
@@ -57,6 +57,8 @@ def listing() -> str:
     lines += ["Baselines, and what combines methods", ""]
     for name, summary in summaries.items():
         lines.append(f"{name:9} {summary}")
+        if name in registry():
+            lines += _options(fields(find(name)))
     lines += ["", "Options of every method", *_options(common_options()), "",
               "Exchanges (exchange=NAME), with their options", ""]
     for name, cls in exchanges().items():

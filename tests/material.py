@@ -19,6 +19,8 @@ class Row:
 # Every registered class is tried. One without a row here is tried as it comes without arguments.
 ROWS = {
     "adacomp": [Row("adacomp"), Row("adacomp:bin=7"), Row("adacomp:bin=70,factor=1.0")],
+    "block": [Row("block"), Row("block:bits=4,size=32"), Row("block:form=fp8"),
+              Row("block:bits=4,round=random")],
     "dorefa": [Row("dorefa"), Row("dorefa:bits=1"), Row("dorefa:bits=2,packing=int8"),
                Row("dorefa:bits=3,scale=own"), Row("dorefa:bits=8,packing=int16"),
                Row("dorefa:bits=4,packing=int32")],
@@ -33,10 +35,12 @@ ROWS = {
                Row("onebit:wire=cntk,min_rows=1"), Row("onebit:min_rows=1000"),
                Row("onebit:threshold=mean"), Row("onebit:bits=2"),
                Row("onebit:bits=4,wire=cntk,min_rows=1")],
+    "qsgd": [Row("qsgd"), Row("qsgd:levels=20,bucket=32,norm=l2")],
     "residual": [Row("residual(bf16)"), Row("residual(dense)"), Row("residual(fp16)"),
                  Row("residual(onebit)"), Row("residual(onebit:wire=cntk,min_rows=5)"),
                  Row("residual(strom:tau=2.0)"), Row("residual(strom:tau=2.0,strict=no)")],
     "rule": [Row("rule"), Row("rule(ndim<2:dense;terngrad)")],
+    "sign": [Row("sign"), Row("sign:scope=row"), Row("sign:scope=block,size=64")],
     "strom": [Row("strom", scale=0.003), Row("strom:tau=2.0"), Row("strom:tau=2.0,strict=no"),
               Row("strom:tau=2.0,coding=rice"), Row("strom:tau=2.0,coding=rice,remainder=3"),
               Row("strom:tau=2.0,coding=2bit"), Row("strom:density=0.1"),

@@ -12,13 +12,15 @@ from mpicomp.errors import SpecError
 from mpicomp.kernels.unfit import Unfit, otherwise
 from mpicomp.philox import MASK32
 
-VERSION = 4  # of the compiled functions: mp_version in src/common.h
+VERSION = 5  # of the compiled functions: mp_version in src/common.h
 _P, _N, _I, _F, _U = c_void_p, c_int64, c_int, c_float, c_uint32
 _KEY = (c_uint64, _U, _U, _U)
 _FUNCTIONS = {  # name: (result, arguments)
     "mp_adacomp_decode": (_N, (_P, _P, _P, _N, _N, _I, _F, _P, _N, _I)),
     "mp_adacomp_encode": (_N, (_P, _P, _P, _N, _F, _N, _I, _P, _P)),
     "mp_adagrad": (None, (_P, _N, _P, _P)),
+    "mp_block_decode": (_N, (_P, _N, _N, _I, _I, _F, _P, _N, _I)),
+    "mp_block_encode": (_N, (_P, _P, _P, _N, _N, _I, _I, _I, _I, *_KEY, _N, _P)),
     "mp_cast_encode": (None, (_P, _N, _I, _P)),
     "mp_copy_finite": (_I, (_P, _P, _N)),
     "mp_dense_scale": (_N, (_P, _N, _F, _P)),
@@ -39,6 +41,8 @@ _FUNCTIONS = {  # name: (result, arguments)
     "mp_limits": (None, (_N, _N)),
     "mp_onebit_decode": (_N, (_P, _N, _N, _N, _F, _P, _I)),
     "mp_onebit_encode": (_N, (_P, _P, _P, _N, _N, _P)),
+    "mp_sign_decode": (_N, (_P, _N, _N, _F, _P, _N, _I)),
+    "mp_sign_encode": (_N, (_P, _P, _P, _N, _N, _P)),
     "mp_strom_decode": (_N, (_P, _P, _N, _F, _F, _P, _N, _I)),
     "mp_strom_encode": (_N, (_P, _P, _P, _N, _F, _I, _P)),
     "mp_terngrad_decode": (_N, (_P, _P, _N, _I, _F, _P, _N, _I)),

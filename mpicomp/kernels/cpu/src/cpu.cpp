@@ -11,6 +11,7 @@
 
 #include "adacomp.h"
 #include "adacomp_decode.h"
+#include "block.h"
 #include "cast.h"
 #include "common.h"
 #include "dorefa.h"
@@ -24,6 +25,7 @@
 #include "onebit_encode.h"
 #include "onebit_rows.h"
 #include "philox.h"
+#include "sign.h"
 #include "strom.h"
 #include "sums.h"
 #include "terngrad.h"
