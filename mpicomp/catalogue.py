@@ -216,7 +216,7 @@ def adacomp(exchange="allgather", feedback=True, **options):
 
 
 def block(exchange="allgather", feedback=None, **options):
-    """int8, int4 or fp8 codes with a scale for each block of 128; error feedback if round=nearest"""
+    """int8, int4 or fp8 codes, a scale for each block; error feedback where they are not random"""
     compressor = Block(**options)
     feedback = not compressor.unbiased if feedback is None else feedback
     return Method("block", _owing(compressor, feedback), exchange)

@@ -78,5 +78,5 @@ def _options(known):
                 isinstance(f.default, bool) else f.default
             choices = f.metadata["choices"]
             text = f"{f.name}={default}: {f.metadata['doc']}" + (
-                f" ({', '.join(choices)})" if choices else "")
+                f" ({', '.join(map(str, choices))})" if choices else "")
             yield from wrap(text, 99, initial_indent=" " * 12, subsequent_indent=" " * 14)

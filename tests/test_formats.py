@@ -67,7 +67,7 @@ def dryden_size(c, shape, n):
 
 
 def block_size(c, shape, n):
-    """2 bytes for every block begun, 8 or 4 bits an element; qsgd: as many as 2 l + 1 codes take."""
+    """2 bytes for every block begun, 8 or 4 bits an element; qsgd: what 2 l + 1 codes take."""
     if c.name == "block":
         return 2 * blocks(n, c.size) + blocks(n * c.bits, 8)
     return 2 * blocks(n, c.bucket) + blocks(n * int(np.ceil(np.log2(2 * c.levels + 1))), 8)

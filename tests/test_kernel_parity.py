@@ -279,19 +279,19 @@ BLOCKS = ((128, "int", 127, "max", False), (32, "int", 7, "max", True),
 
 def check_block():
     for kind, x, rng in each_gradient():
-        for size, form, levels, norm, random in BLOCKS:
+        for *grid, norm, random in BLOCKS:
             key = Key(2**40 + 3, 2**32 - 1, 3, 5) if random else None
-            empty = np.full(reference.block_bytes(x.size, size, form, levels), 255, np.uint8)
-            data = same("block_encode", x, size, form, levels, norm, key, 6, empty)
-            owing("block_encode_owed", x, rng, size, form, levels, norm, key, 6, empty)
+            empty = np.full(reference.block_bytes(x.size, *grid), 255, np.uint8)
+            data = same("block_encode", x, *grid, norm, key, 6, empty)
+            owing("block_encode_owed", x, rng, *grid, norm, key, 6, empty)
             if kind == "any":
-                packed(data, rng, size, form, levels, -0.3, x.size, name="block_decode_add")
-                summed(data, rng, size, form, levels, -0.3, x.size, name="block_decode_sum")
+                packed(data, rng, *grid, -0.3, x.size, name="block_decode_add")
+                summed(data, rng, *grid, -0.3, x.size, name="block_decode_sum")
             for wrong in (np.inf, np.nan) if kind == "few" and x.size else ():
                 y = x.copy()
                 y[x.size // 2] = wrong
-                same("block_encode", y, size, form, levels, norm, key, 6, empty)
-                owing("block_encode_owed", y, rng, size, form, levels, norm, key, 6, empty)
+                same("block_encode", y, *grid, norm, key, 6, empty)
+                owing("block_encode_owed", y, rng, *grid, norm, key, 6, empty)
 
 
 def check_sign():

@@ -105,7 +105,9 @@ AVX2 u32 block_largest_avx2(const float* grad, const float* owed, i64 n, float* 
     const __m256i mask = _mm256_set1_epi32(0x7FFFFFFF);
     __m256i most[4] = {};
     i64 i = 0;
-    for (; i + 32 <= n; i += 32)
+    for (; i + 32 <= n; i += 32) {
+        next_page(grad + i);
+        if (OWED) next_page(owed + i);
         for (int k = 0; k < 4; k++) {
             __m256 x = _mm256_loadu_ps(grad + i + 8 * k);
             if (OWED) {
@@ -115,6 +117,7 @@ AVX2 u32 block_largest_avx2(const float* grad, const float* owed, i64 n, float* 
             const __m256i size = _mm256_and_si256(_mm256_castps_si256(x), mask);
             most[k] = _mm256_max_epi32(most[k], size);
         }
+    }
     const __m256i both = _mm256_max_epi32(_mm256_max_epi32(most[0], most[1]),
                                           _mm256_max_epi32(most[2], most[3]));
     __m128i four = _mm_max_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
@@ -220,26 +223,29 @@ struct SmallValues {  // of e4m3 bytes
 };
 const SmallValues SMALL;
 
-// out += code * scale * weight. Returns the largest magnitude of a code (of a byte's lower bits).
-u8 block_add_plain(const u8* codes, i64 n, int form, float scale, float weight, float* out) {
-    u8 most = 0;
+// out += code * scale * weight. False if a code (but for its sign) is larger than `most`.
+bool block_add_plain(const u8* codes, i64 n, int form, u8 most, float scale, float weight,
+                     float* out) {
+    bool fine = true;
     for (i64 i = 0; i < n; i++) {
         const int code = int8_t(codes[i]);
-        most = std::max(most, u8(form == WHOLE ? std::abs(code) : code & 0x7F));
+        fine &= u8(form == WHOLE ? std::abs(code) : code & 0x7F) <= most;
         out[i] += (form == WHOLE ? float(code) : SMALL.value[codes[i]]) * scale * weight;
     }
-    return most;
+    return fine;
 }
 
 #if HAVE_AVX2
 template <bool WHOLES>
-AVX2 u8 block_add_avx2(const u8* codes, i64 n, float scale, float weight, float* out) {
+AVX2 bool block_add_avx2(const u8* codes, i64 n, u8 most, float scale, float weight, float* out) {
     const __m256 s = _mm256_set1_ps(WHOLES ? scale : 256 * scale), w = _mm256_set1_ps(weight);
-    __m256i most = _mm256_setzero_si256();
+    const __m256i allowed = _mm256_set1_epi8(char(most));
+    __m256i beyond = _mm256_setzero_si256();
     for (i64 i = 0; i < n; i += 32) {
         const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
-        most = _mm256_max_epu8(most, WHOLES ? _mm256_abs_epi8(all)
-                                            : _mm256_and_si256(all, _mm256_set1_epi8(0x7F)));
+        const __m256i size = WHOLES ? _mm256_abs_epi8(all)
+                                    : _mm256_and_si256(all, _mm256_set1_epi8(0x7F));
+        beyond = _mm256_or_si256(beyond, _mm256_subs_epu8(size, allowed));
         for (int k = 0; k < 32; k += 8) {
             const __m128i eight =
                 _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i + k));
@@ -255,9 +261,7 @@ AVX2 u8 block_add_avx2(const u8* codes, i64 n, float scale, float weight, float*
             add_eight(_mm256_mul_ps(value, s), w, out + i + k);
         }
     }
-    alignas(32) u8 lanes[32];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), most);
-    return *std::max_element(lanes, lanes + 32);
+    return _mm256_testz_si256(beyond, beyond);
 }
 
 // Codes of 4 bits to bytes, whole groups of 32.
@@ -288,17 +292,17 @@ void block_unpack(const u8* data, i64 n, int width, u8* codes) {
     for (; i < n; i++) codes[i] = u8((codes[i] ^ half) - half);
 }
 
-u8 block_add(const u8* codes, i64 n, int form, float scale, float weight, float* out) {
+bool block_add(const u8* codes, i64 n, int form, u8 most, float scale, float weight, float* out) {
     i64 i = 0;
-    u8 most = 0;
+    bool fine = true;
 #if HAVE_AVX2
     if (avx2) {
+        const auto add = form == WHOLE ? block_add_avx2<true> : block_add_avx2<false>;
         i = n / 32 * 32;
-        most = (form == WHOLE ? block_add_avx2<true> : block_add_avx2<false>)(codes, i, scale,
-                                                                             weight, out);
+        fine = add(codes, i, most, scale, weight, out);
     }
 #endif
-    return std::max(most, block_add_plain(codes + i, n - i, form, scale, weight, out + i));
+    return block_add_plain(codes + i, n - i, form, most, scale, weight, out + i) && fine;
 }
 
 }  // namespace
@@ -317,19 +321,25 @@ API i64 mp_block_encode(const float* grad, const float* owed, float* out, i64 n,
     split(n, size, grain / (random ? 4 : 1), [&](int, i64 begin, i64 end) {
         constexpr i64 STEP = 1024;  // random words at a time
         alignas(32) u32 room[STEP + 8];
+        u32 scales[BLOCK_UNIT / 32];
         std::vector<float> memory(unit + 8);
         std::vector<u8> bytes(unit);
         float* const v = memory.data() + until_aligned(memory.data(), 8);
         for (i64 at = begin; at < end; at += unit) {
             const i64 count = std::min(unit, end - at);
+            float* const all = owed ? v : const_cast<float*>(grad) + at;  // the latter is only read
+            for (i64 b = 0; b < count; b += size)
+                scales[b / size] = block_largest(grad + at + b, owed ? owed + at + b : nullptr,
+                                                 std::min(size, count - b), v + b);
+            for (i64 b = 0; b < count; b += size) {
+                u32& scale = scales[b / size];
+                scale = grid.scale(scale, all + b, std::min(size, count - b));
+                put(data + 2 * ((at + b) / size), u16(scale));
+            }
             for (i64 b = 0; b < count; b += size) {
                 const i64 length = std::min(size, count - b);
-                float* x = v + b;
-                const u32 largest = block_largest(grad + at + b, owed ? owed + at + b : nullptr,
-                                                  length, x);
-                if (!owed) x = const_cast<float*>(grad) + at + b;  // only read
-                const u32 scale = grid.scale(largest, x, length);
-                put(data + 2 * ((at + b) / size), u16(scale));
+                const u32 scale = scales[b / size];
+                float* const x = all + b;
                 if (scale == 0 || scale == BLOCK_INFINITE) {
                     if (scale) bad = true;
                     std::fill_n(bytes.begin() + b, length, u8(0));
@@ -359,7 +369,8 @@ API i64 mp_block_decode(const u8* const* data, i64 packets, i64 size, int form, 
                         float weight, float* out, i64 n, int fresh) {
     const Grid grid(size, form, levels, false);
     const i64 blocks = (n + size - 1) / size, width = grid.width;
-    const u32 most = grid.most(), largest = form == WHOLE ? u32(levels) : 0x7E;
+    const u32 most = grid.most();
+    const u8 largest = form == WHOLE ? u8(levels) : 0x7E;
     for (i64 p = 0; p < packets; p++) {
         if (n * width % 8 && data[p][2 * blocks + n * width / 8] >> n * width % 8) return INVALID;
         for (i64 b = 0; b < blocks; b++) {
@@ -378,7 +389,7 @@ API i64 mp_block_decode(const u8* const* data, i64 packets, i64 size, int form, 
         for (i64 i = 0; i < count;) {
             const i64 b = (at + i) / size, length = std::min(count - i, (b + 1) * size - at - i);
             const float scale = float_of(u32(get<u16>(data[p] + 2 * b)) << 16);
-            if (block_add(codes + i, length, form, scale, weight, to + i) > largest) bad = true;
+            if (!block_add(codes + i, length, form, largest, scale, weight, to + i)) bad = true;
             i += length;
         }
     });
