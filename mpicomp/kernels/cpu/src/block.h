@@ -174,10 +174,11 @@ AVX2 void block_codes_avx2(float* v, i64 n, const Rounding& r, const u32* words,
             if (OWED)
                 _mm256_storeu_ps(v + i + 8 * k, _mm256_sub_ps(x, _mm256_mul_ps(worth, scale)));
         }
-        __m256i low = _mm256_packs_epi32(code[0], code[1]);
-        __m256i high = _mm256_packs_epi32(code[2], code[3]);
+        const __m256i low = _mm256_packs_epi32(code[0], code[1]);
+        const __m256i high = _mm256_packs_epi32(code[2], code[3]);
         const bool whole = std::is_same<Kind, Whole>::value;
-        const __m256i bytes = whole ? _mm256_packs_epi16(low, high) : _mm256_packus_epi16(low, high);
+        const __m256i bytes = whole ? _mm256_packs_epi16(low, high)
+                                    : _mm256_packus_epi16(low, high);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i),
                             _mm256_and_si256(_mm256_permutevar8x32_epi32(bytes, order), mask));
     }
@@ -204,7 +205,8 @@ void block_codes(float* v, i64 n, const Rounding& r, const u32* words, u8* codes
 // v = owed + grad (or only its largest magnitude, where nothing is owed).
 u32 block_largest(const float* grad, const float* owed, i64 n, float* v) {
 #if HAVE_AVX2
-    if (avx2) return (owed ? block_largest_avx2<true> : block_largest_avx2<false>)(grad, owed, n, v);
+    const auto largest = owed ? block_largest_avx2<true> : block_largest_avx2<false>;
+    if (avx2) return largest(grad, owed, n, v);
 #endif
     return block_largest_plain(grad, owed, n, owed ? v : nullptr, 0);
 }
