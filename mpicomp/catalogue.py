@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from mpicomp.compressors import (
+    QSGD,
     AdaComp,
     BFloat16,
+    Block,
     Chunks,
     Dense,
     DoReFa,
@@ -17,6 +19,7 @@ from mpicomp.compressors import (
     RandomK,
     Residual,
     Rule,
+    Sign,
     Strom,
     TernGrad,
     TopK,
@@ -251,6 +254,23 @@ def randomk(exchange="allreduce", feedback=None, **options):
                                     else feedback), exchange)
 
 
+def block(exchange="allgather", feedback=None, **options):
+    """int8, int4 or fp8 codes, a scale for each block; error feedback where they are not random"""
+    compressor = Block(**options)
+    feedback = not compressor.unbiased if feedback is None else feedback
+    return Method("block", _owing(compressor, feedback), exchange)
+
+
+def sign(exchange="allgather", feedback=True, **options):
+    """EF-signSGD (Karimireddy et al. 2019): signs and one mean magnitude a tensor, row or block"""
+    return Method("sign", _owing(Sign(**options), feedback), exchange)
+
+
+def qsgd(exchange="allgather", feedback=False, **options):
+    """QSGD (Alistarh et al. 2017): random levels and a sign, one norm for each bucket of 512"""
+    return Method("qsgd", _owing(QSGD(**options), feedback), exchange)
+
+
 def rule(exchange="allgather", **options):
     """another method for each parameter: rule(*.bias:dense; ndim>2:terngrad; onebit)"""
     if "feedback" in options:
@@ -285,7 +305,8 @@ def auto():
 
 
 METHODS = {f.__name__: f for f in (dense, fp16, bf16, terngrad, onebit, dorefa, strom, dryden,
-                                   dropping, adacomp, chunks, topk, randomk, rule, auto)}
+                                   dropping, adacomp, chunks, topk, randomk, block, sign, qsgd,
+                                   rule, auto)}
 
 
 @dataclass

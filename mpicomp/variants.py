@@ -56,7 +56,9 @@ def listing() -> str:
         lines += [*_options(fields(find(name))), ""]
     lines += ["Baselines, and what combines methods", ""]
     for name, summary in summaries.items():
-        lines += [f"{name:9} {summary}", *(_options(fields(find(name))) if name in own else ())]
+        lines.append(f"{name:9} {summary}")
+        if name in own:
+            lines += _options(fields(find(name)))
     lines += ["", "Options of every method", *_options(common_options()), "",
               "Exchanges (exchange=NAME), with their options", ""]
     for name, cls in exchanges().items():

@@ -20,6 +20,9 @@ OWING = {  # at least one of each system that has a residual
     "adacomp": ["adacomp:bin=20"],
     "chunks": ["chunks:k=4,block=40", "chunks:k=4,block=40,bits=8"],
     "topk": ["topk:density=0.1"],
+    "block": ["block:size=32", "block:bits=4", "block:form=fp8"],
+    "sign": ["sign", "sign:scope=row"],
+    "qsgd": ["qsgd:bucket=64,feedback=yes"],
     "rule": ["rule(b:dense; ndim>2:adacomp; w:dropping:rate=0.9; onebit)"],
 }
 EXCHANGES = ["exchange=allgather", "exchange=sharded", "exchange=sharded,own=raw",

@@ -36,8 +36,11 @@ SPECS = ["bf16", "dense", "fp16", "onebit", "onebit:min_rows=1", "onebit:wire=cn
          "dryden:proportion=8,min_rows=1", "dryden:proportion=8,min_rows=1,version=2017",
          "chunks:k=4,block=16", "chunks:k=3,block=9,bits=8", "chunks:k=5,block=32,bits=32",
          "topk:density=0.2", "topk:density=0.2,scope=bucket", "randomk:density=0.3",
-         "randomk:density=0.3,scale=yes", "adacomp", "adacomp:bin=7",
-         "rule(*.bias:fp16; ndim>2:adacomp:bin=9; terngrad)"]
+         "randomk:density=0.3,scale=yes",
+         "block:size=32", "block:bits=4,size=32", "block:form=fp8", "block:bits=4,round=random",
+         "block:form=fp8,round=random", "sign", "sign:scope=row", "sign:scope=block,size=32",
+         "qsgd:bucket=32", "qsgd:levels=2,norm=l2",
+         "adacomp", "adacomp:bin=7", "rule(*.bias:fp16; ndim>2:adacomp:bin=9; terngrad)"]
 SHAPES = [["bias", [5]], ["weight", [35, 2]], ["scalar", []]]
 LARGER = [["conv.bias", [4]], ["conv.weight", [4, 3, 3, 3]], ["fc", [150, 2]]]  # more than a sample
 NEEDS_LARGER = ("dryden", "adacomp", "rule")
@@ -101,9 +104,9 @@ def test_golden_packets_are_there():
     """One for every compressor that writes bytes of its own, and small."""
     found = {from_spec(json.loads((f / "config.json").read_text())["spec"]) for f in FOLDERS}
     assert found == {from_spec(spec) for spec in SPECS}
-    assert {c.name for c in found} == {"adacomp", "bf16", "chunks", "dense", "dorefa", "dropping",
-                                       "dryden", "fp16", "onebit", "randomk", "rule", "strom",
-                                       "terngrad", "topk"}
+    assert {c.name for c in found} == {"adacomp", "bf16", "block", "chunks", "dense", "dorefa",
+                                       "dropping", "dryden", "fp16", "onebit", "qsgd", "randomk",
+                                       "rule", "sign", "strom", "terngrad", "topk"}
     assert sum(path.stat().st_size for path in HERE.rglob("*.*")) < 80_000
 
 

@@ -20,6 +20,12 @@ from mpicomp.kernels.cpu.adacomp import (
     adacomp_encode,
     adacomp_encode_layers,
 )
+from mpicomp.kernels.cpu.block import (
+    block_decode_add,
+    block_decode_sum,
+    block_encode,
+    block_encode_owed,
+)
 from mpicomp.kernels.cpu.cast import (
     cast_decode_add,
     cast_decode_sum,
@@ -65,6 +71,12 @@ from mpicomp.kernels.cpu.onebit import (
     onebit_encode_owed,
 )
 from mpicomp.kernels.cpu.randomk import randomk_decode_add, randomk_encode
+from mpicomp.kernels.cpu.sign import (
+    sign_decode_add,
+    sign_decode_sum,
+    sign_encode,
+    sign_encode_owed,
+)
 from mpicomp.kernels.cpu.strom import (
     strom_decode_add,
     strom_decode_sum,

@@ -22,6 +22,20 @@ from mpicomp.kernels.reference.adacomp import (
     adacomp_select,
     adacomp_width,
 )
+from mpicomp.kernels.reference.block import (
+    BLOCK_E4M3,
+    BLOCK_LEAST,
+    block_bytes,
+    block_codes,
+    block_decode_add,
+    block_decode_sum,
+    block_encode,
+    block_encode_owed,
+    block_most,
+    block_rounded,
+    block_scales,
+    block_width,
+)
 from mpicomp.kernels.reference.cast import (
     cast_decode_add,
     cast_decode_sum,
@@ -118,6 +132,15 @@ from mpicomp.kernels.reference.rice import (
     rice_unpack,
     strom_rice_decode_add,
     strom_rice_encode,
+)
+from mpicomp.kernels.reference.sign import (
+    sign_bytes,
+    sign_decode_add,
+    sign_decode_sum,
+    sign_encode,
+    sign_encode_owed,
+    sign_groups,
+    sign_scales,
 )
 from mpicomp.kernels.reference.strom import (
     strom_2bit_decode_add,

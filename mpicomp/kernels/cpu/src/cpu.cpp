@@ -11,6 +11,7 @@
 
 #include "adacomp.h"
 #include "adacomp_decode.h"
+#include "block.h"
 #include "cast.h"
 #include "chunks.h"
 #include "common.h"
@@ -26,6 +27,7 @@
 #include "onebit_rows.h"
 #include "philox.h"
 #include "randomk.h"
+#include "sign.h"
 #include "strom.h"
 #include "sums.h"
 #include "terngrad.h"

@@ -19,5 +19,7 @@
 #include "onebit_cntk.cuh"
 #include "terngrad.cuh"
 #include "dorefa.cuh"
+#include "block.cuh"
+#include "sign.cuh"
 #include "dryden.cuh"
 #include "adacomp.cuh"
