@@ -2,15 +2,14 @@
 """Times steps with and without one mechanism of this package, in turn: does it pay?
 
     launch/cluster up -n 4 --rate 1gbit
-    launch/cluster run -- jobs/mechanisms.py order delay thread slots --json FILE
-    launch/run -n 4 jobs/mechanisms.py slots --rounds 9         in shared memory
+    launch/cluster run -- jobs/mechanisms.py order delay thread --json FILE
+    launch/run -n 4 jobs/mechanisms.py thread --rounds 9         in shared memory
 
 order   buckets in the order in which gradients were ready in the first step, against the reverse
         order of registration; for a network that registers its last layers first (for all others
         the two are the same)
 delay   delay=1 against none
 thread  progress="thread" against "poll"
-slots   small packets of unknown length in one call, against lengths first
 """
 
 import argparse
@@ -27,7 +26,6 @@ from mpicomp.averager.buckets import Buckets
 from mpicomp.bench.models import MODELS
 from mpicomp.bench.step import Contender
 from mpicomp.bench.timing import in_turn, noise_warning, ratios, summary, table
-from mpicomp.transport import slots
 
 
 class Computing(torch.autograd.Function):
@@ -94,10 +92,6 @@ def without_order():
     return changed(Buckets, "agree", lambda self, stays: False)
 
 
-def lengths_first():
-    return changed(slots, "LIMIT", 0)
-
-
 def pairs(what, steps, comm, methods, models):
     """{(case, variant): contender}: two variants of each case."""
     found = {}
@@ -106,7 +100,7 @@ def pairs(what, steps, comm, methods, models):
         contender = Contender(method, model, steps, comm, progress)
         found[case, variant] = Within(context, contender)
 
-    for method in methods if what != "slots" else ():
+    for method in methods:
         if what == "order":
             model = "device, last layer first"
             add(f"{model}, {method}", "with", model, method)
@@ -120,19 +114,13 @@ def pairs(what, steps, comm, methods, models):
             else:
                 add(f"{model}, {method}", "with", model, method, progress="thread")
             add(f"{model}, {method}", "without", model, method)
-    if what == "slots":
-        for model, method in (("mlp", "strom:tau=0.003"), ("mlp", "dropping:rate=0.99"),
-                              ("transformer", "dropping:rate=0.999"),
-                              ("mlp", "strom:tau=0.003,exchange=sharded")):
-            add(f"{model}, {method}", "with", model, method)
-            add(f"{model}, {method}", "without", model, method, lengths_first)
     return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("order", "delay", "thread", "slots"))
+    parser.add_argument("what", nargs="+", choices=("order", "delay", "thread"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="timed in each round")
     parser.add_argument("--methods", nargs="+", default=["dense", "onebit"])

@@ -87,7 +87,8 @@ class Results:
             self.write(report, report.longreprtext)
 
     def write(self, report, text, seconds=0.0):
-        line = dict(test=report.nodeid, outcome=report.outcome, seconds=seconds, text=text)
+        cpu = dict(getattr(report, "user_properties", ())).get("cpu")
+        line = dict(test=report.nodeid, outcome=report.outcome, seconds=seconds, cpu=cpu, text=text)
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -98,8 +99,11 @@ class Results:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item, nextitem):
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    before = cpu_seconds()
     with contextlib.nullcontext() if item.config.option.usepdb else ranks.limited(item):
         reports = runtestprotocol(item, nextitem=nextitem, log=False)
+    for report in reports:
+        report.user_properties.append(("cpu", round(cpu_seconds() - before, 2)))
     if SIZE > 1:
         ranks.agree(reports)
     for duplicate in lent:
@@ -110,6 +114,11 @@ def pytest_runtest_protocol(item, nextitem):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
+
+
+def cpu_seconds():
+    """Of this process and of those that it has started and waited for."""
+    return sum(os.times()[:4])
 
 
 def pytest_addoption(parser):

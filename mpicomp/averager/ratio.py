@@ -11,9 +11,9 @@ class Ratio:
     """Holds dense / sent, over all ranks together, to at least `least`.
 
     Judged are every `window` steps since the start, with all that was sent in them: warm-up, flush,
-    dense cases of a rule, padding. Where every packet has the same length (`fixed`), the first step
-    after the warm-up is judged by itself, because all others will be like it. 16 bytes a rank are
-    summed for that; they are booked under the reason "receipt", and not judged.
+    dense cases of a rule. Where every packet has the same length (`fixed`), the first step after
+    the warm-up is judged by itself, because all others will be like it. 16 bytes a rank are summed
+    for that; they are booked under the reason "receipt", and not judged.
     """
 
     def __init__(self, link, settings):

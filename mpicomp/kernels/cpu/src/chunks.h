@@ -9,7 +9,7 @@ namespace {
 
 constexpr i64 MOST_BLOCK = 4096;
 constexpr i64 MOST_GROUPS = 1024;
-constexpr double WHOLE = 2147483648.0;  // the largest magnitude, counted in whole numbers
+constexpr double MOST_COUNT = 2147483648.0;  // the largest magnitude, counted in whole numbers
 constexpr float MOST_STEP = 0x1.fffffep+120f;  // 127 of it are finite
 
 struct Chunk {
@@ -200,7 +200,7 @@ float largest_of(const float* value, i64 n) {
 // value becomes what is said of it.
 void encode_2bit(float* value, i64 first, i64 n, u8* level, u8* codes) {
     const float largest = largest_of(value, n);
-    const double scale = largest ? WHOLE / double(largest) : 0.0;
+    const double scale = largest ? MOST_COUNT / double(largest) : 0.0;
     std::vector<u32> whole(n);
     u64 sum = 0, upper = 0, count = 0;
     bool zero = false;
@@ -212,7 +212,8 @@ void encode_2bit(float* value, i64 first, i64 n, u8* level, u8* codes) {
     for (i64 i = 0; i < n; i++)
         if (u64(whole[i]) * u64(n) > sum) upper += whole[i], count++;
     const auto mean = [&](u64 part, u64 of) {
-        return float(double(part) / double(std::max<u64>(of, 1)) * (double(largest) * (1 / WHOLE)));
+        const double unit = double(largest) * (1 / MOST_COUNT);
+        return float(double(part) / double(std::max<u64>(of, 1)) * unit);
     };
     const float size[2] = {zero ? 0.0f : mean(sum - upper, u64(n) - count), mean(upper, count)};
     put(level, size[0]);

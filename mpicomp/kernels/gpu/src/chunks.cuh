@@ -4,7 +4,7 @@
 // threads takes a block of elements; afterwards a thread takes kept elements of all tensors.
 #pragma once
 
-constexpr double WHOLE = 2147483648.0;  // the largest magnitude, counted in whole numbers
+constexpr double MOST_COUNT = 2147483648.0;  // the largest magnitude, counted in whole numbers
 
 struct Plan {
     const i64* rows;
@@ -114,7 +114,7 @@ KERNEL chunks_select(const float* x, const float* more, float* out, const i64* r
 // round(2^31 * |v| / largest)
 __device__ inline u64 whole_of(float v, u32 largest) {
     const double most = float_of(largest);
-    return u64(rint(double(fabsf(v)) * (largest ? WHOLE / most : 0.0)));
+    return u64(rint(double(fabsf(v)) * (largest ? MOST_COUNT / most : 0.0)));
 }
 
 __device__ inline bool is_above(u64 whole, i64 count, u64 sum) { return whole * u64(count) > sum; }
@@ -162,7 +162,7 @@ KERNEL chunks_scales(const i64* rows, i64 tensors, const u32* largest, const u64
         return;
     }
     const Sums sum = reinterpret_cast<const Sums*>(sums)[t];
-    const double unit = double(most) * (1 / WHOLE);
+    const double unit = double(most) * (1 / MOST_COUNT);
     const u64 below = u64(rows[3 * t + 4] - rows[3 * t + 1]) - sum.above;
     const double low = double(sum.all - sum.upper) / double(below ? below : 1) * unit;
     scales[2 * t] = sum.zeros ? 0.0f : float(low);
