@@ -38,7 +38,7 @@ _HOME = {
 }
 # Public as mpicomp.checkpoint.save, mpicomp.ddp.comm_hook ...
 _MODULES = {name: name for name in ("advice", "checkpoint", "compressor", "ddp", "errors",
-                                    "exchange", "kernels", "nn", "philox", "slurm")}
+                                    "exchange", "kernels", "nn", "optim", "philox", "slurm")}
 _MODULES["watchdog"] = "mpi.watchdog"
 __all__ = sorted(_HOME)
 

@@ -95,6 +95,15 @@ class Method:
         return replace(self, compressor=Rule(self.compressor.inner.of(names)))
 
     @property
+    def coarse(self) -> bool:
+        """Is any gradient sent as one of two values, or rarely, and then what was added up since?
+        """
+        rule = isinstance(self.compressor, Rule)
+        cores = [c.core for _, c in self.compressor.inner] if rule else [self.compressor.core]
+        return any(isinstance(core, (Strom, Dryden, Dropping, AdaComp))
+                   or isinstance(core, OneBit) and core.bits == 1 for core in cores)
+
+    @property
     def feedback(self) -> bool:
         """Does error feedback keep a residual?"""
         return isinstance(self.compressor, Residual)

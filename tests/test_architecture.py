@@ -18,9 +18,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a folder or file of mpicomp imports only those that stand before it.
 LAYERS = ("errors", "installed", "names", "philox", "layout", "kernels", "mpi", "transport",
           "compressors", "compressor", "exchange", "catalogue", "variants", "advice", "averager",
-          "reducer",
-          "broadcast", "checkpoint", "recovery", "ddp", "nn", "slurm", "bench", "cli", "__main__")
-TORCH = {"reducer", "broadcast", "nn", "ddp", "bench", "checkpoint", "recovery"}
+          "reducer", "optim", "broadcast", "checkpoint", "recovery", "ddp", "nn", "slurm", "bench",
+          "cli", "__main__")
+TORCH = {"reducer", "optim", "broadcast", "nn", "ddp", "bench", "checkpoint", "recovery"}
 TORCH_IF_NEEDED = {"averager"}  # only inside of functions, where arrays are torch's
 MPI = {"mpi", "transport", "exchange", "advice", "averager", "reducer", "broadcast", "checkpoint",
        "recovery", "ddp", "bench", "cli"}
