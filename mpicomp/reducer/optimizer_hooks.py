@@ -63,7 +63,8 @@ class OptimizerHooks(copies.Uncopied):
         copies.mark(optimizer)
         self._handles += filter(None, handles)  # somebody's own optimizer may give none
         g.optimizers.append(optimizer)
-        if note := suits.note(optimizer, g.method):
+        note = suits.note(optimizer, g.method)
+        if note and g.sends is None:  # beside another one it has its own cases of a rule
             g.say(note)
         _attached.setdefault(optimizer, []).append(self)
 
