@@ -40,7 +40,7 @@ _HOME = {
 }
 # Public as mpicomp.checkpoint.save, mpicomp.ddp.comm_hook ...
 _MODULES = {name: name for name in ("advice", "checkpoint", "compat", "compressor", "ddp", "errors",
-                                    "exchange", "kernels", "nn", "philox", "slurm")}
+                                    "exchange", "kernels", "nn", "optim", "philox", "slurm")}
 _MODULES["watchdog"] = "mpi.watchdog"
 __all__ = sorted(_HOME)
 

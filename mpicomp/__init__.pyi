@@ -9,6 +9,7 @@ from mpicomp import errors as errors
 from mpicomp import exchange as exchange
 from mpicomp import kernels as kernels
 from mpicomp import nn as nn
+from mpicomp import optim as optim
 from mpicomp import philox as philox
 from mpicomp import slurm as slurm
 from mpicomp.averager import Averager as Averager

@@ -101,6 +101,14 @@ class Method:
         return replace(self, compressor=Rule(self.compressor.inner.of(names)))
 
     @property
+    def coarse(self) -> bool:
+        """Is any gradient sent as one of two values, or rarely, and then what was added up since?
+        """
+        rule = isinstance(self.compressor, Rule)
+        cores = [c.core for _, c in self.compressor.inner] if rule else [self.compressor.core]
+        return any(core.coarse for core in cores)
+
+    @property
     def feedback(self) -> bool:
         """Does error feedback keep a residual?"""
         return isinstance(self.compressor, Residual)

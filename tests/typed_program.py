@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import mpicomp
 import mpicomp.compat.horovod as hvd
-from mpicomp import advice, checkpoint, ddp, kernels, nn, philox, slurm
+from mpicomp import advice, checkpoint, ddp, kernels, nn, optim, philox, slurm
 from mpicomp.compat import deepspeed
 from mpicomp.compressor import State, check_options, find, option, registry
 from mpicomp.exchange import Codec, Cost, Exchange, WholeBucket, exchanges, packet, staging
@@ -35,6 +35,11 @@ def training(model: torch.nn.Module, optimizer: torch.optim.SGD, scaler: torch.a
         pass
     reducer.finish()
     mpicomp.clip_grad_norm_(optimizer, 1.0)
+    adam = optim.OneBitAdam(model.parameters(), 1e-3, (0.9, 0.99), freeze="auto", freeze_by=100)
+    assert_type(mpicomp.DistributedOptimizer(adam, model.named_parameters()), optim.OneBitAdam)
+    mpicomp.Reducer(model.named_parameters(), "onebit", sends=adam.sends).attach(adam)
+    assert_type(adam.frozen, bool)
+    assert_type(adam.adamw_state_dict(), dict[str, Any])
     assert_type(reducer.stats, Meter)
     assert_type(reducer.stats.ratio, float)
     step: int = reducer.step

@@ -21,6 +21,7 @@ class Ratio:
         self.least, self.window = settings.require_ratio, settings.ratio_window
         self._open(0)
         self.alone = True  # is a step by itself still to be judged?
+        self.waits = False  # was the last step dense, because of what is sent later?
 
     def _open(self, step):
         self.first = step
@@ -37,8 +38,16 @@ class Ratio:
         self.link = link
         self.restart(step)
 
-    def after(self, step, method):
-        """Judge what `step`, just exchanged, completes. RatioError on all ranks alike."""
+    def after(self, step, method, waits=False):
+        """Judge what `step`, just exchanged, completes. RatioError on all ranks alike.
+
+        waits  the step was dense, because of what is sent later: such steps count only in `check`
+        """
+        if self.waits and not waits:
+            self._open(step)
+        self.waits = waits
+        if waits:
+            return
         if self.alone and step >= method.warmup and method.compressor.fixed:
             sent, dense = self.stats.last["sent"], self.stats.last["dense"]
             self._judge(step, step, sent, dense, self.stats.last_reasons)

@@ -32,6 +32,7 @@ class Chunks(Compressor):
     name = "chunks"
     source = "SparseLoCo, arXiv 2508.15706"
     feedback = True
+    coarse = True
 
     k: int = option(64, "how many elements of a block are sent", least=1)
     block: int = option(4096, "how many neighbours are a block", least=1, most=MOST_BLOCK)

@@ -27,6 +27,7 @@ class RandomK(Compressor):
 
     name = "randomk"
     source = "Stich et al., NeurIPS 2018"
+    coarse = True
     summable = "float32"
 
     density: float = option(0.01, "the fraction of elements that is sent", above=0, most=1)

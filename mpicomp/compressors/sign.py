@@ -29,6 +29,7 @@ class Sign(Compressor):
     name = "sign"
     source = "Karimireddy et al., ICML 2019"
     feedback = True
+    coarse = True
 
     scope: str = option("tensor", "what shares a scale", choices=("tensor", "row", "block"))
     size: int = option(512, "scope=block: elements of a block, a multiple of 32", least=32,

@@ -25,6 +25,7 @@ class TopK(Compressor):
     name = "topk"
     source = "Stich et al., NeurIPS 2018"
     feedback = True
+    coarse = True
 
     density: float = option(0.01, "the fraction of elements that is sent", above=0, most=1)
     scope: str = option("layer", "of what it is the fraction", choices=("layer", "bucket"))
