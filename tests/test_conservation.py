@@ -30,14 +30,14 @@ EXCHANGES = ["exchange=allgather", "exchange=sharded", "exchange=sharded,own=raw
 
 
 def specs():
-    """The first configuration of a system in every exchange, the others where they are decoded
-    by all and where they are quantised twice."""
+    """The first configuration of a system in every exchange; the others in the slow lane, where
+    they are decoded by all and where they are quantised twice."""
     for listed in OWING.values():
         for number, spec in enumerate(listed):
             for options in EXCHANGES if number == 0 else EXCHANGES[:2]:
-                yield joined(spec, options)
-    yield "dorefa:feedback=yes,exchange=allreduce"
-    yield "randomk:density=0.1"
+                yield pytest.param(joined(spec, options), marks=[pytest.mark.slow] * (number > 0))
+    yield pytest.param("dorefa:feedback=yes,exchange=allreduce")
+    yield pytest.param("randomk:density=0.1")
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,8 @@ def test_all_seven_are_here():
     """TernGrad is the one that owes nothing; see below."""
     assert {*OWING, "terngrad"} >= {"terngrad", "onebit", "dorefa", "strom", "dryden", "dropping",
                                     "adacomp"}
-    assert all(catalogue.method(spec).feedback for spec in specs() if not spec.startswith("rule"))
+    found = [case.values[0] for case in specs()]
+    assert all(catalogue.method(spec).feedback for spec in found if not spec.startswith("rule"))
 
 
 @pytest.mark.parametrize("spec", list(specs()))
