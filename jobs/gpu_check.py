@@ -23,7 +23,9 @@ SPECS = ("dense", "fp16", "bf16", "strom:tau=1.0", "strom:tau=1.0,strict=no",
          "dorefa", "dorefa:bits=3", "dorefa:bits=2,packing=int8", "dorefa:bits=8,packing=int16",
          "dryden", "dryden:proportion=4,min_rows=1", "adacomp", "adacomp:bin=50",
          "onebit:wire=cntk", "onebit:threshold=mean", "onebit:bits=4",
-         "dropping:rate=0.99,survivors=onebit")
+         "dropping:rate=0.99,survivors=onebit", "block", "block:bits=4", "block:form=fp8",
+         "block:round=random", "sign", "sign:scope=row", "qsgd", "qsgd:norm=l2", "chunks",
+         "chunks:bits=8", "chunks:bits=32", "randomk:density=0.1,scale=yes")
 PEERS = 8
 STEPS = ("dense", "onebit", "strom:tau=3.3")
 # bytes that must move an element when encoding: the gradient, and with a residual its reading and

@@ -39,8 +39,8 @@ _HOME = {
     "sparse_parameters": "reducer.sparse",
 }
 # Public as mpicomp.checkpoint.save, mpicomp.ddp.comm_hook ...
-_MODULES = {name: name for name in ("advice", "checkpoint", "compressor", "ddp", "errors",
-                                    "exchange", "kernels", "nn", "philox", "slurm")}
+_MODULES = {name: name for name in ("advice", "checkpoint", "compat", "compressor", "ddp", "errors",
+                                    "exchange", "kernels", "nn", "optim", "philox", "slurm")}
 _MODULES["watchdog"] = "mpi.watchdog"
 __all__ = sorted(_HOME)
 

@@ -2,12 +2,14 @@
 
 from mpicomp import advice as advice
 from mpicomp import checkpoint as checkpoint
+from mpicomp import compat as compat
 from mpicomp import compressor as compressor
 from mpicomp import ddp as ddp
 from mpicomp import errors as errors
 from mpicomp import exchange as exchange
 from mpicomp import kernels as kernels
 from mpicomp import nn as nn
+from mpicomp import optim as optim
 from mpicomp import philox as philox
 from mpicomp import slurm as slurm
 from mpicomp.averager import Averager as Averager

@@ -5,18 +5,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from mpicomp.compressors import (
+    QSGD,
     AdaComp,
     BFloat16,
+    Block,
+    Chunks,
     Dense,
     DoReFa,
     Dropping,
     Dryden,
     Float16,
     OneBit,
+    RandomK,
     Residual,
     Rule,
+    Sign,
     Strom,
     TernGrad,
+    TopK,
 )
 from mpicomp.compressors.base import Compressor
 from mpicomp.compressors.options import option, parse_options
@@ -95,6 +101,14 @@ class Method:
         return replace(self, compressor=Rule(self.compressor.inner.of(names)))
 
     @property
+    def coarse(self) -> bool:
+        """Is any gradient sent as one of two values, or rarely, and then what was added up since?
+        """
+        rule = isinstance(self.compressor, Rule)
+        cores = [c.core for _, c in self.compressor.inner] if rule else [self.compressor.core]
+        return any(core.coarse for core in cores)
+
+    @property
     def feedback(self) -> bool:
         """Does error feedback keep a residual?"""
         return isinstance(self.compressor, Residual)
@@ -145,11 +159,27 @@ def _options(compressor) -> dict:
     """{name: value} of the compressor, as they stand in the specification of a method."""
     feedback = isinstance(compressor, Residual)
     core = compressor.inner if feedback else compressor
-    return {f.name: getattr(core, f.name) for f in fields(core)} | {"feedback": feedback}
+    found = {f.name: getattr(core, f.name) for f in fields(core)} | {"feedback": feedback}
+    if feedback and compressor.decay != 1:
+        found["decay"] = compressor.decay
+    return found
 
 
 def _owing(compressor, feedback):
     return Residual(compressor) if feedback else compressor
+
+
+def _forgetting(name, compressor, decay):
+    """The compressor, its residual with this decay; SpecError where it has none."""
+    if decay == 1:
+        return compressor
+    if isinstance(compressor, Rule):
+        raise SpecError(f"rule: decay={decay} found, decay belongs to the cases, as in "
+                        f"rule(*.bias:dense; onebit:decay={decay})")
+    if not isinstance(compressor, Residual):
+        raise SpecError(f"{name}: decay={decay} found, without error feedback there is nothing to "
+                        "forget: type feedback=yes, or leave decay out")
+    return replace(compressor, decay=decay)
 
 
 def _adds(name) -> bool:
@@ -212,6 +242,43 @@ def adacomp(exchange="allgather", feedback=True, **options):
     return Method("adacomp", _owing(AdaComp(**options), feedback), exchange)
 
 
+def chunks(exchange="allgather", feedback=True, **options):
+    """the largest 64 of every 4096 neighbours, in 2 bits each, as SparseLoCo; error feedback"""
+    return Method("chunks", _owing(Chunks(**options), feedback), exchange)
+
+
+def topk(exchange="allgather", feedback=True, **options):
+    """the largest 1 % of every tensor in full, exactly so many, with error feedback"""
+    return Method("topk", _owing(TopK(**options), feedback), exchange)
+
+
+def randomk(exchange="allreduce", feedback=None, **options):
+    """1 % of the elements, drawn alike on all ranks: no indices, and MPI adds the values"""
+    compressor = RandomK(**options)
+    if feedback and compressor.scale:
+        raise SpecError("randomk: scale=yes with feedback=yes found: the residual would grow by "
+                        "n/K - 1 in each step; type scale=no, or feedback=no")
+    return Method("randomk", _owing(compressor, not compressor.scale if feedback is None
+                                    else feedback), exchange)
+
+
+def block(exchange="allgather", feedback=None, **options):
+    """int8, int4 or fp8 codes, a scale for each block; error feedback where they are not random"""
+    compressor = Block(**options)
+    feedback = not compressor.unbiased if feedback is None else feedback
+    return Method("block", _owing(compressor, feedback), exchange)
+
+
+def sign(exchange="allgather", feedback=True, **options):
+    """EF-signSGD (Karimireddy et al. 2019): signs and one mean magnitude a tensor, row or block"""
+    return Method("sign", _owing(Sign(**options), feedback), exchange)
+
+
+def qsgd(exchange="allgather", feedback=False, **options):
+    """QSGD (Alistarh et al. 2017): random levels and a sign, one norm for each bucket of 512"""
+    return Method("qsgd", _owing(QSGD(**options), feedback), exchange)
+
+
 def rule(exchange="allgather", **options):
     """another method for each parameter: rule(*.bias:dense; ndim>2:terngrad; onebit)"""
     if "feedback" in options:
@@ -246,7 +313,8 @@ def auto():
 
 
 METHODS = {f.__name__: f for f in (dense, fp16, bf16, terngrad, onebit, dorefa, strom, dryden,
-                                   dropping, adacomp, rule, auto)}
+                                   dropping, adacomp, chunks, topk, randomk, block, sign, qsgd,
+                                   rule, auto)}
 
 
 @dataclass
@@ -256,6 +324,8 @@ class _Common:
     exchange: str = option("the method's own", "who gets which packet, such as allgather")
     feedback: bool = option("the method's own", "error feedback: what a packet leaves out is sent "
                                                 "later")
+    decay: float = option(1.0, "error feedback multiplies what it owes by this in each step, and "
+                               "forgets the rest; 1 forgets nothing", least=0, most=1)
     warmup: int = option(0, "steps at the start that are exchanged dense", least=0)
     delay: int = option(0, "1: a gradient is exchanged while the next step computes, and applied "
                            "one step late", least=0, most=1)
@@ -275,7 +345,7 @@ def _of_method(name) -> list[str]:
     """The options of a method's name that are not its compressor's: of exchanges, warmup, delay."""
     own = {f.name for f in fields(find(name))} if name in registry() else ()
     return [f.name for f in (*exchange_options(), *common_options())
-            if f.name not in own and f.name not in ("exchange", "feedback")]
+            if f.name not in own and f.name not in ("exchange", "feedback", "decay")]
 
 
 def methods() -> dict[str, str]:
@@ -291,8 +361,9 @@ def method(spec: Method | str) -> Method:
     """The method that a specification names: `name` or `name:option=value,option=value`.
 
     Options are those of the compressor, those of the exchange, and of every method exchange=NAME,
-    feedback=yes|no, warmup=STEPS and delay=0|1. Raises SpecError that lists what exists for an
-    unknown name, option or value, and for an option that the chosen exchange does not have.
+    feedback=yes|no, decay=FACTOR, warmup=STEPS and delay=0|1. Raises SpecError that lists what
+    exists for an unknown name, option or value, and for an option that the chosen exchange does not
+    have.
     """
     if isinstance(spec, Method):
         return spec
@@ -318,9 +389,12 @@ def method(spec: Method | str) -> Method:
                if f.name in options and f.name not in named}
     options = parse_options(name, (*known, *exchange_options()), options)
     own = {key: options.pop(key) for key in ("warmup", "delay") if key in options}
+    decay = options.pop("decay", 1.0)
     if name in METHODS:
         made = METHODS[name](**options)
-        return replace(made, options=carried or made.options, **own)
-    feedback = options.pop("feedback", cls.feedback)
-    carried_by = options.pop("exchange", "allgather")
-    return Method(name, _owing(cls(**options), feedback), carried_by, carried, **own)
+        own["options"] = carried or made.options
+    else:
+        feedback = options.pop("feedback", cls.feedback)
+        carried_by = options.pop("exchange", "allgather")
+        made = Method(name, _owing(cls(**options), feedback), carried_by, carried)
+    return replace(made, compressor=_forgetting(name, made.compressor, decay), **own)

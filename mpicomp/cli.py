@@ -1,4 +1,4 @@
-"""The command `mpicomp`: lists methods, checks the installation, predicts, measures, launches."""
+"""The command `mpicomp`: lists methods, checks the installation, measures, launches, migrates."""
 
 import argparse
 import platform
@@ -32,6 +32,8 @@ def main(arguments=None) -> int:
     plan.set_defaults(run=advise)
     _launch_command(commands.add_parser(
         "launch", help="write a Slurm script for your command: mpicomp launch --slurm -- COMMAND"))
+    _migrate_command(commands.add_parser(
+        "migrate", help="print a DeepSpeed configuration as a program, or convert a checkpoint"))
     _bench_commands(commands.add_parser("bench", help="measure, in turn with MPI and torch"))
     options = parser.parse_args(arguments)
     options.words = sys.argv[1:] if arguments is None else list(arguments)
@@ -69,6 +71,22 @@ def _launch_command(parser):
     parser.add_argument("-o", "--output", metavar="FILE", help="write it there, not to the screen")
     parser.add_argument("program", nargs="*", metavar="COMMAND", help="after --: what a rank runs")
     parser.set_defaults(run=launch)
+
+
+def _migrate_command(parser):
+    parser.add_argument("config", nargs="?", metavar="ds_config.json",
+                        help="what to print as a Python program, with notes")
+    parser.add_argument("--ranks", type=_number, metavar="P",
+                        help="how many there will be (default: as many as it is started with)")
+    parser.add_argument("--checkpoint", metavar="FILE",
+                        help="TAG/mp_rank_00_model_states.pt: write its weights and its "
+                             "optimizer's moments, by name, for torch.optim.AdamW")
+    parser.add_argument("--groups", metavar="FILE",
+                        help="JSON, a list of names or patterns for each group of the optimizer: "
+                             "needed where it has several")
+    parser.add_argument("-o", "--output", default="adamw.pt", metavar="FILE",
+                        help="where the checkpoint goes (default: %(default)s)")
+    parser.set_defaults(run=migrate)
 
 
 def _count(text):
@@ -115,6 +133,25 @@ def launch(options) -> int:
     except OSError as error:
         raise mpicomp.LaunchError(f"{options.output}: {error.strerror}") from None
     print(f"written; type: sbatch {shlex.quote(options.output)}")
+    return 0
+
+
+def migrate(options) -> int:
+    """Translate DeepSpeed's files. Raises SpecError or CheckpointError."""
+    from mpicomp.compat import deepspeed
+
+    if not options.config and not options.checkpoint:
+        raise mpicomp.SpecError("nothing to do: type  mpicomp migrate ds_config.json  or  mpicomp "
+                                "migrate --checkpoint TAG/mp_rank_00_model_states.pt")
+    if options.config:
+        print(deepspeed.config_file(options.config, options.ranks), end="")
+    if options.checkpoint:
+        for note in deepspeed.checkpoint_file(options.checkpoint, options.output, options.groups):
+            print(f"# {note}")
+        print(f"""\
+saved = torch.load({options.output!r}, weights_only=True)
+model.load_state_dict(saved["model"])
+optimizer.load_state_dict(saved["optimizer"])""")
     return 0
 
 

@@ -11,7 +11,7 @@ must draw independently (a rule's runs, an owner's shards, pulls) has a seed of 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -32,6 +32,14 @@ class Key:
     rank: int = 0
     step: int = 0
     bucket: int = 0
+
+
+def common(key: Key) -> Key:
+    """The key of what all ranks draw alike, whichever rank's key is given.
+
+    Its rank is 2^32 - 1, which no rank has: so nothing that a rank draws for itself is like it.
+    """
+    return replace(key, rank=MASK32)
 
 
 @lru_cache(maxsize=4096)

@@ -46,10 +46,10 @@ def listing() -> str:
     from dataclasses import fields
 
     from mpicomp.catalogue import common_options, method, methods
-    from mpicomp.compressors.registry import find
+    from mpicomp.compressors.registry import find, registry
     from mpicomp.exchange import exchanges
 
-    summaries, lines = methods(), ["The seven systems", ""]
+    own, summaries, lines = registry(), methods(), ["The seven systems", ""]
     for name, (publication, variants) in SEVEN.items():
         lines += [f"{name:9} {summaries.pop(name)}", f"{'':9} {publication}"]
         lines += [f"{'':11} {what:21} {spec}" for what, spec in variants.items()]
@@ -57,6 +57,8 @@ def listing() -> str:
     lines += ["Baselines, and what combines methods", ""]
     for name, summary in summaries.items():
         lines.append(f"{name:9} {summary}")
+        if name in own:
+            lines += _options(fields(find(name)))
     lines += ["", "Options of every method", *_options(common_options()), "",
               "Exchanges (exchange=NAME), with their options", ""]
     for name, cls in exchanges().items():
@@ -76,5 +78,5 @@ def _options(known):
                 isinstance(f.default, bool) else f.default
             choices = f.metadata["choices"]
             text = f"{f.name}={default}: {f.metadata['doc']}" + (
-                f" ({', '.join(choices)})" if choices else "")
+                f" ({', '.join(map(str, choices))})" if choices else "")
             yield from wrap(text, 99, initial_indent=" " * 12, subsequent_indent=" " * 14)

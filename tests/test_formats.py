@@ -66,6 +66,19 @@ def dryden_size(c, shape, n):
     return 8 * columns + 4 * blocks((2 if rows <= 2**15 else 4) * (columns + n), 4) if n else 0
 
 
+def block_size(c, shape, n):
+    """2 bytes for every block begun, 8 or 4 bits an element; qsgd: what 2 l + 1 codes take."""
+    if c.name == "block":
+        return 2 * blocks(n, c.size) + blocks(n * c.bits, 8)
+    return 2 * blocks(n, c.bucket) + blocks(n * int(np.ceil(np.log2(2 * c.levels + 1))), 8)
+
+
+def sign_size(c, shape, n):
+    """4 bytes and a bit an element, whole bytes, for each tensor, row or block."""
+    length = {"tensor": n, "block": c.size, "row": n // (len(shape) > 1 and shape[0] or 1)}[c.scope]
+    return sum(4 + blocks(min(length, n - at), 8) for at in range(0, n, max(length, 1)))
+
+
 def strom_size(c, layout):
     """A word an element; in Rice code a word and 4 bits an element, in whole words.
 
@@ -87,6 +100,30 @@ def dropping_size(c, layout):
     return 8 * (len(layout.segments) if c.scope == "layer" else 1) + 4 * layout.size
 
 
+def chunks_size(c, layout):
+    """12 bits for each element kept, and 32; or 8 and a float a tensor; or 2 and two floats."""
+    sizes = [s.size for s in layout.segments if s.size]
+    kept = 0
+    for size in sizes:
+        while size > 0:
+            kept += max(1, round(c.k * min(size, c.block) / c.block))
+            size -= c.block
+    values = {32: 4 * kept, 8: 4 * len(sizes) + kept, 2: 8 * len(sizes) + blocks(kept, 4)}
+    return blocks(12 * kept, 8) + values[c.bits]
+
+
+def fraction(c, n):
+    """How many of n elements are sent."""
+    return max(1, round(c.density * n)) if n else 0
+
+
+def topk_size(c, layout):
+    """Index and value of each element sent, of each tensor or of all."""
+    if c.scope == "bucket":
+        return 8 * fraction(c, layout.size)
+    return 8 * sum(fraction(c, s.size) for s in layout.segments)
+
+
 def rule_size(c, layout):
     """Neighbours with the same case together, each from a whole word on; a word for each length."""
     (test, vectors), (_, others) = c.inner
@@ -102,16 +139,22 @@ def rule_size(c, layout):
 FORMATS = {
     "adacomp": per_tensor(adacomp_size),
     "bf16": per_tensor(lambda c, shape, n: 2 * n),
+    "chunks": chunks_size,
+    "block": per_tensor(block_size),
     "dense": per_tensor(lambda c, shape, n: 4 * n),
     "dorefa": per_tensor(dorefa_size),
     "dropping": dropping_size,
     "dryden": per_tensor(dryden_size),
     "fp16": per_tensor(lambda c, shape, n: 2 * n),
     "onebit": per_tensor(onebit_size),
+    "randomk": lambda c, layout: 4 * fraction(c, layout.size),
+    "qsgd": per_tensor(block_size),
     "residual": lambda c, layout: FORMATS[c.inner.name](c.inner, layout),
     "rule": rule_size,
+    "sign": per_tensor(sign_size),
     "strom": strom_size,
     "terngrad": per_tensor(ternary_size),
+    "topk": topk_size,
 }
 
 

@@ -106,7 +106,8 @@ SEVERAL = {"eight alike": [(40, 6)] * 8,
            "empty ones": [(0,), (3, 0, 2), (0, 4)]}
 ONEBIT = dict.fromkeys(["onebit", "onebit:wire=cntk", "onebit:threshold=mean", "onebit:bits=2",
                         "onebit:wire=cntk,threshold=mean", "onebit:bits=8,wire=cntk"], 0)
-READ = ONEBIT | {"terngrad": 0, "dorefa": 0, "bf16": 0, "adacomp": 1, "adacomp:bin=7": 1,
+READ = ONEBIT | {"terngrad": 0, "dorefa": 0, "bf16": 0, "block": 0, "sign": 0,
+                 "sign:scope=row": 0, "qsgd:norm=l2": 0, "adacomp": 1, "adacomp:bin=7": 1,
                  "dryden": 1, "dryden:proportion=4,min_rows=1": 1}
 DROPPING, PAIRS = "dropping:rate=0.9,scope=layer", "dropping:rate=0.9,scope=layer,survivors=onebit"
 BATCHED = READ | {"strom:tau=1.0": 1, DROPPING: 2, PAIRS: 1}

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (c++, 
                                 "the CUDA source cannot be run on the CPU")
 SIZES = (0, 1, 2, 7, 33, 257, 4099)
 # In AdaComp a warp takes a bin, which may be a single element; in the others a block searches.
-SMALL = dict.fromkeys(("adacomp", "dropping", "dryden"), (0, 1, 33, 700))
+SMALL = dict.fromkeys(("adacomp", "chunks", "dropping", "dryden"), (0, 1, 33, 700))
 MATRICES = ((1, 1), (1, 5), (33, 9), (1100, 3), (40, 60), (2051, 1))
 
 

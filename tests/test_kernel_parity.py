@@ -272,6 +272,53 @@ def check_dorefa():
                   np.zeros_like(data))
 
 
+BLOCKS = ((128, "int", 127, "max", False), (32, "int", 7, "max", True),
+          (1120, "int", 5, "l2", True), (64, "fp8", 448, "max", False),
+          (128, "fp8", 448, "max", True))
+
+
+def check_block():
+    for kind, x, rng in each_gradient():
+        for *grid, norm, random in BLOCKS:
+            key = Key(2**40 + 3, 2**32 - 1, 3, 5) if random else None
+            empty = np.full(reference.block_bytes(x.size, *grid), 255, np.uint8)
+            data = same("block_encode", x, *grid, norm, key, 6, empty)
+            owing("block_encode_owed", x, rng, *grid, norm, key, 6, empty)
+            if kind == "any":
+                packed(data, rng, *grid, -0.3, x.size, name="block_decode_add")
+                summed(data, rng, *grid, -0.3, x.size, name="block_decode_sum")
+            for wrong in (np.inf, np.nan) if kind == "few" and x.size else ():
+                y = x.copy()
+                y[x.size // 2] = wrong
+                same("block_encode", y, *grid, norm, key, 6, empty)
+                owing("block_encode_owed", y, rng, *grid, norm, key, 6, empty)
+
+
+def check_sign():
+    for kind, x, rng in each_gradient():
+        for length in (max(x.size, 1), 7, 512, 2049):
+            empty = np.full(reference.sign_bytes(x.size, length), 255, np.uint8)
+            data = same("sign_encode", x, length, empty)
+            owing("sign_encode_owed", x, rng, length, empty)
+            if kind == "normal":
+                packed(data, rng, length, -0.3, x.size, name="sign_decode_add")
+                summed(data, rng, length, -0.3, x.size, name="sign_decode_sum")
+            for wrong in (np.inf, np.nan) if kind == "few" and x.size else ():
+                y = x.copy()
+                y[x.size // 2] = wrong
+                owing("sign_encode_owed", y, rng, length, empty)
+
+
+def test_signs_of_a_tensor_whose_sum_has_branches():
+    """Longer than 2^20 elements, as one group and as two; see BRANCH in src/terngrad.h."""
+    n = 2**20 + 2**15 + 77
+    rng = np.random.default_rng(n)
+    x = rng.standard_normal(n, np.float32)
+    for length in (n, 2**20 + 40):
+        data = np.zeros(reference.sign_bytes(n, length), np.uint8)
+        owing("sign_encode_owed", x, rng, length, data)
+
+
 def check_dropping():
     for _, x, rng in each_gradient():
         for rate, sample in ((0.9, 0), (0.0, 20), (0.99, 1000), (0.5, 7)):
@@ -289,6 +336,37 @@ def check_dropping():
             same("dropping_signs_encode", x, scopes, rate, sample, True,
                  np.zeros(16 + 4 * x.size, np.uint8), used=int)
         summed(data, rng, -1.0, x.size, name="dropping_decode_sum")
+
+
+def check_chunks():
+    for _, x, rng in each_gradient():
+        sizes = (x.size // 3, 0, x.size - x.size // 3)
+        for block, k, bits_ in ((4096, 64, 2), (500, 7, 8), (100, 100, 32), (2000, 800, 2)):
+            of = sizes, block, k, bits_
+            data = np.full(reference.chunks_size(*of), 255, np.uint8)
+            data = same("chunks_encode", x, *of, data)
+            owing("chunks_encode_owed", x, rng, *of, np.zeros_like(data))
+            packed(data, rng, *of, -1.0, x.size, name="chunks_decode_add")
+        summed(data, rng, *of, 0.3, x.size, name="chunks_decode_sum")
+
+
+def check_topk():
+    for _, x, rng in each_gradient():
+        for keep in {0, min(1, x.size), x.size // 9, x.size}:
+            data = np.zeros(8 * keep, np.uint8)
+            data[:4 * keep] = same("topk_select", x, keep, 0, data, used=lambda _, k=keep: 4 * k)
+            same("topk_select", x, keep, 11, data[:4 * keep])
+            data = same("dropping_values", x, keep, data)
+            packed(data, rng, -1.0, x.size, name="dropping_decode_add")
+
+
+def check_randomk():
+    for _, x, rng in each_gradient():
+        for keep in {0, min(1, x.size), x.size // 9, x.size}:
+            for scale in (True, False):
+                data = np.zeros(4 * keep, np.uint8)
+                data = same("randomk_encode", x, keep, scale, Key(9, 2**32 - 1, 7, 6), data)
+            packed(data, rng, Key(9, 2**32 - 1, 7, 6), 0.3, x.size, name="randomk_decode_add")
 
 
 def check_adacomp():
@@ -401,9 +479,16 @@ CHECKS = {check_finite: ["finite", "copy_finite"], check_adagrad: ["adagrad"],
                            "terngrad_decode_add", "terngrad_decode_sum"],
           check_dorefa: ["dorefa_scale", "dorefa_encode", "dorefa_encode_owed",
                          "dorefa_decode_add", "dorefa_decode_sum"],
+          check_block: ["block_encode", "block_encode_owed", "block_decode_add",
+                        "block_decode_sum"],
+          check_sign: ["sign_encode", "sign_encode_owed", "sign_decode_add", "sign_decode_sum"],
           check_dropping: ["dropping_cut", "dropping_select", "dropping_values",
                            "dropping_encode_owed", "dropping_signs_encode", "dropping_decode_add",
                            "dropping_decode_sum"],
+          check_chunks: ["chunks_encode", "chunks_encode_owed", "chunks_decode_add",
+                         "chunks_decode_sum"],
+          check_topk: ["topk_select"],
+          check_randomk: ["randomk_encode", "randomk_decode_add"],
           check_adacomp: ["adacomp_encode", "adacomp_encode_layers", "adacomp_decode_add",
                           "adacomp_decode_layers", "adacomp_decode_sum"],
           check_dryden: ["dryden_columns", "dryden_encode_2016", "dryden_encode_owed_2016",

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mpicomp.philox import Key, block, uniform, words
+from mpicomp.philox import Key, block, common, part, uniform, words
 
 ONES = 0xFFFFFFFF
 KNOWN = [  # counter, key, answer
@@ -68,3 +68,13 @@ def test_uniform_is_uniform():
 def test_keys_differ_in_every_part():
     keys = [Key(), Key(seed=1), Key(seed=2**32), Key(rank=1), Key(step=1), Key(bucket=1)]
     assert len({words(key, 0, 8).tobytes() for key in keys}) == len(keys)
+
+
+def test_two_ranks_choose_the_same_by_the_common_key():
+    """At any number of ranks, and by seed, step and bucket otherwise; unlike any rank's own."""
+    keys = [Key(part(5, 3), rank, 7, 2) for rank in (0, 1, 2**16, 2**17 + 1)]
+    drawn = {words(common(key), 0, 8).tobytes() for key in keys}
+    assert len(drawn) == 1 and not drawn & {words(key, 0, 8).tobytes() for key in keys}
+    assert common(common(keys[0])) == common(keys[0])
+    others = [Key(), Key(seed=1), Key(seed=2**32), Key(step=1), Key(bucket=1)]
+    assert len({words(common(key), 0, 8).tobytes() for key in others}) == len(others)

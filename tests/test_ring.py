@@ -7,7 +7,7 @@ from training import give, parameters, whole_numbers
 import mpicomp
 from mpicomp import mpi
 from mpicomp.exchange import hierarchical
-from mpicomp.transport import ring, slots
+from mpicomp.transport import ring
 
 pytestmark = pytest.mark.mpi
 
@@ -104,10 +104,8 @@ def gathered(spec, comm, progress="poll"):
 
 @pytest.mark.parametrize("exchange", ["allgather", "sharded", "hierarchical"])
 @pytest.mark.parametrize("spec", ["onebit", "strom:tau=1"])
-@pytest.mark.parametrize("limit", [0, 256])
-def test_gathers_are_those_of_mpi(spec, exchange, limit, comm, nodes, monkeypatch):
-    """Packets of fixed length, lengths first, and slots that are too small; large after small."""
-    monkeypatch.setattr(slots, "LIMIT", limit)
+def test_gathers_are_those_of_mpi(spec, exchange, comm, nodes, monkeypatch):
+    """Packets of fixed length, and lengths first; large after small."""
     spec += f"{',' if ':' in spec else ':'}exchange={exchange}"
     found, calls = gathered(spec, comm)
     monkeypatch.setenv("MPICOMP_RING", "never")

@@ -30,7 +30,9 @@ def moved(comm, spec, **keywords):
 @pytest.mark.mpi
 @pytest.mark.parametrize("spec", [
     "dense", "fp16", "bf16", "terngrad", "strom:tau=0.001", "dryden:proportion=4",
-    "dropping:rate=0.7", "adacomp", "terngrad:exchange=allreduce", "dryden:exchange=sharded",
+    "dropping:rate=0.7", "adacomp", "chunks:k=8,block=32", "topk:density=0.3",
+    "randomk:density=0.5,scale=yes", "terngrad:exchange=allreduce", "dryden:exchange=sharded",
+    "block:bits=4", "sign:scope=row", "qsgd",
     "rule(*emb*:terngrad; onebit)", "rule(*emb*:dropping:rate=0.7; dorefa)",
     "rule(*emb*:dense; onebit):exchange=sharded"])
 def test_what_has_no_gradient_stays(comm, spec):
@@ -39,7 +41,7 @@ def test_what_has_no_gradient_stays(comm, spec):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("spec", ["onebit", "dorefa"])
-def test_with_two_of_them_it_does_not_as_the_docs_say(comm, spec):
+@pytest.mark.parametrize("spec", ["onebit", "dorefa", "sign"])
+def test_with_some_of_them_it_does_not_as_the_docs_say(comm, spec):
     still, others = moved(comm, spec)
     assert still > 0 and others > 0

@@ -289,6 +289,7 @@ runpy.run_path(train, run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(MPI.ERR_PROC_FAILED == MPI.ERR_UNKNOWN, reason="this MPI has no ULFM")
 def test_with_survive_the_others_go_on_and_another_rank_writes(start, tmp_path):
     done = start(3, "--with-ft", "-c", SURVIVED, LAUNCH / "train.py", *RUNS["onebit"], *LENGTH,

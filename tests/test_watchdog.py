@@ -58,7 +58,8 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("ranks, how, method", [
-    (3, "sleep", "onebit"), (2, "loop", "dense"), (2, "barrier", "strom:tau=0.1")])
+    (3, "sleep", "onebit"), pytest.param(2, "loop", "dense", marks=slow),
+    pytest.param(2, "barrier", "strom:tau=0.1", marks=slow)])
 def test_every_rank_says_where_it_is(ranks, how, method, run):
     status, output = run(ranks, how, method)
     assert status == STALLED, output

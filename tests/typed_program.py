@@ -14,7 +14,9 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 import mpicomp
-from mpicomp import advice, checkpoint, ddp, kernels, nn, philox, slurm
+import mpicomp.compat.horovod as hvd
+from mpicomp import advice, checkpoint, ddp, kernels, nn, optim, philox, slurm
+from mpicomp.compat import deepspeed
 from mpicomp.compressor import State, check_options, find, option, registry
 from mpicomp.exchange import Codec, Cost, Exchange, WholeBucket, exchanges, packet, staging
 from mpicomp.transport.meter import Meter
@@ -33,6 +35,11 @@ def training(model: torch.nn.Module, optimizer: torch.optim.SGD, scaler: torch.a
         pass
     reducer.finish()
     mpicomp.clip_grad_norm_(optimizer, 1.0)
+    adam = optim.OneBitAdam(model.parameters(), 1e-3, (0.9, 0.99), freeze="auto", freeze_by=100)
+    assert_type(mpicomp.DistributedOptimizer(adam, model.named_parameters()), optim.OneBitAdam)
+    mpicomp.Reducer(model.named_parameters(), "onebit", sends=adam.sends).attach(adam)
+    assert_type(adam.frozen, bool)
+    assert_type(adam.adamw_state_dict(), dict[str, Any])
     assert_type(reducer.stats, Meter)
     assert_type(reducer.stats.ratio, float)
     step: int = reducer.step
@@ -77,6 +84,38 @@ def alone(model: torch.nn.Module, comm: MPI.Intracomm) -> None:
     mpicomp.Recovery(local, model)
     assert_type(mpicomp.SparseLoCo(model, inner, method="onebit"), mpicomp.LocalUpdates)
     local.close()
+
+
+def horovod(model: torch.nn.Module, optimizer: torch.optim.SGD, comm: MPI.Intracomm) -> None:
+    hvd.init(comm)
+    assert_type(hvd.rank() + hvd.size() + hvd.local_rank() + hvd.local_size(), int)
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    optimizer = hvd.DistributedOptimizer(
+        optimizer, model.named_parameters(), hvd.Compression.of("onebit"), op=hvd.Average,
+        backward_passes_per_step=2)
+    loss = torch.zeros(1)
+    hvd.allreduce(hvd.allreduce_(loss), op=hvd.Sum, compression=hvd.Compression.fp16)
+    hvd.broadcast(hvd.allgather(hvd.broadcast_(loss, 0)), 0)
+    for handle in (hvd.allreduce_async(loss), hvd.allreduce_async_(loss), hvd.allgather_async(loss),
+                   hvd.broadcast_async(loss, 0), hvd.broadcast_async_(loss, 0)):
+        assert_type(handle, hvd.Handle)
+        assert_type(hvd.poll(handle), bool)
+        hvd.synchronize(handle)
+    hvd.broadcast_object(hvd.allgather_object(1), 0)
+    hvd.barrier()
+    assert_type(hvd.join(), int)
+    hvd.shutdown()
+    assert_type(hvd.is_initialized(), bool)
+
+
+def converted(folder: Path) -> dict[str, Any]:
+    assert_type(deepspeed.translate({"optimizer": {"type": "Adam"}}, ranks=4), str)
+    assert_type(deepspeed.config_file(folder / "ds_config.json"), str)
+    assert_type(deepspeed.checkpoint_file(folder / "in.pt", folder / "out.pt"), list[str])
+    found, notes = deepspeed.adamw_state({"module": {}}, [["*.bias"], ["*"]])
+    assert_type(notes, list[str])
+    return found
 
 
 def hooks(model: torch.nn.parallel.DistributedDataParallel, comm: MPI.Intracomm) -> None:
@@ -178,6 +217,7 @@ def compressed(x: NDArray[np.float32], comm: MPI.Intracomm) -> int:
     assert_type(mpicomp.methods(), dict[str, str])
     packet = np.empty(compressor.capacity(layout), np.uint8)
     assert_type(philox.uniform(key, 0, 8), NDArray[np.float32])
+    assert_type(philox.common(key), mpicomp.Key)
     kernels.use("reference")
     assert_type(kernels.note(), str | None)
     found = advice.advise(comm, gradient={"x": x})

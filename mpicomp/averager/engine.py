@@ -47,6 +47,7 @@ class Engine:
 
     stats: Meter
     step: int
+    sends = None  # what is sent in place of the arrays: see reducer/sends.py
 
     def __init__(self, comm, named, method, settings, problem, slot, rows=(), **facts):
         self.settings, self.stats, self.step = settings, Meter(), 0
@@ -59,7 +60,8 @@ class Engine:
         self.method = method.of([name for name, _ in named])
         if method.name == "auto":
             plan = self._choose(comm, plan)
-        self.link = Link(comm, self.method, settings, self.stats, where)
+        self.link = Link(comm, self.method, settings, self.stats, where,
+                         dense=bool(self.method.warmup or self.sends))
         # owners have one shard of all parameters each
         size = math.inf if self.method.owns else settings.bucket_bytes
         self.buckets = Buckets(named, size, where, slot, plan)
@@ -94,10 +96,20 @@ class Engine:
         if self.method.warmup:
             self.stats.notes.append(f"{self.method.name}: the first {self.method.warmup} steps are "
                                     "exchanged dense (warmup)")
+        if self.dense:
+            self.stats.notes.append(f"{self.sends.facts}: until then steps are exchanged dense")
         for note in self.stats.notes:
-            if self.comm.rank == 0 and note not in _said:
-                _said.add(note)
-                print(f"mpicomp: {note}", file=sys.stderr)
+            self._print(note)
+
+    def say(self, note):
+        """Add a note to the stats; rank 0 prints it, once in a program."""
+        self.stats.notes.append(note)
+        self._print(note)
+
+    def _print(self, note):
+        if self.comm.rank == 0 and note not in _said:
+            _said.add(note)
+            print(f"mpicomp: {note}", file=sys.stderr)
 
     # ---- one step ----
 
@@ -118,9 +130,17 @@ class Engine:
 
     weight = share  # the same for this step, of which some ranks may have no part: see ddp
 
+    @property
+    def dense(self) -> bool:
+        """Is this step exchanged dense, because of what is to be sent later?"""
+        return self.sends is not None and self.sends.dense
+
+    def _warm(self, step):
+        return self.dense or step < self.method.warmup
+
     def exchange_of(self, step):
         """The exchange of a step: dense during the warm-up."""
-        return self.link.warm if step < self.method.warmup else self.link.exchange
+        return self.link.warm if self._warm(step) else self.link.exchange
 
     @property
     def exchange(self):
@@ -130,7 +150,7 @@ class Engine:
     def codec(self, bucket, step=None):
         """The codec of a bucket in a step, this one by default."""
         step = self.step if step is None else step
-        return bucket.warm if step < self.method.warmup else bucket.codec
+        return bucket.warm if self._warm(step) else bucket.codec
 
     def full(self, step=None) -> list:
         """The buckets of which any rank had something."""
@@ -174,6 +194,8 @@ class Engine:
         self.mode.launch(bucket)
         if bad := bucket.first_bad():
             self.current.bad[bucket.index] = bad
+        if self.sends and not self.dense:
+            self.sends.load(bucket)
         flags = ((packet.NONFINITE if self.current.bad else 0) | (0 if touched else packet.EMPTY)
                  | self.extra_flags)
         exchange = self.exchange
@@ -317,7 +339,7 @@ class Engine:
     def after_step(self):
         """Collective: judge the ratio, and agree on the order of buckets after the first step."""
         if self.ratio:
-            self.ratio.after(self.step - 1, self.method)
+            self.ratio.after(self.step - 1, self.method, self.dense)
         if self.buckets.order.noting and self.buckets.agree(stays=self.mode.late):
             if self.method.adagrad:  # its owners change, so all must take part: at once
                 self.commit()
@@ -361,11 +383,8 @@ class Engine:
 
     def owed(self, bucket):
         """The sum of this rank's residuals of a bucket, which become zero."""
-        owed = bucket.codec.persistent()
+        owed, total = bucket.codec.persistent(), self._all_owed(bucket)
         zeros = kernels.of(bucket.grad).zeros
-        total = zeros(bucket.layout.size)
-        for array in owed.values():
-            total += array
         left = dict.fromkeys(owed, zeros(bucket.layout.size))
         for slot, s in zip(bucket.slots, bucket.layout.segments):
             if slot.frozen and owed:  # what it is owed waits
@@ -374,6 +393,27 @@ class Engine:
                 total[s.slice] = 0
         bucket.codec.restore(left)
         return total
+
+    def _all_owed(self, bucket):
+        """The sum of this rank's residuals of a bucket, first and second."""
+        total = kernels.of(bucket.grad).zeros(bucket.layout.size)
+        for array in bucket.codec.persistent().values():
+            total += array
+        return total
+
+    @in_memory
+    def mean_owed(self) -> dict:
+        """{slot: float32 array}: the mean over ranks of what they owe; nothing changes. Collective.
+        """
+        self.require_no_step("mean_owed")
+        found = {}
+        for bucket in self.buckets:
+            total = self.link.sum(staging.fetched(self._all_owed(bucket)), "flush",
+                                  "adding up what all ranks owe")
+            total *= np.float32(self.share)
+            found |= {slot: total[s.slice]
+                      for slot, s in zip(bucket.slots, bucket.layout.segments)}
+        return found
 
     def require_no_step(self, what):
         """MismatchError where arrays have come that no step has used."""

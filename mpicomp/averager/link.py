@@ -13,27 +13,28 @@ class Link:
     """The exchange of a method over a communicator, the pipeline that moves it, and small sums.
 
     comm      a private duplicate
-    exchange  of the method; `warm`: of the dense warm-up, or None
+    exchange  of the method; `warm`: of the dense warm-up, None unless `dense`
     pipeline  moves the exchanges of all buckets on
     memory    where the buckets lie
     watchdog  answers to other ranks where this one is
     """
 
-    def __init__(self, comm, method, settings, stats, memory, pipeline=None):
+    def __init__(self, comm, method, settings, stats, memory, pipeline=None, dense=False):
         self.comm, self.method, self.stats, self.seed = comm, method, stats, settings.seed
         self.memory, self.watchdog = memory, None
         self.calls = Calls(comm, stats)
         self.pipeline = pipeline or Pipeline(comm, settings.stall_timeout, settings.progress,
                                              memory.again)
         self.exchange = self._open(method)
-        self._dense = catalogue.method("dense") if method.warmup else None
+        self._dense = catalogue.method("dense") if dense else None
         self.warm = self._dense and self._open(self._dense)
         if self.exchange.asynchronous:
             self.pipeline.only_poll()
 
     def over(self, comm, settings):
         """A link of the same kind over other ranks. Collective over `comm`."""
-        return Link(comm, self.method, settings, self.stats, self.memory, self.pipeline.over(comm))
+        return Link(comm, self.method, settings, self.stats, self.memory, self.pipeline.over(comm),
+                    dense=self.warm is not None)
 
     def watch(self, averager):
         """Answer to other ranks where this averager is, and hear which of them have ended."""

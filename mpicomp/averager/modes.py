@@ -70,6 +70,8 @@ class Synchronous:
         with a.stats.stage("decode"):
             for bucket in full:
                 a.exchange.decode(a.codec(bucket), a.step, a.weight)
+                if a.sends and not a.dense:
+                    a.sends.unload(bucket)
             if not a.settings.average and not a.exchange.asynchronous:
                 for bucket in full:
                     for slot in bucket.slots:

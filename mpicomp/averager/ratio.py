@@ -11,9 +11,9 @@ class Ratio:
     """Holds dense / sent, over all ranks together, to at least `least`.
 
     Judged are every `window` steps since the start, with all that was sent in them: warm-up, flush,
-    dense cases of a rule, padding. Where every packet has the same length (`fixed`), the first step
-    after the warm-up is judged by itself, because all others will be like it. 16 bytes a rank are
-    summed for that; they are booked under the reason "receipt", and not judged.
+    dense cases of a rule. Where every packet has the same length (`fixed`), the first step after
+    the warm-up is judged by itself, because all others will be like it. 16 bytes a rank are summed
+    for that; they are booked under the reason "receipt", and not judged.
     """
 
     def __init__(self, link, settings):
@@ -21,6 +21,7 @@ class Ratio:
         self.least, self.window = settings.require_ratio, settings.ratio_window
         self._open(0)
         self.alone = True  # is a step by itself still to be judged?
+        self.waits = False  # was the last step dense, because of what is sent later?
 
     def _open(self, step):
         self.first = step
@@ -37,8 +38,16 @@ class Ratio:
         self.link = link
         self.restart(step)
 
-    def after(self, step, method):
-        """Judge what `step`, just exchanged, completes. RatioError on all ranks alike."""
+    def after(self, step, method, waits=False):
+        """Judge what `step`, just exchanged, completes. RatioError on all ranks alike.
+
+        waits  the step was dense, because of what is sent later: such steps count only in `check`
+        """
+        if self.waits and not waits:
+            self._open(step)
+        self.waits = waits
+        if waits:
+            return
         if self.alone and step >= method.warmup and method.compressor.fixed:
             sent, dense = self.stats.last["sent"], self.stats.last["dense"]
             self._judge(step, step, sent, dense, self.stats.last_reasons)

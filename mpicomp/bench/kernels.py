@@ -21,7 +21,12 @@ PEERS = 4
 CASES = (("strom:tau=31.6", "vector"), ("dropping:rate=0.999", "vector"), ("onebit", "256 rows"),
          ("onebit", "1024 rows"), ("onebit", "4096 rows"), ("terngrad", "vector"),
          ("dorefa:bits=4", "vector"), ("dryden", "1024 rows"), ("adacomp:bin=512", "vector"),
-         ("adacomp:bin=64", "vector"), ("fp16", "vector"), ("bf16", "vector"), ("dense", "vector"))
+         ("adacomp:bin=64", "vector"), ("chunks", "vector"), ("chunks:bits=8", "vector"),
+         ("chunks:bits=32", "vector"), ("topk", "vector"), ("randomk", "vector"),
+         ("adacomp:bin=64", "vector"), ("block", "vector"), ("block:bits=4", "vector"),
+         ("block:form=fp8", "vector"), ("block:round=random", "vector"), ("sign", "vector"),
+         ("sign:scope=row", "4096 rows"), ("qsgd", "vector"),
+         ("fp16", "vector"), ("bf16", "vector"), ("dense", "vector"))
 SMALL, FEW = 2**18, 3  # elements and rounds for the reference, which is meant to be slow
 HEAD = ("", "", "bytes", "ms", "quartiles", "GB/s", "ratio", "quartiles")
 

@@ -32,6 +32,7 @@ class AdaComp(Compressor):
     source = "Chen et al., AAAI 2018"
     fixed = False
     feedback = True
+    coarse = True
 
     bin: str = option("auto", "elements in a bin: a number, or auto: 50 for convolutions (more "
                               "than 2 dimensions), 500 for others")

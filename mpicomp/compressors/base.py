@@ -44,6 +44,7 @@ class Compressor(ABC):
     fixed: ClassVar[bool] = True  # every payload fills its capacity
     feedback: ClassVar[bool] = False  # may Residual wrap it? Its residual must stay bounded
     unbiased: ClassVar[bool] = False  # E[decode(encode(x))] = x
+    coarse: ClassVar[bool] = False  # one of two values, or an element rarely: not to be squared
 
     @abstractmethod
     def capacity(self, layout: Layout) -> int:

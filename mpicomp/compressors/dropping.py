@@ -35,6 +35,7 @@ class Dropping(Compressor):
     source = "Aji & Heafield, EMNLP 2017"
     fixed = False
     feedback = True
+    coarse = True
 
     rate: float = option(0.99, "the fraction that is dropped", least=0)
     scope: str = option("bucket", "what has one threshold", choices=("bucket", "layer"))

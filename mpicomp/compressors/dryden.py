@@ -37,6 +37,7 @@ class Dryden(Compressor):
     source = "Dryden et al., MLHPC 2016"
     fixed = False
     feedback = True
+    coarse = True
 
     proportion: int = option(64, "one in so many elements is sent", least=1)
     version: str = option("2016", "thresholds per column and sign, or per matrix",

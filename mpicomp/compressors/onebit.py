@@ -36,6 +36,8 @@ class OneBit(Compressor):
                             choices=("zero", "mean"))
     bits: int = option(1, "bits an element: 1, 2, 4 or 8", least=1, most=8)
 
+    coarse = property(lambda self: self.bits == 1)
+
     def __post_init__(self):
         check_options(self)
         if self.bits not in (1, 2, 4, 8):

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from mpicomp import kernels
 from mpicomp.compressors.base import Compressor, State
 from mpicomp.compressors.options import check_options, option
@@ -18,12 +20,19 @@ class Residual(Compressor):
     be once the packet just encoded is applied. `commit` swaps them. So `encode` may be repeated,
     and a step that all ranks skip leaves no trace: nothing is lost.
 
+    With decay < 1 old errors are forgotten: decay * owed + gradient is encoded, and what was said,
+    what is owed and what was forgotten, (1 - decay) * owed in each step that was applied, together
+    are what was given. SparseLoCo (arXiv 2508.15706) does so in place of an outer momentum, with
+    0.95 in its code (tplr-ai/templar).
+
     Source: Seide, Fu, Droppo, Li, Yu, Interspeech 2014, section 3, with the old residual inside
     the difference as in CNTK's code (the paper's second line omits it).
     """
 
     name = "residual"
     inner: Compressor = option(None, "the compressor to wrap")
+    decay: float = option(1.0, "what is owed is multiplied by this in each step; 1 forgets nothing",
+                          least=0, most=1)
 
     def __post_init__(self):
         check_options(self)
@@ -46,12 +55,18 @@ class Residual(Compressor):
         if state.sum is None:
             return None
         state.sum[...] = state.owed
+        if self.decay != 1:
+            state.sum *= np.float32(self.decay)
         state.sum += x
         return self.inner.measure(state.sum, layout, state.inner)
 
     def encode(self, x, packet, layout, key, state):
-        return self.inner.encode_owed(x, state.owed, packet, layout, key, state.inner,
-                                      out=state.ahead)
+        owed = state.owed
+        if self.decay != 1:
+            owed = state.ahead
+            owed[...] = state.owed
+            owed *= np.float32(self.decay)
+        return self.inner.encode_owed(x, owed, packet, layout, key, state.inner, out=state.ahead)
 
     def decode_add(self, packet, out, layout, key, weight=1.0):
         self.inner.decode_add(packet, out, layout, key, weight)

@@ -38,6 +38,7 @@ class Strom(Compressor):
     name = "strom"
     source = "Strom, Interspeech 2015"
     feedback = True
+    coarse = True
 
     tau: float = option(0.01, "the threshold and the quantum, in units of the gradient",
                         least=1e-30, most=1e30)

@@ -1,14 +1,14 @@
 """Allgather: every rank encodes once and decodes the packets of all ranks. For any compressor.
 
 Packets of fixed length travel in one call, header and payload together. Where the length depends
-on the data, small packets usually need one call, too (slots.py); of large ones the headers travel
-first and tell how many bytes each rank used, and only those follow. Each rank receives P - 1
-packets, so this moves fewer bytes than a ring of dense gradients while P < 2 * ratio.
+on the data the headers travel first and tell how many bytes each rank used, and only those follow.
+Each rank receives P - 1 packets, so this moves fewer bytes than a ring of dense gradients while
+P < 2 * ratio.
 """
 
 from mpicomp.exchange.base import Exchange, WholeBucket
 from mpicomp.transport import packet, ring, staging
-from mpicomp.transport.slots import Gather
+from mpicomp.transport.lengths import Gather
 
 
 class AllgatherBucket(WholeBucket):
@@ -19,7 +19,7 @@ class AllgatherBucket(WholeBucket):
         self.gather, self.inbox, self.payloads = None, None, []
         wire, size = exchange.wire, self.codec.outbox.size
         if not self.codec.compressor.fixed:
-            self.gather = Gather(wire, size, self.grad)
+            self.gather = Gather(wire, self.grad)
             return
         if not ring.passes_on(wire, size):
             wire.fits(size)
@@ -36,9 +36,10 @@ class Allgather(Exchange):
     def run(self, bucket, step, flags):
         codec, ranks = bucket.codec, self.wire.size
         yield from self.agree(codec, flags)
-        used, size = self.encode(codec, step, flags), codec.outbox.size
+        self.encode(codec, step, flags)
+        size = codec.outbox.size
         if bucket.gather is not None:
-            yield from bucket.gather.run(self, 1, bucket.index, codec.outbox, used,
+            yield from bucket.gather.run(self, 1, bucket.index, codec.outbox,
                                          [codec.payload.size] * ranks)
             bucket.headers, bucket.payloads = bucket.gather.headers, bucket.gather.payloads
             return

@@ -15,7 +15,7 @@ from mpicomp.compressors.options import option
 from mpicomp.exchange.base import BucketExchange, Codec, Cost, Exchange, packet_size, to_agree
 from mpicomp.exchange.shards import cut
 from mpicomp.transport import packet, ring, staging
-from mpicomp.transport.slots import Gather, Scatter
+from mpicomp.transport.lengths import Gather, Scatter
 
 SECOND = 1 << 32  # philox.part of the second quantisation; of the first: the owner
 
@@ -76,10 +76,8 @@ class ShardedBucket(BucketExchange):
                                     philox.part(seed, owner), self.outbox[at:at + sizes[owner]]))
             start = end
         own = self.shards[self.rank].layout
-        # slots have one size
-        second = None if compressor.fixed else staging.buffers_for(grad)(max(sizes), "uint8")
         self.second = Codec(compressor, own, index, zeros(own.size), plan,
-                            philox.part(seed, SECOND), second)
+                            philox.part(seed, SECOND))
         super().__init__(layout, index, grad, [*self.first, self.second])
         self.history = History(zeros, own.size) if exchange.adagrad else None
         self.received = self.payloads = None
@@ -104,8 +102,8 @@ class ShardedBucket(BucketExchange):
             self.inbox = zeros(wire.size * sizes[self.rank], "uint8")
             self.result = zeros(sum(sizes), "uint8")
         else:
-            self.scatter = Scatter(wire, sizes, self.grad)
-            self.gather_all = Gather(wire, max(sizes), self.grad)
+            self.scatter = Scatter(wire, sizes[self.rank], self.grad)
+            self.gather_all = Gather(wire, self.grad)
         measured = [codec for codec in self.first if codec.shared is not None]
         self.scales = Scales(self.grad, measured) if measured else None
 
@@ -267,17 +265,15 @@ class Sharded(Exchange):
             headers = self.read_headers(bucket.inbox, starts)
             bucket.received = headers, list(_payloads(bucket.inbox, headers, starts))
             return
-        yield from bucket.scatter.run(self, 1, (bucket.outbox, bucket.out_starts), used)
+        yield from bucket.scatter.run(self, 1, bucket.outbox, bucket.out_starts, used)
         bucket.received = bucket.scatter.headers, bucket.scatter.payloads
 
     def _to_all(self, bucket, step, flags):
         """Every owner's packet of its sum to all ranks."""
-        if not bucket.fixed:
-            flags |= bucket.scatter.hint << packet.HINT
         if bucket.second.shared is not None:
             with self.wire.meter.stage("encode"):
                 bucket.second.measure(flags)
-        used = self.encode(bucket.second, step, flags)
+        self.encode(bucket.second, step, flags)
         if bucket.fixed:
             lengths = [codec.outbox.size for codec in bucket.first]
             starts = [sum(lengths[:rank]) for rank in range(self.wire.size)]
@@ -286,10 +282,9 @@ class Sharded(Exchange):
             bucket.headers = self.read_headers(bucket.result, starts)
             bucket.payloads = list(_payloads(bucket.result, bucket.headers, starts))
             return
-        yield from bucket.gather_all.run(self, 3, bucket.index, bucket.second.outbox, used,
+        yield from bucket.gather_all.run(self, 3, bucket.index, bucket.second.outbox,
                                          [codec.payload.size for codec in bucket.first])
         bucket.headers, bucket.payloads = bucket.gather_all.headers, bucket.gather_all.payloads
-        bucket.scatter.learn(bucket.headers)
 
     def decode(self, bucket, step, weight):
         bucket.flat[...] = 0

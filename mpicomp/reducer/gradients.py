@@ -22,6 +22,7 @@ class Gradients(Engine):
     listeners   objects whose begin() is called when a new step begins
     check_every replicas are compared after every so many steps, or None
     slot        the class of a parameter's place in a bucket
+    sends       what travels in place of gradients, see sends.py
     """
 
     slot = GradientSlot
@@ -29,7 +30,7 @@ class Gradients(Engine):
     def __init__(self, named_parameters, method, comm=None, *, average=True,
                  bucket_bytes=25 << 20, seed=0, nonfinite="raise", stall_timeout=None,
                  require_ratio=None, ratio_window=100, progress="auto", sparse=(),
-                 check_replicas_every=None):
+                 check_replicas_every=None, sends=None):
         comm = mpi.communicator(comm, stall_timeout, "starting a Reducer")
         settings = Settings(bool(average), bucket_bytes, seed, nonfinite,
                             mpi.stall_seconds(stall_timeout), require_ratio, ratio_window, progress)
@@ -38,10 +39,15 @@ class Gradients(Engine):
         problem = problem or unknown or settings.problem(check_replicas_every=check_replicas_every)
         problem = problem or bad_every(check_replicas_every, method)
         named, in_rows, wrong = divide(named, sparse, method)
+        if sends is not None and method is not None:
+            refusal = sends.refusal(method, settings, in_rows)
+            wrong = wrong or refusal and SpecError(refusal)
+        self.sends = sends
         self.optimizers, self.listeners, self.owner = [], [], Owner()
         self.rows, self.check_every = Sparse(self, in_rows), check_replicas_every
         super().__init__(comm, named, method, settings, problem or wrong, self._slot, in_rows,
-                         sparse=list(sparse), **settings.facts,
+                         sparse=list(sparse), sends="gradients" if sends is None else sends.facts,
+                         **settings.facts,
                          check_replicas_every=check_replicas_every)
         self.checked = False
 
@@ -138,6 +144,11 @@ class Gradients(Engine):
 
     def flush_gradients(self):
         """Make every p.grad the mean (or sum) of what all ranks owe."""
+        if self.sends and not self.dense:
+            raise SpecError("flush: what is owed is no gradient, since the attached optimizer has "
+                            "something else sent (mpicomp.optim): it cannot be applied by a step of"
+                            " its own. Later steps send it; a checkpoint for torch.optim.AdamW has "
+                            "it: optimizer.adamw_state_dict()")
         if self.flush_into_buckets():
             for slot in self.buckets.slots:
                 slot.give_back(scaled=False)

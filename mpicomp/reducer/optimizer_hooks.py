@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from mpicomp.errors import SpecError
-from mpicomp.reducer import amp, copies
+from mpicomp.reducer import amp, copies, suits
 from mpicomp.reducer.every_step import before_every_step, checkers
 
 _attached = weakref.WeakKeyDictionary()  # optimizer: the OptimizerHooks that it has
@@ -42,6 +42,11 @@ class OptimizerHooks(copies.Uncopied):
     def attach(self, optimizer, scaler):
         """See Reducer.attach."""
         g = self.gradients
+        if getattr(optimizer, "sends", None) is not None and g.sends is None:
+            raise SpecError(
+                f"attach: {type(optimizer).__name__} has something else sent than gradients, which "
+                "the Reducer must know: type  mpicomp.DistributedOptimizer(optimizer, "
+                "model.named_parameters(), method=...)")
         if scaler is not None:
             amp.refuse_raise(g.settings.nonfinite)
             if g.mode.asynchronous:
@@ -58,6 +63,9 @@ class OptimizerHooks(copies.Uncopied):
         copies.mark(optimizer)
         self._handles += filter(None, handles)  # somebody's own optimizer may give none
         g.optimizers.append(optimizer)
+        note = suits.note(optimizer, g.method)
+        if note and g.sends is None:  # beside another one it has its own cases of a rule
+            g.say(note)
         _attached.setdefault(optimizer, []).append(self)
 
     def remove(self):

@@ -14,6 +14,7 @@ from mpicomp.reducer.changes import Changes
 from mpicomp.reducer.gradients import Gradients, in_torch
 from mpicomp.reducer.optimizer_hooks import Given, OptimizerHooks
 from mpicomp.reducer.replicas import check_replicas
+from mpicomp.reducer.sends import Sends
 from mpicomp.transport.meter import Meter
 
 Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
@@ -41,6 +42,8 @@ class Reducer(copies.Uncopied):
     sparse            names of parameters whose gradients are sparse and stay so, see sparse.py
     progress          who moves exchanges on during backward: "poll", "thread" or "auto"
     check_replicas_every  call check_replicas() after every so many steps; None: only on demand
+    sends             what travels in place of gradients: optimizer.sends of a mpicomp.optim
+                      optimizer, which DistributedOptimizer passes on. None: gradients
 
     Every rank must make one with the same arguments and the same model; MismatchError names the
     first difference on all ranks otherwise. The order of a step is in docs/design.md.
@@ -51,13 +54,13 @@ class Reducer(copies.Uncopied):
                  bucket_bytes: int = 25 << 20, seed: int = 0, nonfinite: str = "raise",
                  stall_timeout: float | None = None, require_ratio: float | None = None,
                  ratio_window: int = 100, progress: str = "auto",
-                 sparse: Iterable[str] = (), check_replicas_every: int | None = None
-                 ) -> None:
+                 sparse: Iterable[str] = (), check_replicas_every: int | None = None,
+                 sends: Sends | None = None) -> None:
         self.averager = Gradients(
             named_parameters, method, comm, average=average, bucket_bytes=bucket_bytes, seed=seed,
             nonfinite=nonfinite, stall_timeout=stall_timeout, require_ratio=require_ratio,
             ratio_window=ratio_window, progress=progress, sparse=sparse,
-            check_replicas_every=check_replicas_every)
+            check_replicas_every=check_replicas_every, sends=sends)
         self._finishing = False
         self._changes, self._given = Changes(self.averager, self.finish), Given()
         self.averager.listeners.append(self._changes)
@@ -244,7 +247,7 @@ class Reducer(copies.Uncopied):
     # ---- state, dead ranks, the end ----
 
     def state_dict(self) -> dict[str, Any]:
-        """{"step": int, "error/<name>": tensor}: this rank's residuals, in gradient units.
+        """{"step": int, "error/<name>": tensor}: this rank's residuals, in units of what is sent.
 
         "order" is there, too, where buckets were made anew after the first step: a tensor of the
         parameters' numbers.
@@ -306,7 +309,8 @@ def DistributedOptimizer(optimizer: Optimizer,
     """The optimizer itself, with a Reducer attached as `optimizer.reducer`.
 
     `keywords` are those of Reducer. optimizer.step() then waits for the exchange and steps on the
-    mean gradient.
+    mean gradient; a mpicomp.optim optimizer may have something else sent, see docs/optimizers.md.
     """
+    keywords = {"sends": getattr(optimizer, "sends", None), **keywords}
     optimizer.reducer = Reducer(named_parameters, method, comm, **keywords).attach(optimizer)
     return optimizer

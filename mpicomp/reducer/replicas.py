@@ -61,14 +61,19 @@ def check_replicas(gradients, model, objects) -> None:
 def check_start(gradients) -> None:
     """Before the first step, and the first of a loaded state: step, buckets and parameters.
 
+    Where something else than gradients is sent, also the optimizer that it is made from.
     Parameters need not be equal on the way with an asynchronous exchange: they differ by rounding.
     """
     if gradients.comm.size > 1:
         apart = gradients.mode.asynchronous and gradients.step
+        names = {id(p): name for name, p in gradients.parameters}
+        optimizers = gradients.optimizers if gradients.sends else ()  # what is sent is in its state
         compare(gradients.comm, lambda: [
             ("step", "", str(gradients.step)),
             ("plan of buckets", "", f"{gradients.buckets.plan:016x}"),
-            *_tensors("parameter", [] if apart else gradients.parameters)], gradients.link.timeout)
+            *_options(optimizers, names),
+            *_tensors("parameter", [] if apart else gradients.parameters),
+            *_states(optimizers, names)], gradients.link.timeout)
 
 
 def bad_every(every, method):

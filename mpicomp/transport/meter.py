@@ -19,7 +19,7 @@ class Meter:
     seconds     by stage: encode, post (MPI calls and polling), wait, decode
     last        sent, received and dense of the last step
     reasons     bytes sent by reason: the method's name, "warm-up", "flush", "rule CASE" for each
-                case of a rule, "padding", "receipt"; last_reasons: of the last step
+                case of a rule, "receipt"; last_reasons: of the last step
     notes       every fallback to something slower or larger than asked for, and its cause
     """
 

@@ -6,8 +6,7 @@
     6       2     flags: 1 = a gradient was not finite, 2 = this rank had no gradient at all,
                   4 = this rank has sent everything (asynchronous exchanges),
                   8 = the ranks of this node disagree (hierarchical),
-                  16 = this rank is out of examples and does not count in the mean (DDP.join);
-                  upper byte: the size class of the slots that an owner asks for (sharded)
+                  16 = this rank is out of examples and does not count in the mean (DDP.join)
     8       4     step, modulo 2**32
     12      4     bucket
     16      8     plan digest: of the layout, the method and all else that ranks must agree on
@@ -30,7 +29,6 @@ EMPTY = 2
 LAST = 4
 DISAGREE = 8
 JOINED = 16
-HINT = 8  # flags from this bit on: exchange=sharded, size class of slots (slots.py)
 Buffer = Any  # bytes-like, such as an array of uint8
 _FORMAT = struct.Struct("<4sHHIIQQ")
 SIZE = _FORMAT.size

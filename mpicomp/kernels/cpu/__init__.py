@@ -20,6 +20,12 @@ from mpicomp.kernels.cpu.adacomp import (
     adacomp_encode,
     adacomp_encode_layers,
 )
+from mpicomp.kernels.cpu.block import (
+    block_decode_add,
+    block_decode_sum,
+    block_encode,
+    block_encode_owed,
+)
 from mpicomp.kernels.cpu.cast import (
     cast_decode_add,
     cast_decode_sum,
@@ -27,6 +33,12 @@ from mpicomp.kernels.cpu.cast import (
     dense_decode_add,
     dense_decode_sum,
     dense_scale,
+)
+from mpicomp.kernels.cpu.chunks import (
+    chunks_decode_add,
+    chunks_decode_sum,
+    chunks_encode,
+    chunks_encode_owed,
 )
 from mpicomp.kernels.cpu.dorefa import (
     dorefa_decode_add,
@@ -58,6 +70,13 @@ from mpicomp.kernels.cpu.onebit import (
     onebit_encode,
     onebit_encode_owed,
 )
+from mpicomp.kernels.cpu.randomk import randomk_decode_add, randomk_encode
+from mpicomp.kernels.cpu.sign import (
+    sign_decode_add,
+    sign_decode_sum,
+    sign_encode,
+    sign_encode_owed,
+)
 from mpicomp.kernels.cpu.strom import (
     strom_decode_add,
     strom_decode_sum,
@@ -72,6 +91,7 @@ from mpicomp.kernels.cpu.terngrad import (
     terngrad_scale,
     terngrad_scale_code,
 )
+from mpicomp.kernels.cpu.topk import topk_select
 from mpicomp.kernels.reference import (
     adacomp_heads,
     dropping_signs,

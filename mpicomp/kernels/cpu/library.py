@@ -12,14 +12,18 @@ from mpicomp.errors import SpecError
 from mpicomp.kernels.unfit import Unfit, otherwise
 from mpicomp.philox import MASK32
 
-VERSION = 4  # of the compiled functions: mp_version in src/common.h
+VERSION = 5  # of the compiled functions: mp_version in src/common.h
 _P, _N, _I, _F, _U = c_void_p, c_int64, c_int, c_float, c_uint32
 _KEY = (c_uint64, _U, _U, _U)
 _FUNCTIONS = {  # name: (result, arguments)
     "mp_adacomp_decode": (_N, (_P, _P, _P, _N, _N, _I, _F, _P, _N, _I)),
     "mp_adacomp_encode": (_N, (_P, _P, _P, _N, _F, _N, _I, _P, _P)),
     "mp_adagrad": (None, (_P, _N, _P, _P)),
+    "mp_block_decode": (_N, (_P, _N, _N, _I, _I, _F, _P, _N, _I)),
+    "mp_block_encode": (_N, (_P, _P, _P, _N, _N, _I, _I, _I, _I, *_KEY, _N, _P)),
     "mp_cast_encode": (None, (_P, _N, _I, _P)),
+    "mp_chunks_decode": (_N, (_P, _N, _P, _N, _N, _N, _I, _F, _P, _I)),
+    "mp_chunks_encode": (_N, (_P, _P, _P, _P, _N, _N, _N, _I, _P)),
     "mp_copy_finite": (_I, (_P, _P, _N)),
     "mp_dense_scale": (_N, (_P, _N, _F, _P)),
     "mp_dorefa_decode": (_N, (_P, _P, _N, _I, _I, _F, _P, _N, _I)),
@@ -39,12 +43,17 @@ _FUNCTIONS = {  # name: (result, arguments)
     "mp_limits": (None, (_N, _N)),
     "mp_onebit_decode": (_N, (_P, _N, _N, _N, _F, _P, _I)),
     "mp_onebit_encode": (_N, (_P, _P, _P, _N, _N, _P)),
+    "mp_randomk_decode": (_N, (_P, _N, *_KEY, _F, _P, _N)),
+    "mp_randomk_encode": (None, (_P, _N, _N, _I, *_KEY, _P)),
+    "mp_sign_decode": (_N, (_P, _N, _N, _F, _P, _N, _I)),
+    "mp_sign_encode": (_N, (_P, _P, _P, _N, _N, _P)),
     "mp_strom_decode": (_N, (_P, _P, _N, _F, _F, _P, _N, _I)),
     "mp_strom_encode": (_N, (_P, _P, _P, _N, _F, _I, _P)),
     "mp_terngrad_decode": (_N, (_P, _P, _N, _I, _F, _P, _N, _I)),
     "mp_terngrad_encode": (None, (_P, _N, _F, _F, *_KEY, _N, _I, _P)),
     "mp_terngrad_level": (None, (_P, _N, c_double, _P)),
     "mp_threads": (_I, (_I,)),
+    "mp_topk_select": (None, (_P, _N, _N, _F, _N, _P)),
     "mp_vectors": (_I, (_I,)),
     "mp_version": (_I, ()),
 }

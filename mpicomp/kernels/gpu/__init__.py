@@ -19,6 +19,12 @@ from mpicomp.kernels.gpu.adacomp import (
     adacomp_heads,
 )
 from mpicomp.kernels.gpu.arguments import deferred
+from mpicomp.kernels.gpu.block import (
+    block_decode_add,
+    block_decode_sum,
+    block_encode,
+    block_encode_owed,
+)
 from mpicomp.kernels.gpu.cast import (
     cast_decode_add,
     cast_decode_sum,
@@ -26,6 +32,12 @@ from mpicomp.kernels.gpu.cast import (
     dense_decode_add,
     dense_decode_sum,
     dense_scale,
+)
+from mpicomp.kernels.gpu.chunks import (
+    chunks_decode_add,
+    chunks_decode_sum,
+    chunks_encode,
+    chunks_encode_owed,
 )
 from mpicomp.kernels.gpu.dorefa import (
     dorefa_decode_add,
@@ -68,6 +80,13 @@ from mpicomp.kernels.gpu.onebit import (
     onebit_encode_mean,
     onebit_encode_owed,
 )
+from mpicomp.kernels.gpu.randomk import randomk_decode_add, randomk_encode
+from mpicomp.kernels.gpu.sign import (
+    sign_decode_add,
+    sign_decode_sum,
+    sign_encode,
+    sign_encode_owed,
+)
 from mpicomp.kernels.gpu.strom import (
     strom_2bit_decode_add,
     strom_2bit_encode,
@@ -89,3 +108,4 @@ from mpicomp.kernels.gpu.terngrad import (
     terngrad_scale,
     terngrad_scale_code,
 )
+from mpicomp.kernels.gpu.topk import topk_select

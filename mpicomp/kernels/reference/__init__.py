@@ -22,6 +22,20 @@ from mpicomp.kernels.reference.adacomp import (
     adacomp_select,
     adacomp_width,
 )
+from mpicomp.kernels.reference.block import (
+    BLOCK_E4M3,
+    BLOCK_LEAST,
+    block_bytes,
+    block_codes,
+    block_decode_add,
+    block_decode_sum,
+    block_encode,
+    block_encode_owed,
+    block_most,
+    block_rounded,
+    block_scales,
+    block_width,
+)
 from mpicomp.kernels.reference.cast import (
     cast_decode_add,
     cast_decode_sum,
@@ -30,6 +44,22 @@ from mpicomp.kernels.reference.cast import (
     dense_decode_add,
     dense_decode_sum,
     dense_scale,
+)
+from mpicomp.kernels.reference.chunks import (
+    MOST_BLOCK,
+    chunks_decode_add,
+    chunks_decode_sum,
+    chunks_encode,
+    chunks_encode_owed,
+    chunks_expect_finite,
+    chunks_levels,
+    chunks_pack,
+    chunks_plan,
+    chunks_select,
+    chunks_size,
+    chunks_sizes,
+    chunks_step,
+    chunks_unpack,
 )
 from mpicomp.kernels.reference.dorefa import (
     DOREFA_INTEGERS,
@@ -91,12 +121,26 @@ from mpicomp.kernels.reference.onebit_cntk import (
     onebit_pack,
     onebit_unpack,
 )
+from mpicomp.kernels.reference.randomk import (
+    randomk_decode_add,
+    randomk_encode,
+    randomk_places,
+)
 from mpicomp.kernels.reference.rice import (
     rice_pack,
     rice_parameter,
     rice_unpack,
     strom_rice_decode_add,
     strom_rice_encode,
+)
+from mpicomp.kernels.reference.sign import (
+    sign_bytes,
+    sign_decode_add,
+    sign_decode_sum,
+    sign_encode,
+    sign_encode_owed,
+    sign_groups,
+    sign_scales,
 )
 from mpicomp.kernels.reference.strom import (
     strom_2bit_decode_add,
@@ -131,3 +175,4 @@ from mpicomp.kernels.reference.terngrad import (
     terngrad_size,
     terngrad_unpack,
 )
+from mpicomp.kernels.reference.topk import topk_keeps, topk_select

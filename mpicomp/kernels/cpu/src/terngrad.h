@@ -24,13 +24,15 @@ float terngrad_sums_plain(const float* x, i64 n, float largest, double* sum, dou
 }
 
 #if HAVE_AVX2
-AVX2 float terngrad_sums_avx2(const float* x, float largest, double* sum, double* square) {
+// The same for up to 32 rows of 32 elements; the sums begin with zero.
+AVX2 float terngrad_sums_avx2(const float* x, i64 rows, float largest, double* sum,
+                              double* square) {
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
     __m256 most = _mm256_set1_ps(largest);
     for (int lane = 0; lane < 32; lane += 16) {
         __m256d s[4], q[4];
         for (int k = 0; k < 4; k++) s[k] = q[k] = _mm256_setzero_pd();
-        for (int row = 0; row < 32; row++)
+        for (i64 row = 0; row < rows; row++)
             for (int k = 0; k < 4; k += 2) {
                 const __m256 v = _mm256_loadu_ps(x + 32 * row + lane + 4 * k);
                 const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
@@ -61,8 +63,8 @@ float terngrad_branch(const float* x, i64 n, double* sums) {
         const i64 count = std::min<i64>(1024, n - at);
         std::fill(block, block + 64, 0.0);
 #if HAVE_AVX2
-        if (avx2 && count == 1024)
-            largest = terngrad_sums_avx2(x + at, largest, block, block + 32);
+        if (avx2 && count % 32 == 0)
+            largest = terngrad_sums_avx2(x + at, count / 32, largest, block, block + 32);
         else
 #endif
             largest = terngrad_sums_plain(x + at, count, largest, block, block + 32);
