@@ -226,7 +226,27 @@ TRANSFORMER = (
          Line("onebit", "onebit"),
          Line("onebit, 300 steps dense first", "onebit:warmup=300"),
          Line("dropping", "dropping"),
-         Line("dropping, 300 steps dense first", "dropping:warmup=300")),
+         Line("dropping, 300 steps dense first", "dropping:warmup=300"),
+         Line("block, 8 bits", "block:bits=8", within=0.005),
+         Line("block, 4 bits", "block:bits=4", within=0.01)),
+        words=("--model", "gpt"), seeds=3, judged="loss"),
+)
+
+ONEBITADAM = ("--optimizer", "onebitadam")
+
+ADAM = (
+    Experiment(
+        "adam",
+        "1-bit Adam (arXiv 2102.02888) converges as Adam does, step by step: v is frozen after a "
+        "dense start, and the momentum is sent, with error feedback",
+        "shakespeare",
+        (DENSE,
+         Line("onebit", "onebit"),
+         Line("OneBitAdam, onebit", "onebit", ONEBITADAM, within=0.02),
+         Line("OneBitAdam, onebit, two stages", "onebit:exchange=sharded", ONEBITADAM,
+              "OneBitAdam, onebit"),
+         Line("OneBitAdam, sign", "sign", ONEBITADAM, "OneBitAdam, onebit", within=0.02),
+         Line("OneBitAdam, dropping", "dropping", ONEBITADAM, "OneBitAdam, onebit")),
         words=("--model", "gpt"), seeds=3, judged="loss"),
 )
 
@@ -249,6 +269,9 @@ LOCAL = (
          _local("DiLoCo", 50, "nesterov", within=0.12),
          _local("averaging", 10, "average"),
          _local("averaging", 50, "average"),
+         _local("DiLoCo", 15, "nesterov"),
+         _local("SparseLoCo", 15, "average", "chunks:k=64,block=4096,bits=2,decay=0.95",
+                within=0.05, above="DiLoCo, H = 15"),
          Line("one worker alone, 1 rank", "dense", ("--batch", "4"), ranks=1)),
         words=("--model", "gpt"), seeds=3, judged="loss"),
 )
@@ -262,4 +285,4 @@ DEFAULTS = tuple(
 
 SYSTEMS = {"defaults": DEFAULTS, "terngrad": TERNGRAD, "onebit": ONEBIT, "dorefa": DOREFA,
            "strom": STROM, "dryden": DRYDEN, "dropping": DROPPING, "adacomp": ADACOMP,
-           "transformer": TRANSFORMER, "local": LOCAL}
+           "transformer": TRANSFORMER, "adam": ADAM, "local": LOCAL}

@@ -65,7 +65,7 @@ def parse(about, refuse, rank):
     length.add_argument("--steps", type=int, help="optimizer steps")
     parser.add_argument("--batch", type=int, help="examples per step, over all ranks together")
     parser.add_argument("--lr", type=float, help="peak learning rate")
-    parser.add_argument("--optimizer", choices=["sgd", "adam", "adamw", "adagrad"])
+    parser.add_argument("--optimizer", choices=["sgd", "adam", "adamw", "adagrad", "onebitadam"])
     parser.add_argument("--momentum", type=float, default=0.0, help="of sgd (default: %(default)s)")
     parser.add_argument("--local-adagrad", action="store_true",
                         help="AdaGrad on each rank's own gradient, before it is exchanged")
@@ -120,5 +120,8 @@ def parse(about, refuse, rank):
         if args.local and getattr(args, name):
             refuse(f"--{name.replace('_', '-')} with --local: it is for an exchange in every step; "
                    "leave out either")
+    if args.local and args.optimizer == "onebitadam":
+        refuse("--optimizer onebitadam with --local: it has momenta exchanged in every step; take "
+               "adamw")
     args.outer = args.outer or "average"
     return args

@@ -23,7 +23,7 @@ DOREFA = dict(model="dorefa", optimizer="adam", lr=0.002, bits=[1, 2, 6])
 # to the norm `clip`.
 GPT = dict(model="gpt", optimizer="adamw", lr=0.002, batch=16, steps=1500, rise=10, floor=0.1,
            clip=1.0)
-ADAMW = dict(betas=(0.9, 0.99), weight_decay=0.1)  # of --optimizer adamw, with every model
+ADAMW = dict(betas=(0.9, 0.99), weight_decay=0.1)  # and of onebitadam, with every model
 
 OTHERS = {("cnn", "dorefa"): DOREFA, ("lstm", "gpt"): GPT}  # (in place of, model)
 

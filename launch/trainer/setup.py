@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import mpicomp
+import mpicomp.optim
 from trainer import datasets, options
 from trainer.models import MODELS
 from trainer.ranks import Ranks
@@ -113,6 +114,10 @@ class Setup:
             return torch.optim.Adam(model.parameters(), lr=rate)
         if kind == "adamw":
             return torch.optim.AdamW(model.parameters(), lr=rate, **ADAMW)
+        if kind == "onebitadam":  # v is frozen when the rate has risen, or after a fifth of steps
+            rising = self.steps // self.config.get("rise", 20)
+            return mpicomp.optim.OneBitAdam(model.parameters(), lr=rate, **ADAMW,
+                                            freeze_from=rising, freeze_by=self.steps // 5)
         if kind == "adagrad":
             return torch.optim.Adagrad(model.parameters(), lr=rate, eps=1e-8)
         return torch.optim.SGD(model.parameters(), lr=rate, momentum=self.args.momentum)
