@@ -6,6 +6,7 @@
     launch/run -n 4 launch/train.py --data fsdd --method strom:tau=0.01 --out runs/fsdd --resume
     launch/run -n 4 launch/train.py --model dorefa --bits 1,2,6 --method dorefa:bits=6
     launch/run -n 4 launch/train.py --data fsdd --local 20 --outer nesterov --method onebit
+    launch/run -n 4 launch/train.py --data shakespeare --model gpt --method dense
     python launch/train.py --data mnist5k                      alone, without mpirun: one rank
 
 SIGTERM and SIGUSR1 to any rank make all of them save after the same step and end with status 75.
@@ -61,6 +62,7 @@ def main():
         # the reducer takes, is exactly the mean over the global batch (padding counts as 0).
         (loss * (ranks.size / (setup.batch * y[0].numel()))).backward()
         heard = training.signal()
+        setup.clip(model, optimizer)
         (reducer if args.local else optimizer).step()
         return loss.item(), count(y), heard
 

@@ -1,13 +1,16 @@
 """launch/trainer/models.py: what networks of the training script promise besides their shapes."""
 
+import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "launch"))
-from trainer import datasets, models  # noqa: E402
+from trainer import datasets, models, recipes  # noqa: E402
+from trainer.setup import Setup  # noqa: E402
 
 import mpicomp.nn  # noqa: E402
 
@@ -81,3 +84,36 @@ def test_dorefa_quantises_all_but_the_first_and_the_last_layer():
     assert [m.bits for m in model if isinstance(m, mpicomp.nn.Activation)] == [2, 2]
     model(torch.zeros(3, 28, 28, dtype=torch.uint8)).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_gpt_knows_the_letters_up_to_a_place_and_no_later_ones():
+    torch.manual_seed(0)
+    gpt = models.GPT(77)
+    assert sum(p.numel() for p in gpt.parameters()) == 431_872
+    x = torch.randint(0, 77, (3, 128), dtype=torch.uint8)
+    logits = gpt(x)
+    assert logits.shape == (3, 128, 77)
+    changed = x.clone()
+    changed[:, 50:] = 0
+    same = (gpt(changed) - logits).abs().amax((0, 2)) < 1e-5
+    assert same[:50].all() and not same[50:].any()
+
+
+def test_gpt_at_first_finds_all_letters_about_as_likely():
+    torch.manual_seed(0)
+    gpt, x = models.GPT(77), torch.randint(0, 77, (4, 128))
+    loss = torch.nn.functional.cross_entropy(gpt(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+    assert abs(loss.item() - math.log(77)) < 0.2
+
+
+@pytest.mark.parametrize("data, model, last", [
+    ("mnist5k", None, 0.0), ("shakespeare", None, 0.0), ("shakespeare", "gpt", 0.1)])
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_the_recipes_floor(data, model, last):
+    recipe = recipes.recipe_of(data, model)
+    setup = SimpleNamespace(config=recipe, steps=1000)
+    rates = [Setup.learning_rate(setup, step) / recipe["lr"] for step in range(1000)]
+    peak = rates.index(max(rates))
+    assert rates[:peak + 1] == sorted(rates[:peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert 40 < peak < 110 and 0.97 < rates[peak] <= 1
+    assert rates[0] < 0.03 and rates[-1] == pytest.approx(last, abs=1e-4)

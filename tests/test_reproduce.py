@@ -33,8 +33,10 @@ def test_every_line_names_a_method_and_the_first_is_the_baseline(experiment):
     for line in experiment.lines:
         mpicomp.method(line.method)
         assert not line.like or line.like in labels
-        assert line.like or line.ranks == 4, "a search is made on 4 ranks"
-        assert line.label.endswith(f", {line.ranks} ranks") == (line.ranks != 4)
+        many = f", {line.ranks} rank" + "s" * (line.ranks > 1)
+        assert line.label.endswith(many) == (line.ranks != 4)
+        assert not line.above or line.above in labels and line.within is not None
+        assert line.within is None or experiment.judged == "loss"
 
 
 def test_every_system_has_a_band_and_a_band_can_be_left():
@@ -83,6 +85,11 @@ def test_search_takes_the_lowest_loss_and_never_a_diverged_run(tmp_path, monkeyp
     rates, found = evidence.search(experiment)
     assert rates == {"dense": 0.4, "other": 0.4}
     assert set(found) == {"dense"}
+    asked = []
+    monkeypatch.setattr(evidence, "perform", asked.extend)
+    alone = experiments.Line("alone, 1 rank", "dense", ranks=1)
+    evidence.search(experiments.Experiment("y", "claim", "mnist5k", (alone,)))
+    assert [ranks for _, ranks in asked] == [1, 1, 1], "searched on the ranks it runs on"
     losses[0.4] = math.nan
     assert evidence.search(experiment)[0]["dense"] == 0.2
 
@@ -101,6 +108,44 @@ def test_what_diverged_is_said_and_the_file_is_strict_json():
     json.dumps(kept, allow_nan=False)
     assert kept["lines"][0]["searched"] == {1.0: None}
     assert "1 of 2 diverged" in list(report.table(kept))[-1]
+
+
+def letters(label, losses, sent, **more):
+    """A line of an experiment that is judged by loss, `sent` bytes in each of its four windows."""
+    runs = [fake((25, 50, 75, 100)) | {"loss": loss, "bytes_per_step": sum(sent) / 4} for loss in
+            losses]
+    for run in runs:
+        run["config"] = dict(method="x", data="shakespeare", batch=16)
+        run["ratio"] = 4000 / sum(sent)
+        for row, bytes_per_step in zip(run["rows"], sent, strict=True):
+            row["bytes_per_step"] = bytes_per_step
+    return evidence.describe(experiments.Line(label, "dense", **more), 0.002, None, runs)
+
+
+def test_losses_are_compared_with_what_is_allowed_and_bytes_are_those_of_a_letter(tmp_path):
+    dense = letters("dense", [2.0, 2.0, 2.0], [1000.0] * 4)
+    lines = [dense,
+             letters("near", [2.03, 2.04, 2.05], [1000.0, 10.0, 10.0, 10.0], within=0.05),
+             letters("far", [2.1, 2.1, 2.1], [10.0] * 4, within=0.05),
+             letters("as far", [2.11, 2.11, 2.11], [10.0] * 4, within=0.05, above="far"),
+             letters("lost", [2.0, math.nan, 2.0], [10.0] * 4, within=0.05),
+             letters("alone, 1 rank", [2.5, 2.5, 2.5], [1000.0] * 4, ranks=1)]
+    kept = evidence.without_nan(dict(data="shakespeare", seeds=3, judged="loss", lines=lines))
+    _, _, *rows = report.table(kept)
+    assert rows[0] == "| dense | 4 | 0.002 | 2.000 ± 0.000 | +0.000 |  | 1.953 | 1.0 | 1.0 |"
+    # a window of a quarter dense: 257.5 bytes a step over 512 letters; the second half 100 times
+    assert rows[1] == ("| near | 4 | 0.002 | 2.040 ± 0.025 | +0.040 | 0.05 | 0.5029 | 3.9 "
+                       "| 100.0 |")
+    assert "+0.100 | 0.05: missed |" in rows[2]
+    assert "+0.110 | 0.05 above far |" in rows[3]
+    assert "1 of 3 diverged |  | 0.05: missed |" in rows[4]
+    assert rows[5].endswith("| +0.500 |  | 0 | | |")
+    pytest.importorskip("matplotlib")
+    report.draw(kept, tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").stat().st_size > 10_000
+    one = letters("dense", [2.0], [1000.0] * 4)
+    kept = evidence.without_nan(dict(data="shakespeare", seeds=1, judged="loss", lines=[one]))
+    assert "| 2.000 | +0.000 |" in list(report.table(kept))[-1]
 
 
 def test_a_page_is_brought_up_to_date_where_its_marks_are(tmp_path, monkeypatch):

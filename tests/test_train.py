@@ -216,6 +216,7 @@ def test_a_bad_option_is_one_line_and_status_2(start):
     (["--data", "fsdd", "--model", "dorefa"], "--model dorefa does not fit --data fsdd"),
     (["--outer", "average"], "--outer is for --local H"),
     (["--local", "5", "--survive"], "--survive with --local"),
+    (["--local", "5", "--optimizer", "onebitadam"], "--optimizer onebitadam with --local"),
     (["--bits", "1,2,6"], "--bits is for --model dorefa, found --model cnn"),
     (["--model", "dorefa", "--bits", "1,2"], "found '1,2'"),
     (["--model", "dorefa", "--bits", "1,20,6"], "bits=20: expected 1 ... 16")])

@@ -27,12 +27,13 @@ class Band:
     ratio: float
     spread: float = FIXED
     least: float = 0.0
+    more: tuple[str, ...] = ()  # words for launch/train.py
 
     @property
     def words(self):
         """The arguments of launch/train.py."""
         return ["--data", self.data, "--method", self.method, "--steps", str(self.steps),
-                "--save-every", "0", "--log-every", "1000", "--nonfinite", "skip"]
+                *self.more, "--save-every", "0", "--log-every", "1000", "--nonfinite", "skip"]
 
     def fits(self, loss, ratio):
         """Are this test loss and this ratio inside the band?"""

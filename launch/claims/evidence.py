@@ -6,7 +6,8 @@ import statistics
 import sys
 
 from trainer import sources
-from trainer.recipes import DOREFA, RECIPES
+from trainer.datasets import LETTERS
+from trainer.recipes import recipe_of
 
 from claims.experiments import GRID, SEARCH_SEED
 from claims.runs import ROOT, environment, perform, read
@@ -27,7 +28,8 @@ def base_rate(experiment, line):
     words = [*experiment.words, *line.words]
     if "--lr" in words:
         return float(words[words.index("--lr") + 1])
-    return (DOREFA if "dorefa" in words else RECIPES[experiment.data])["lr"]
+    model = words[words.index("--model") + 1] if "--model" in words else None
+    return recipe_of(experiment.data, model)["lr"]
 
 
 def search(experiment):
@@ -36,10 +38,11 @@ def search(experiment):
     runs = {(line.label, g * base_rate(experiment, line)): words_of(
         experiment, line, "--lr", g * base_rate(experiment, line), "--seed", SEARCH_SEED,
         "--validate") for line in searched for g in GRID}
-    perform([(words, 4) for words in runs.values()])
+    ranks = {line.label: line.ranks for line in searched}
+    perform([(words, ranks[label]) for (label, _), words in runs.items()])
     found, losses = {}, {}
     for line in searched:
-        losses[line.label] = {rate: read(words, 4)["loss"]
+        losses[line.label] = {rate: read(words, line.ranks)["loss"]
                               for (label, rate), words in runs.items() if label == line.label}
         # a run that diverged has a loss of NaN, which is below nothing
         found[line.label] = min(losses[line.label],
@@ -52,9 +55,9 @@ def search(experiment):
 
 
 def interval(values):
-    """(mean, half the width of its 95 % interval by Student's t)."""
+    """(mean, half the width of its 95 % interval by Student's t); NaN where there is none."""
     mean = statistics.fmean(values)
-    if len(values) < 2:
+    if len(values) < 2 or not math.isfinite(mean):
         return mean, float("nan")
     return mean, STUDENT[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
 
@@ -82,6 +85,7 @@ def carry_out(experiment, seeds):
         results = [read(runs[line.label, seed], line.ranks) for seed in seeds]
         lines.append(describe(line, rates[line.label], losses.get(line.label), results))
     kept = {**about(experiment, len(seeds)), "lines": lines}
+    kept |= dict(judged=experiment.judged) if experiment.judged != "accuracy" else {}
     path = RESULTS / f"reproduce-{experiment.name}.json"
     kept = without_nan(kept)
     path.write_text(json.dumps(kept, indent=1, allow_nan=False) + "\n")
@@ -112,6 +116,12 @@ def describe(line, rate, losses, results):
         curve=[(row["step"], row["loss"]) for row in first["rows"] if row["kind"] == "train"],
         sent=[(row["step"], row["bytes_per_step"]) for row in first["rows"]
               if row["kind"] == "train"])
+    if line.within is not None:
+        kept |= dict(within=line.within, above=line.above)
+    if first["config"].get("data") == "shakespeare":
+        letters = LETTERS * first["config"]["batch"] / line.ranks  # of a rank in a step
+        kept |= dict(loss_half_width=interval(kept["loss"])[1],
+                     bytes_per_letter=kept["bytes_per_step"] / letters)
     if "layers" in first["rows"][0]:
         kept["shapes"] = first["shapes"]
         kept["layers"] = [(row["step"], row["layers"]) for row in first["rows"]

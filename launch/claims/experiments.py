@@ -21,6 +21,8 @@ class Line:
     like: str = ""  # take the learning rate of the line with this label ...
     times: float = 1.0  # ... times this
     ranks: int = 4
+    within: float | None = None  # so many nats a letter above dense are allowed ...
+    above: str = ""  # ... or above the line with this label
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Experiment:
     words: tuple[str, ...] = ()  # for every line
     seeds: int = 5
     searched: bool = True  # False: every line at its recipe's learning rate
+    judged: str = "accuracy"  # or "loss": what table and picture are about
 
 
 def _ranks(label, method, like, words=()):
@@ -212,6 +215,67 @@ ADACOMP = (
         searched=False),
 )
 
+# A transformer on letters, with AdamW (launch/trainer/recipes.py); all rates are searched.
+TRANSFORMER = (
+    Experiment(
+        "transformer",
+        "AdamW divides by a running mean of squares, which a residual cannot repair: compressed "
+        "gradients lose much, also after a dense start of a fifth of all steps",
+        "shakespeare",
+        (DENSE,
+         Line("onebit", "onebit"),
+         Line("onebit, 300 steps dense first", "onebit:warmup=300"),
+         Line("dropping", "dropping"),
+         Line("dropping, 300 steps dense first", "dropping:warmup=300"),
+         Line("block, 8 bits", "block:bits=8", within=0.005),
+         Line("block, 4 bits", "block:bits=4", within=0.01)),
+        words=("--model", "gpt"), seeds=3, judged="loss"),
+)
+
+ONEBITADAM = ("--optimizer", "onebitadam")
+
+ADAM = (
+    Experiment(
+        "adam",
+        "1-bit Adam (arXiv 2102.02888) converges as Adam does, step by step: v is frozen after a "
+        "dense start, and the momentum is sent, with error feedback",
+        "shakespeare",
+        (DENSE,
+         Line("onebit", "onebit"),
+         Line("OneBitAdam, onebit", "onebit", ONEBITADAM, within=0.02),
+         Line("OneBitAdam, onebit, two stages", "onebit:exchange=sharded", ONEBITADAM,
+              "OneBitAdam, onebit"),
+         Line("OneBitAdam, sign", "sign", ONEBITADAM, "OneBitAdam, onebit", within=0.02),
+         Line("OneBitAdam, dropping", "dropping", ONEBITADAM, "OneBitAdam, onebit")),
+        words=("--model", "gpt"), seeds=3, judged="loss"),
+)
+
+
+def _local(label, steps, outer, method="dense", **options):
+    """Steps alone, then an exchange of differences."""
+    return Line(f"{label}, H = {steps}", method, ("--local", str(steps), "--outer", outer),
+                **options)
+
+
+LOCAL = (
+    Experiment(
+        "local",
+        "DiLoCo (arXiv 2311.08105): with AdamW inside and Nesterov outside, an exchange every 50 "
+        "to 500 steps costs little. Two lines that it must lie between, on the same letters: "
+        "averaging, and one worker alone with a quarter of each batch",
+        "shakespeare",
+        (DENSE,
+         _local("DiLoCo", 10, "nesterov", within=0.05),
+         _local("DiLoCo", 50, "nesterov", within=0.12),
+         _local("averaging", 10, "average"),
+         _local("averaging", 50, "average"),
+         _local("DiLoCo", 15, "nesterov"),
+         _local("SparseLoCo", 15, "average", "chunks:k=64,block=4096,bits=2,decay=0.95",
+                within=0.05, above="DiLoCo, H = 15"),
+         Line("one worker alone, 1 rank", "dense", ("--batch", "4"), ranks=1)),
+        words=("--model", "gpt"), seeds=3, judged="loss"),
+)
+
 # Every system by its name and no other option, but dorefa, which needs 6 bits (its paper's number).
 NAMES = ("dense", "terngrad", "onebit", "dorefa:bits=6", "strom", "dryden", "dropping", "adacomp")
 DEFAULTS = tuple(
@@ -220,4 +284,5 @@ DEFAULTS = tuple(
     for data in ("mnist5k", "fsdd"))
 
 SYSTEMS = {"defaults": DEFAULTS, "terngrad": TERNGRAD, "onebit": ONEBIT, "dorefa": DOREFA,
-           "strom": STROM, "dryden": DRYDEN, "dropping": DROPPING, "adacomp": ADACOMP}
+           "strom": STROM, "dryden": DRYDEN, "dropping": DROPPING, "adacomp": ADACOMP,
+           "transformer": TRANSFORMER, "adam": ADAM, "local": LOCAL}

@@ -1,8 +1,10 @@
 """Tables and pictures of what launch/reproduce measured, put into docs/results.md."""
 
+import itertools
 import json
+import operator
 import re
-from math import nan, prod
+from math import inf, nan, prod
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -14,6 +16,9 @@ COLOURS = ["#555555", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#5
 
 def table(kept):
     """The lines of one experiment's table, in Markdown."""
+    if kept.get("judged") == "loss":
+        yield from table_of_losses(kept)
+        return
     yield (f"| {kept['data']}, {kept['seeds']} seeds | ranks | rate | accuracy, % | loss "
            "| bytes/step | ratio |")
     yield "|---|---|---|---|---|---|---|"
@@ -23,6 +28,43 @@ def table(kept):
         yield (f"| {line['label']} | {line['ranks']} | {line['learning_rate']:g} "
                f"| {line['accuracy_mean']:.2f} ± {line['accuracy_half_width']:.2f} "
                f"| {loss} | {line['bytes_per_step']:,.0f} | {line['ratio']:.1f} |")
+
+
+def table_of_losses(kept):
+    """The same where the loss counts: nats a letter, and how far that is above another line's."""
+    yield (f"| {kept['data']}, {kept['seeds']} seeds | ranks | rate | nats/letter | above dense "
+           "| allowed | bytes/letter | ratio | of the second half |")
+    yield "|---|---|---|---|---|---|---|---|---|"
+    lines = {line["label"]: line for line in kept["lines"]}
+    dense = kept["lines"][0]
+    for label, line in lines.items():
+        lost, half, allowed = line["loss"].count(None), line["loss_half_width"], ""
+        loss = (f"{lost} of {len(line['loss'])} diverged | " if lost else
+                f"{line['loss_mean']:.3f}" + ("" if half is None else f" ± {half:.3f}")
+                + f" | {gap(line, dense):+.3f}")
+        if "within" in line:
+            held = gap(line, lines.get(line["above"], dense)) <= line["within"]
+            allowed = (f"{line['within']:g}" + f" above {line['above']}" * bool(line["above"])
+                       + ("" if held else ": missed"))
+        sent = (f"{line['bytes_per_letter']:,.4g} | {line['ratio']:,.1f} "
+                f"| {late_ratio(line, dense):,.1f}" if line["ranks"] > 1 else "0 | |")
+        yield (f"| {label} | {line['ranks']} | {line['learning_rate']:g} | {loss} | {allowed} "
+               f"| {sent} |")
+
+
+def gap(line, base):
+    """How far a line's mean loss is above another's; NaN where a run of either diverged."""
+    losses = line["loss_mean"], base["loss_mean"]
+    return nan if None in losses else losses[0] - losses[1]
+
+
+def late_ratio(line, dense):
+    """How many times fewer bytes than dense in the second half, where a dense start is over."""
+    def late(one):
+        steps = [step for step, _ in one["sent"]]
+        return sum(sent * (step - before) for (step, sent), before in
+                   zip(one["sent"], [0, *steps]) if 2 * before >= one["steps"])
+    return late(dense) / max(1, late(line))
 
 
 def style():
@@ -40,16 +82,17 @@ def style():
 
 
 def draw(kept, path):
-    """Accuracy of every line with its interval beside the training loss of the first seed."""
+    """What every line reached with its interval, beside the training loss of the first seed."""
     pyplot = style()
+    by_loss = kept.get("judged") == "loss"
     layers = [line for line in kept["lines"] if "layers" in line and line["label"] != "dense"]
     panels = 3 if layers else 2
     lines = kept["lines"]
     figure, axes = pyplot.subplots(
         1, panels, figsize=(4.9 * panels, max(3.4, 0.42 * len(lines) + 1.6)), dpi=120,
         facecolor="white")
-    accuracies(axes[0], lines)
-    losses(axes[1], lines)
+    reached(axes[0], lines, *(LOSS if by_loss else ACCURACY))
+    losses(axes[1], lines, by_loss)
     if layers:
         rates(axes[2], layers[0])
     figure.tight_layout(w_pad=2)
@@ -57,40 +100,54 @@ def draw(kept, path):
     pyplot.close(figure)
 
 
-def accuracies(axes, lines):
+# the key in a line, its unit, and how far below dense is too far for the picture
+ACCURACY = "accuracy", "test accuracy, %", 10, "Accuracy"
+LOSS = "loss", "test loss, nats a letter", inf, "Loss"
+
+
+def reached(axes, lines, key, unit, scale, title):
     """A dot and an interval for each line, its ratio at the margin; dense as a band.
 
-    Lines more than ten points below dense are written at the edge, not drawn to scale.
+    Lines more than `scale` below dense are written at the edge, not drawn to scale.
     """
-    mean, half = lines[0]["accuracy_mean"], lines[0]["accuracy_half_width"]
+    mean, half = lines[0][f"{key}_mean"], lines[0][f"{key}_half_width"]
     axes.axvspan(mean - half, mean + half, color="#dddddd", linewidth=0)
     for i, line in enumerate(lines):
-        y, middle = len(lines) - 1 - i, line["accuracy_mean"]
-        axes.annotate(f"{line['ratio']:.0f}x", (1.01, y), xycoords=("axes fraction", "data"),
-                      va="center", fontsize=9, color="#444444")
-        if middle < mean - 10:
-            where = f"{middle:.1f} ± {line['accuracy_half_width']:.1f}, off scale"
+        y, middle = len(lines) - 1 - i, line[f"{key}_mean"]
+        if line["ranks"] > 1:
+            axes.annotate(f"{line['ratio']:,.0f}x", (1.01, y), xycoords=("axes fraction", "data"),
+                          va="center", fontsize=9, color="#444444")
+        if middle is None:
+            axes.annotate("diverged", (0.01, y), xycoords=("axes fraction", "data"), va="center",
+                          fontsize=9, color=COLOURS[i % len(COLOURS)], weight="bold")
+            continue
+        if middle < mean - scale:
+            where = f"{middle:.1f} ± {line[f'{key}_half_width']:.1f}, off scale"
             axes.annotate(where, (0.01, y), xycoords=("axes fraction", "data"), va="center",
                           fontsize=9, color=COLOURS[i % len(COLOURS)], weight="bold")
             continue
-        axes.errorbar(middle, y, xerr=line["accuracy_half_width"], fmt="o",
+        axes.errorbar(middle, y, xerr=line[f"{key}_half_width"], fmt="o",
                       color=COLOURS[i % len(COLOURS)], capsize=3, markersize=6)
-        axes.plot(line["accuracy"], [y] * len(line["accuracy"]), "|", color="#888888",
-                  markersize=6)
+        axes.plot(line[key], [y] * len(line[key]), "|", color="#888888", markersize=6)
     axes.set_yticks(range(len(lines)), [line["label"] for line in reversed(lines)])
-    axes.set(xlabel="test accuracy, % (mean, 95 % interval)", ylim=(-0.6, len(lines) - 0.4))
-    axes.set_title("Accuracy, and fewer bytes than dense by", pad=10)
+    axes.set(xlabel=f"{unit} (mean, 95 % interval)", ylim=(-0.6, len(lines) - 0.4))
+    axes.set_title(f"{title}, and fewer bytes than dense by", pad=10)
 
 
-def losses(axes, lines):
-    """Training loss against the step, lines on 4 ranks only."""
+def losses(axes, lines, by_bytes=False):
+    """Training loss against the step, or the bytes that a rank sent; lines on 4 ranks only."""
     for i, line in enumerate(lines):
         if line["ranks"] == 4:
             steps, values = zip(*((step, nan if loss is None else loss)
                                   for step, loss in line["curve"]))
-            axes.plot(steps, values, color=COLOURS[i % len(COLOURS)], linewidth=1.5,
-                      label=line["label"])
-    axes.set(yscale="log", xlabel="step")
+            per_step = [sent for _, sent in line["sent"]]
+            widths = [step - before for step, before in zip(steps, [0, *steps])]
+            sent = itertools.accumulate(map(operator.mul, per_step, widths))
+            axes.plot(list(sent) if by_bytes else steps, values, linewidth=1.5,
+                      color=COLOURS[i % len(COLOURS)], label=line["label"])
+    axes.set(yscale="log", xlabel="bytes sent by each rank" if by_bytes else "step")
+    if by_bytes:
+        axes.set_xscale("log")
     plain_numbers(axes.yaxis)
     axes.set_title("Training loss, first seed", pad=10)
     axes.legend(fontsize=8, framealpha=0.8, edgecolor="none")

@@ -20,6 +20,7 @@ from trainer.sources import SOURCES, DataError, cache, raw_files
 
 DECODING = 1        # part of the cache's key: raise it when a decoder below changes what it returns
 PADDING = 255       # in y: no target, only there to make rows equally long
+LETTERS = 128       # characters in a row of shakespeare
 SPLIT_SEED = 0      # the test sets are fixed for ever; --seed never moves them
 
 
@@ -85,9 +86,9 @@ def _shakespeare(plays: bytes) -> dict[str, np.ndarray]:
                                return_inverse=True)
     codes, edge, out = codes.astype(np.uint8), len(codes) * 95 // 100, {"symbols": symbols}
     for part, stretch in ("train", codes[:edge]), ("test", codes[edge:]):
-        count = (len(stretch) - 1) // 128
-        out[part + "_x"] = stretch[:count * 128].reshape(count, 128)
-        out[part + "_y"] = stretch[1:count * 128 + 1].reshape(count, 128)
+        count = (len(stretch) - 1) // LETTERS
+        out[part + "_x"] = stretch[:count * LETTERS].reshape(count, LETTERS)
+        out[part + "_y"] = stretch[1:count * LETTERS + 1].reshape(count, LETTERS)
     return out
 
 

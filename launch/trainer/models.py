@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 import mpicomp.nn
+from trainer.datasets import LETTERS
 
 
 class CNN(nn.Module):
@@ -114,6 +115,46 @@ class G2P(nn.Module):
         return sum(levenshtein(*pair) for pair in pairs), sum(len(right) for _, right in pairs)
 
 
+class Block(nn.Module):
+    """Attention to the letters so far, then two layers at each place; both add to their input."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.attended = nn.Linear(width, width, bias=False)
+        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        parts = self.query_key_value(self.norm1(x)).unflatten(2, (3, self.heads, -1))
+        query, key, value = parts.permute(2, 0, 3, 1, 4)  # each [n, heads, places, width / heads]
+        found = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.attended(found.transpose(1, 2).flatten(2))
+        return x + self.narrow(functional.gelu(self.wide(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """Characters [n, 128] -> logits [n, 128, classes], each for the character that follows.
+
+    A decoder-only transformer: layers are normalised before, not after, and nothing is dropped out.
+    431,872 parameters for 77 classes.
+    """
+
+    def __init__(self, classes, width=128, layers=2, heads=4):
+        super().__init__()
+        self.letters, self.places = nn.Embedding(classes, width), nn.Embedding(LETTERS, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm, self.logits = nn.LayerNorm(width), nn.Linear(width, classes, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, x):
+        x = self.letters(x.long()) + self.places.weight[:x.shape[1]]
+        return self.logits(self.norm(self.blocks(x)))
+
+
 def until_end(codes):
     """The codes before the first 0, as a list."""
     codes = codes.tolist()
@@ -130,4 +171,4 @@ def levenshtein(a, b):
     return row[-1]
 
 
-MODELS = {"cnn": CNN, "dorefa": dorefa, "dnn": dnn, "lstm": LSTM, "g2p": G2P}
+MODELS = {"cnn": CNN, "dorefa": dorefa, "dnn": dnn, "lstm": LSTM, "g2p": G2P, "gpt": GPT}

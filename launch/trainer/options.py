@@ -55,9 +55,9 @@ def parse(about, refuse, rank):
                         help="how gradients travel: dense, onebit, terngrad, strom:tau=0.01 ... "
                              "(python -m mpicomp methods lists them)")
     parser.add_argument("--model", choices=list(models.MODELS),
-                        help="the data set's own, or for pictures dorefa: low-bit weights, "
+                        help="the data set's own; for pictures dorefa: low-bit weights, "
                              "activations and gradients inside the network, whatever the method "
-                             "does between ranks")
+                             "does between ranks; for shakespeare gpt: a transformer")
     parser.add_argument("--bits", type=three_bits, metavar="W,A,G",
                         help="of --model dorefa, 32 for none (default: 1,2,6)")
     length = parser.add_mutually_exclusive_group()
@@ -65,7 +65,7 @@ def parse(about, refuse, rank):
     length.add_argument("--steps", type=int, help="optimizer steps")
     parser.add_argument("--batch", type=int, help="examples per step, over all ranks together")
     parser.add_argument("--lr", type=float, help="peak learning rate")
-    parser.add_argument("--optimizer", choices=["sgd", "adam", "adagrad"])
+    parser.add_argument("--optimizer", choices=["sgd", "adam", "adamw", "adagrad", "onebitadam"])
     parser.add_argument("--momentum", type=float, default=0.0, help="of sgd (default: %(default)s)")
     parser.add_argument("--local-adagrad", action="store_true",
                         help="AdaGrad on each rank's own gradient, before it is exchanged")
@@ -120,5 +120,8 @@ def parse(about, refuse, rank):
         if args.local and getattr(args, name):
             refuse(f"--{name.replace('_', '-')} with --local: it is for an exchange in every step; "
                    "leave out either")
+    if args.local and args.optimizer == "onebitadam":
+        refuse("--optimizer onebitadam with --local: it has momenta exchanged in every step; take "
+               "adamw")
     args.outer = args.outer or "average"
     return args

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 import mpicomp
+import mpicomp.optim
 from trainer import datasets, options
 from trainer.models import MODELS
 from trainer.ranks import Ranks
-from trainer.recipes import DOREFA, RECIPES
+from trainer.recipes import ADAMW, recipe_of
 
 
 class Setup:
@@ -75,9 +76,7 @@ class Setup:
 
     def _recipe(self):
         """The recipe of the data set, with what the options change in it."""
-        args, recipe = self.args, RECIPES[self.args.data]
-        if args.model == "dorefa" and recipe["model"] == "cnn":
-            recipe = recipe | DOREFA
+        args, recipe = self.args, recipe_of(self.args.data, self.args.model)
         if args.model not in (None, recipe["model"]):
             self.ranks.refuse(f"--model {args.model} does not fit --data {args.data}; leave it out")
         if args.bits and "bits" not in recipe:
@@ -113,9 +112,23 @@ class Setup:
         kind, rate = self.config["optimizer"], self.config["lr"]
         if kind == "adam":
             return torch.optim.Adam(model.parameters(), lr=rate)
+        if kind == "adamw":
+            return torch.optim.AdamW(model.parameters(), lr=rate, **ADAMW)
+        if kind == "onebitadam":  # v is frozen when the rate has risen, or after a fifth of steps
+            rising = self.steps // self.config.get("rise", 20)
+            return mpicomp.optim.OneBitAdam(model.parameters(), lr=rate, **ADAMW,
+                                            freeze_from=rising, freeze_by=self.steps // 5)
         if kind == "adagrad":
             return torch.optim.Adagrad(model.parameters(), lr=rate, eps=1e-8)
         return torch.optim.SGD(model.parameters(), lr=rate, momentum=self.args.momentum)
+
+    def clip(self, model, optimizer):
+        """Clip gradients where the recipe says so: their mean, with --local this rank's own."""
+        norm = self.config.get("clip")
+        if norm and self.args.local:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), norm)
+        elif norm:
+            mpicomp.clip_grad_norm_(optimizer, norm)
 
     def _local_adagrad(self, name):
         """A hook that divides a gradient by the root of the sum of its squares so far.
@@ -130,9 +143,12 @@ class Setup:
         return divide
 
     def learning_rate(self, step):
-        """Up over the first twentieth of all steps, then half a cosine down to zero.
+        """Up over the first twentieth of all steps, and half a cosine down to zero.
 
         It suits error feedback: what is still owed when training ends would have moved little.
+        A recipe's `rise` is in place of twenty, its `floor` times the peak in place of zero.
         """
-        rise = min(1.0, (step + 1) / (self.steps / 20 + 1))
-        return self.config["lr"] * rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        part, floor = self.config.get("rise", 20), self.config.get("floor", 0.0)
+        rise = min(1.0, (step + 1) / (self.steps / part + 1))
+        fall = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.config["lr"] * rise * (floor + (1 - floor) * fall)
