@@ -81,7 +81,8 @@ class Compressor(ABC):
         """Add weight * (the decoded payload) to `out` (float32, layout.size elements).
 
         `packet` holds exactly the bytes that `encode` used, `key` is the sender's. Raises
-        PacketError for bytes that `encode` cannot have written; `out` is then undefined.
+        PacketError for bytes that say nothing in this layout, or a number that is not finite; `out`
+        is then undefined. Bits that fill up the last byte may be ignored.
         """
 
     def decode_sum(self, payloads: Sequence[Array], out: Array, layout: Layout,

@@ -127,8 +127,8 @@ class BucketExchange:
     headers  list of Header, one of each rank that took part, once `Exchange.run` is through
     codecs   list of Codec: those whose residuals this rank has for the bucket
 
-    A subclass takes all memory in `__init__`, for MPI by `staging.buffers_for(grad)`: later steps
-    allocate nothing. `persistent` is by default the state of the first codec.
+    A subclass takes its memory in `__init__`, for MPI by `staging.buffers_for(grad)`: later steps
+    allocate nothing, but where lengths depend on the data (lengths.py). `persistent` is by default the state of the first codec.
     """
 
     def __init__(self, layout: Layout, index: int, grad: Array,

@@ -6,7 +6,7 @@ from mpicomp.transport import packet, ring, staging
 
 
 class Inbox:
-    """Memory for headers of all ranks and for payloads, which grows during the first steps.
+    """Memory for the headers of all ranks, and for payloads: it grows with the longest so far.
 
     After each `run` of a subclass `headers` and `payloads` are those that arrived, in rank order.
     """

@@ -60,7 +60,11 @@ class _Memory:
 
     @cached_property
     def device(self):
-        return _device().zeros(self.size, np.uint8) if self._array is None else self._array
+        if self._array is not None:
+            return self._array
+        made = _device().zeros(self.size, np.uint8)
+        _device().mark().synchronize()  # other streams and MPI write here: after the zeros
+        return made
 
 
 class MirroredBuffer:
