@@ -128,7 +128,8 @@ class BucketExchange:
     codecs   list of Codec: those whose residuals this rank has for the bucket
 
     A subclass takes its memory in `__init__`, for MPI by `staging.buffers_for(grad)`: later steps
-    allocate nothing, but where lengths depend on the data (lengths.py). `persistent` is by default the state of the first codec.
+    allocate nothing, but where lengths depend on the data (lengths.py). `persistent` is by default
+    the state of the first codec.
     """
 
     def __init__(self, layout: Layout, index: int, grad: Array,
