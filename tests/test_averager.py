@@ -461,3 +461,16 @@ def test_compiled_code_may_call_it(comm):
     mean = torch.full((6,), float(comm.size - 1))
     assert torch.equal(torch.compile(step, backend="eager")(x), mean)
     assert averager.step == 1
+
+
+def test_a_state_is_not_given_while_a_step_is_under_way(comm):
+    """A rank of weight 0 lost what it owed."""
+    averager = mpicomp.Averager(arrays(0), "onebit", comm)
+    averager.average(arrays(comm.rank))
+    owed = averager.state_dict()["error/w"].copy()
+    averager.send(arrays(comm.rank), weight=0.0 if comm.rank == 0 else 1.0)
+    if comm.size > 1:
+        with pytest.raises(MismatchError, match="in the middle of a step"):
+            averager.state_dict()
+        averager.finish()
+    assert comm.rank > 0 or np.array_equal(averager.state_dict()["error/w"], owed)

@@ -660,3 +660,137 @@ def test_bytes_are_told_against_an_exchange_in_every_step(comm):
     assert local.stats.dense == 4 * size * 10 and local.stats.steps == 2
     sent = sum(averager.stats.sent for averager in local.averagers)
     assert local.stats.sent == sent and local.stats.reasons["dense"] == sent
+
+
+# ---- what was found wrong once
+
+
+def test_one_nan_heals_also_where_fragments_are_sent_in_turn(comm):
+    """The other fragment's NaN came back with the next forward pass, for ever."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    local = mpicomp.LocalUpdates(model, torch.optim.AdamW(model.parameters(), lr=0.01), 4, "dense",
+                                 "average", comm, fragments=2, nonfinite="skip")
+    for number in range(16):
+        local.inner.zero_grad()
+        x = torch.full((3, 4), float("nan") if number == 1 and comm.rank == 0 else 1.0)
+        model(x).square().sum().backward()
+        local.step()
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    assert sum(averager.stats.skipped for averager in local.averagers) <= 2
+
+
+def test_after_an_exchange_that_failed_sync_sends_the_round(comm, monkeypatch):
+    """It took the round for sent, and set parameters back to the anchor."""
+    named = parameters(w=3)
+    local = mpicomp.LocalUpdates(named, still(named), 2, "dense", "average", comm)
+    start = named[0][1].detach().clone()
+    moved(local, named, [start - 1])
+    with monkeypatch.context() as patch:
+        patch.setattr(local.averagers[0], "finish", lambda: exec("raise OSError('no such luck')"))
+        with pytest.raises(OSError, match="no such luck"):
+            moved(local, named, [start - 2 - comm.rank])
+    local.averagers[0].finish()
+    local.sync()
+    assert torch.allclose(named[0][1], start - 2 - (comm.size - 1) / 2)
+
+
+def test_sync_makes_one_outer_step_of_what_is_under_way(comm):
+    named = parameters(w=3)
+    local = mpicomp.LocalUpdates(named, still(named), 4, "dense", "nesterov", comm, lag=3)
+    start = named[0][1].detach().clone()
+    for number in range(1, 7):
+        moved(local, named, [start - number])
+    local.sync()
+    assert torch.allclose(named[0][1], start - 1.33 * 4, atol=1e-5)
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_what_moves_is_decided_when_it_is_sent(later, comm):
+    """Frozen or not when the mean is applied: counted twice, or another anchor on each rank."""
+    named = parameters(w=3, b=2)
+    local = mpicomp.LocalUpdates(named, still(named), 2, "dense", "average", comm, lag=1)
+    start = named[0][1].detach().clone()
+    named[0][1].requires_grad_(not later)
+    moved(local, named, [start - 1, named[1][1].detach()])
+    moved(local, named, [start - 2, named[1][1].detach()])
+    named[0][1].requires_grad_(later)
+    moved(local, named, [start - 2, named[1][1].detach()])
+    (anchor,) = [part.anchors["w"] for part in local.fragments]
+    assert torch.allclose(anchor, start if later else start - 2)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_ranks_whose_outer_rates_differ(comm):
+    named = parameters(w=3)
+    local = mpicomp.LocalUpdates(named, still(named), 1, "dense", "average", comm)
+    moved(local, named, [named[0][1].detach() - 1])
+    local.outer.param_groups[0]["lr"] = 0.5 if comm.rank else 1.0
+    same_error(comm, MismatchError, lambda: moved(local, named, [named[0][1].detach() - 1]))
+
+
+def test_an_outer_optimizer_of_other_tensors(comm):
+    named = parameters(w=3)
+    text = same_error(comm, SpecError, lambda: mpicomp.LocalUpdates(
+        named, still(named), 1, "dense", lambda anchors: torch.optim.SGD([torch.zeros(2)], lr=1.0),
+        comm))
+    assert "and of no others" in text
+
+
+def test_a_state_that_fits_on_some_ranks_only_is_loaded_on_none(comm):
+    model, local = made(comm, every=2)
+    steps(model, local, comm, 2)
+    state, before = local.state_dict(), digest(model.parameters())
+    steps(model, local, comm, 2)
+    after = digest(model.parameters())
+    assert after != before
+    if comm.rank == 0:
+        del state["anchor/" + next(iter(local.fragments[0].anchors))]
+    same_error(comm, SpecError if comm.size == 1 else MismatchError,
+               lambda: local.load_state_dict(state))
+    assert digest(model.parameters()) == after
+
+
+def test_a_state_of_another_inner_optimizer(comm):
+    model, local = made(comm)
+    other, sgd = made(comm, inner=lambda p: torch.optim.SGD(p, lr=0.1))
+    text = same_error(comm, SpecError, lambda: sgd.load_state_dict(local.state_dict()))
+    assert "the saved inner optimizer" in text
+
+
+def test_saved_while_a_nan_is_under_way(comm):
+    """The error and the inner state at the start are a part of the state."""
+    def go(model, local, first, last):
+        found = []
+        for number in range(first, last):
+            local.inner.zero_grad()
+            model(torch.full((2, 3), float("nan") if number == 1 else 1.0)).sum().backward()
+            try:
+                local.step()
+            except NonFiniteError as error:
+                found.append(str(error))
+        return found
+
+    def fresh():
+        torch.manual_seed(1)
+        model = torch.nn.Linear(3, 2)
+        inner = torch.optim.AdamW(model.parameters(), lr=0.1)
+        return model, mpicomp.LocalUpdates(model, inner, 4, "dense", "average", comm, lag=2)
+
+    model, local = fresh()
+    go(model, local, 0, 5)
+    other, resumed = fresh()
+    resumed.load_state_dict(local.state_dict())
+    assert len(go(model, local, 5, 9)) == len(go(other, resumed, 5, 9)) == 1
+    assert digest(model.parameters()) == digest(other.parameters())
+    assert all(bool(torch.isfinite(p).all()) for p in other.parameters())
+
+
+def test_the_preset_is_sparseloco(comm):
+    model, inner = network(), None
+    inner = torch.optim.AdamW(model.parameters(), lr=0.01)
+    local = mpicomp.SparseLoCo(model, inner, every=2, comm=comm)
+    steps(model, local, comm, 4)
+    assert equal(comm, digest(model.parameters()))
+    assert repr(local.averagers[0].method).startswith("chunks:k=64,block=4096,bits=2")
+    assert local.averagers[0].method.compressor.decay == 0.95

@@ -140,3 +140,11 @@ def test_said_and_owed_is_given_from_some_ranks_to_others(spec, bucket_bytes, co
         said = comm.bcast(sum(part[name] for part in spoken))  # rank 0 was there all the time
         assert np.allclose(said + owed[name].numpy(), everything, atol=1e-3), name
     replicas_are_identical(comm, torch.nn.ParameterList(p for _, p in named))
+
+
+def test_states_of_an_averager(comm):
+    """Its arrays are NumPy's."""
+    averager = mpicomp.Averager({"w": np.zeros(5, np.float32)}, "onebit", comm)
+    averager.average({"w": np.arange(5, dtype=np.float32)})
+    (new,) = checkpoint.repartition([averager.state_dict()] * 2, 1)
+    assert np.array_equal(new["error/w"].numpy(), 2 * averager.state_dict()["error/w"])

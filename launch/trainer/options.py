@@ -118,8 +118,8 @@ def parse(about, refuse, rank):
         refuse("--outer is for --local H; add that, or leave it out")
     for name in ("flush_epochs", "log_layers", "require_ratio", "survive"):
         if args.local and getattr(args, name):
-            refuse(f"--{name.replace('_', '-')} with --local: it is for an exchange in every step; "
-                   "leave out either")
+            refuse(f"--{name.replace('_', '-')} with --local: not offered together here; leave out "
+                   "either")
     if args.local and args.optimizer == "onebitadam":
         refuse("--optimizer onebitadam with --local: it has momenta exchanged in every step; take "
                "adamw")

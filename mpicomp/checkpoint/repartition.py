@@ -17,7 +17,7 @@ def repartition(states: Sequence[Mapping[str, Any]], ranks: int, *,
     """The states for `ranks` Reducers that go on from those of len(states) others.
 
     states   state_dict() of the Reducer, Averager or LocalUpdates of every former rank, in rank
-             order
+             order; what comes back are torch tensors
     keep     "sum" keeps the sum over ranks of "error" and of "error2", element by element. "mean"
              keeps that sum divided by the number of ranks, which is what a Reducer with
              average=True will still add to the parameters; the sum changes by ranks / len(states)
@@ -48,7 +48,7 @@ def repartition(states: Sequence[Mapping[str, Any]], ranks: int, *,
         total = torch.zeros(shape, dtype=torch.float64)
         for state in states:
             if key in state:
-                total += state[key].double()
+                total += torch.as_tensor(state[key]).double()
         if kind == "error":
             shares = _even(total * factor, len(holders))
         elif kind == "error2":

@@ -52,6 +52,7 @@ class Fragment:
         self.differences = {name: torch.zeros_like(anchor) for name, anchor in anchors.items()}
         self.averager = averager(parameters, self.differences)
         self.sent, self.due = 0, None
+        self._sent_before, self._moving = 0, []  # names of what moved when it was sent
         self._arrived = None  # was there a mean? None: not known yet
         self._error = None
 
@@ -66,7 +67,8 @@ class Fragment:
         ordered = dict(reversed(self.differences.items()))
         under_way = self.averager.send(ordered, weight)
         self._arrived, self._error = None if under_way else False, None
-        self.sent, self.due = step, step + lag
+        self._moving = [name for name, p in self.parameters.items() if p.requires_grad]
+        self.sent, self._sent_before, self.due = step, self.sent, step + lag
 
     def land(self):
         """Wait for what is under way; the differences are the mean, if there is one."""
@@ -76,8 +78,12 @@ class Fragment:
             except NonFiniteError as error:
                 self._arrived, self._error = False, error
             except Exception:  # it is not under way any more, and can be sent again
-                self.due = None
+                self._take_back()
                 raise
+
+    def _take_back(self):
+        self.due = self._arrived = None
+        self.sent = self._sent_before
 
     @torch.no_grad()
     def apply(self, outer, mix) -> bool:
@@ -88,11 +94,10 @@ class Fragment:
         self.land()
         arrived, self.due, self._arrived = self._arrived, None, None
         if arrived:
-            moving = {name: p for name, p in self.parameters.items() if p.requires_grad}
-            for name in moving:
+            for name in self._moving:
                 self.anchors[name].grad = self.differences[name]
             outer.step()
-            for name in moving:
+            for name in self._moving:
                 self.anchors[name].grad = None
         for name, p in self.parameters.items():
             own = mix if arrived else 0.0
@@ -115,7 +120,8 @@ class Fragment:
     def regroup(self, comm):
         """Go on over fewer ranks; what was under way has never been sent."""
         self.averager.regroup(comm)
-        self.due = self._arrived = None
+        if self.due is not None:
+            self._take_back()
 
     # ---- state
 
@@ -124,27 +130,32 @@ class Fragment:
         self.land()
         owed = in_torch(self.averager.state_dict())
         due = -1 if self.due is None else self.due
+        error = None if self._error is None else str(self._error)
         found = {f"anchor/{name}": anchor.clone() for name, anchor in self.anchors.items()}
         found |= {f"parameter/{name}": p.detach().clone() for name, p in self.parameters.items()}
         found |= {key: value for key, value in owed.items() if key != "step"}
         if self._arrived:
-            found |= {f"mean/{name}": mean.clone() for name, mean in self.differences.items()}
-        return found | {"fragment": [owed["step"], self.sent, due]}
+            found |= {f"mean/{name}": self.differences[name].clone() for name in self._moving}
+        return found | {"fragment": [owed["step"], self.sent, due, bool(self._arrived), error,
+                                     self.finite]}
 
     @torch.no_grad()
     def restore(self, state, fragment):
         """Take over what `state` gave: `fragment` is its entry of that name."""
-        step, self.sent, due = fragment
+        step, self.sent, due, arrived, error, finite = fragment
         mine = {key: state[key] for key in self.averager.state_dict() if key != "step"}
         self.averager.load_state_dict({"step": step, **mine})
-        self.due, self._arrived, self._error = (None if due < 0 else due), None, None
+        self.due, self._arrived = (None, None) if due < 0 else (due, arrived)
+        self._sent_before, self._error = self.sent, NonFiniteError(error) if error else None
         for name, anchor in self.anchors.items():
             anchor.copy_(state[f"anchor/{name}"])
             self.parameters[name].copy_(state[f"parameter/{name}"])
-        if self.due is not None:
-            self._arrived = all(f"mean/{name}" in state for name in self.anchors)
-            for name in self.anchors if self._arrived else ():
-                self.differences[name].copy_(state[f"mean/{name}"])
+        self._moving = [name for name in self.anchors if f"mean/{name}" in state]
+        for name, difference in self.differences.items():
+            if name in self._moving:
+                difference.copy_(state[f"mean/{name}"])
+            else:  # what is not finite need not be known in full
+                difference.fill_(0.0 if finite else float("nan"))
 
 
 def layer(name) -> str:

@@ -111,7 +111,7 @@ class LocalUpdates:
         self.fragments = [
             Fragment(part, {name: found[name] for name in part},
                      lambda parameters, differences, number=number: Differences(
-                         parameters, differences, method, comm, self._rounds.place,
+                         parameters, differences, method, comm, self._place,
                          self._objection, seed=(seed + number) % 2**64 if number else seed,
                          bucket_bytes=bucket_bytes, nonfinite=nonfinite,
                          stall_timeout=stall_timeout, progress=progress))
@@ -146,6 +146,10 @@ class LocalUpdates:
                     "LocalUpdates anew after unfreezing a layer, with all parameters")
         return None
 
+    def _place(self):
+        """What ranks must agree on in each exchange."""
+        return f"{self._rounds.place()}, outer {outer_optimizers.facts(self.outer)}"
+
     def _agree(self, comm, problem):
         """Raise on all ranks alike if arguments differ or any rank has a problem."""
         rounds = self._rounds
@@ -170,8 +174,12 @@ class LocalUpdates:
 
         Must be called equally often on all ranks. Raises NonFiniteError (nonfinite="raise"),
         MismatchError or StallError, on all ranks alike. After an error in the exchange, such as the
-        death of a rank, the next call makes no step of its own, and repeats the exchange.
+        death of a rank, the next call makes no step of its own, and repeats the exchange; with a
+        lag it goes on instead, and what was under way is sent with the fragment's next difference.
         """
+        if scaler is not None and closure is not None:
+            raise SpecError("step(closure, scaler) found: a GradScaler cannot call a closure; call "
+                            "backward() before, and step(scaler=scaler)")
         loss = None
         if not self._interrupted:
             self._rounds.check()  # before anything is done
@@ -200,22 +208,20 @@ class LocalUpdates:
     def sync(self) -> None:
         """End the round now, on all ranks: every parameter is its anchor afterwards.
 
-        What is under way is applied, and what has moved since it was sent last is exchanged,
-        without lag and mix. For the end of a training that does not end with a round, and before
-        parameters are compared. Not needed to evaluate or save: see `anchored` and `state_dict`.
+        What is under way is applied, and the steps of that fragment since it was sent are given up;
+        what other fragments have moved is exchanged, without lag and mix. For the end of a training
+        that does not end with a round, and before parameters are compared. Not needed to evaluate
+        or save: see `anchored` and `state_dict`.
         """
         for fragment in self.fragments:
-            if fragment.due is not None:
-                self._apply(fragment, 0.0)
-            if fragment.sent < self._rounds.step:
+            if fragment.due is None and fragment.sent < self._rounds.step:
                 self._send(fragment, 0)
+            if fragment.due is not None:
                 self._apply(fragment, 0.0)
         if self._rounds.step > self._rounds.began:
             self._end_round()
         self._interrupted = False
-        with torch.no_grad():
-            for p, anchor in self._pairs():
-                p.copy_(anchor)
+        self._to_anchors()
         self._tell(self.fragments)
 
     def _send(self, fragment, lag):
@@ -224,7 +230,13 @@ class LocalUpdates:
 
     def _apply(self, fragment, mix):
         if not fragment.apply(self.outer, mix) and not fragment.finite:
-            self._restart_inner()  # its moments are not finite either
+            self._to_anchors()  # other fragments may hold NaN, too, and so may the moments
+            self._restart_inner()
+
+    @torch.no_grad()
+    def _to_anchors(self):
+        for p, anchor in self._pairs():
+            p.copy_(anchor)
 
     def _end_round(self):
         self._rounds.end()
@@ -307,8 +319,9 @@ class LocalUpdates:
 
         "anchor/<name>", "parameter/<name>" (this rank's own), "error/<name>" (its residuals, also
         "error2/..."), "mean/<name>" of what has arrived and is not applied yet, "inner" and
-        "outer", the optimizers' states, "step", "round" and "fragments". Only the model's buffers
-        are not in it. It waits for what is under way, so all ranks call it. Copies. Save it
+        "outer", the optimizers' states, "fresh", the inner one's at the start, "step", "round" and
+        "fragments". The model's buffers, random states, schedulers and a GradScaler are yours to
+        save. It waits for what is under way, so all ranks call it. Copies. Save it
         with checkpoint.save as each rank's own, and on another number of ranks load what
         checkpoint.repartition(states, ranks, keep="mean") gives: new rank r goes on from what
         former rank r (modulo their number) had, and what all owe is shared out.
@@ -318,7 +331,8 @@ class LocalUpdates:
         state = {"step": self._rounds.step, "round": self._rounds.number,
                  "began": self._rounds.began, "interrupted": self._interrupted,
                  "fragments": places, "inner": copy.deepcopy(self.inner.state_dict()),
-                 "outer": copy.deepcopy(self.outer.state_dict())}
+                 "outer": copy.deepcopy(self.outer.state_dict()),
+                 "fresh": copy.deepcopy(self._fresh)}
         for part in parts:
             state |= part
         return state
@@ -326,17 +340,26 @@ class LocalUpdates:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave on this rank, to the bit; sets parameters, too.
 
-        Collective. Raises SpecError on all ranks if names or shapes do not fit on any of them, with
-        nothing changed, and MismatchError if the ranks' states are not of one step and anchor.
+        Collective. With nothing changed it raises SpecError on all ranks if the state fits on none
+        of them, and MismatchError if it fits on some only, or if the ranks' states are not of one
+        step and anchor.
         """
-        compare(self.comm, lambda: self._load(state), self.averagers[0].link.timeout,
+        now = self.state_dict()
+        means = {f"mean/{name}": None for part in self.fragments for name in part.anchors}
+        state = dict(zip(known_as(state, now | means), state.values()))
+        compare(self.comm, lambda: self._fitting(state, now), self.averagers[0].link.timeout,
                 {"anchor": "load the states of one checkpoint on every rank",
                  "outer": "load the states of one checkpoint on every rank"})
+        self.inner.load_state_dict(copy.deepcopy(state["inner"]))  # torch takes its tensors over
+        self.outer.load_state_dict(copy.deepcopy(state["outer"]))
+        for fragment, place in zip(self.fragments, state["fragments"], strict=True):
+            fragment.restore(state, place)
+        self._rounds.step, self._rounds.number = state["step"], state["round"]
+        self._rounds.began, self._interrupted = state["began"], state["interrupted"]
+        self._before, self._fresh = self._rounds.step, copy.deepcopy(state["fresh"])
 
-    def _load(self, state):
-        """Take over a state; what must be the same on all ranks of it."""
-        now = self.state_dict()
-        state = dict(zip(known_as(state, now), state.values()))
+    def _fitting(self, state, now):
+        """SpecError unless this state fits; what must be the same on all ranks of it."""
         odd = sorted(key for key in set(now) ^ set(state) if not key.startswith("mean/"))
         if odd:
             raise SpecError(f"the saved state {'lacks' if odd[0] in now else 'has'} {odd[0]!r}, "
@@ -348,13 +371,8 @@ class LocalUpdates:
             if key in state and hasattr(value, "shape") and state[key].shape != value.shape:
                 raise SpecError(f"saved {key!r} has shape {list(state[key].shape)}, expected "
                                 f"{list(value.shape)}")
-        self.inner.load_state_dict(copy.deepcopy(state["inner"]))  # torch takes its tensors over
-        self.outer.load_state_dict(copy.deepcopy(state["outer"]))
-        for fragment, place in zip(self.fragments, state["fragments"], strict=True):
-            fragment.restore(state, place)
-        self._rounds.step, self._rounds.number = state["step"], state["round"]
-        self._rounds.began, self._interrupted = state["began"], state["interrupted"]
-        self._before = self._rounds.step
+        for kind in "inner", "outer":
+            refuse_other(kind, state[kind], now[kind])
         return [("step", "", f"{state['step']}, {state['round']}, {state['fragments']}"),
                 *(("anchor", key, fingerprint(value)) for key, value in state.items()
                   if key.startswith("anchor/")),
@@ -390,6 +408,15 @@ class LocalUpdates:
         """Do nothing from now on; another may have the communicator."""
         for averager in self.averagers:
             averager.close()
+
+
+def refuse_other(kind, saved, now) -> None:
+    """SpecError unless the saved state is of such an optimizer."""
+    had, has = ([(sorted(set(group) - {"params"}), len(group["params"]))
+                 for group in state["param_groups"]] for state in (saved, now))
+    if had != has:
+        raise SpecError(f"the saved {kind} optimizer has parameter groups with {had}, this one "
+                        f"with {has}: load the state into an optimizer of the same kind")
 
 
 def SparseLoCo(model: Named, inner: torch.optim.Optimizer, every: int = 30,

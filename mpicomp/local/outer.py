@@ -23,6 +23,10 @@ def made(outer, anchors) -> torch.optim.Optimizer:
                 f"outer: {type(optimizer).__name__} found, expected one of {', '.join(KNOWN)}, or "
                 "a function that makes an optimizer of a list of tensors: "
                 "outer=lambda anchors: torch.optim.Adam(anchors, lr=0.01)")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if held != {id(anchor) for anchor in anchors}:
+            raise SpecError(f"outer: an optimizer of {len(held)} tensors found, expected one of "
+                            f"the {len(anchors)} that the function is given, and of no others")
         return optimizer
     name, inner, options = split_spec(outer)
     if name not in KNOWN or inner is not None:
@@ -44,5 +48,7 @@ def made(outer, anchors) -> torch.optim.Optimizer:
 
 def facts(optimizer) -> list[str]:
     """What all ranks must agree on of an outer optimizer, a line each."""
-    return [type(optimizer).__name__, *(f"{name}={fingerprint(leaf)}"
-                                        for name, leaf in leaves(optimizer.defaults))]
+    groups = [{key: value for key, value in group.items() if key != "params"}
+              for group in optimizer.param_groups]
+    return [type(optimizer).__name__,
+            *(f"{name}={fingerprint(leaf)}" for name, leaf in leaves(groups))]
