@@ -547,6 +547,114 @@ def test_ranks_with_other_states_are_an_error(comm):
     assert "of group 0 of OneBitAdam" in text
 
 
+@pytest.mark.mpi(min_size=2)
+def test_a_state_that_one_rank_loads_is_the_same_error_everywhere(comm):
+    """In a run that goes on, where nobody compares states: headers say whether v is frozen."""
+    named = parameters(x=8)
+    optimizer = made(named, "onebit", comm, freeze=9)
+    for number in range(2):
+        step(optimizer, named, gradients_of(named, comm.rank, number))
+    if comm.rank == 1:
+        optimizer.load_state_dict(frozen_with([0.0] * 8, [1.0] * 8, (0.9, 0.99)))
+    optimizer.zero_grad()
+    give(named, gradients_of(named, comm.rank, 2))
+    same_error(comm, MismatchError, optimizer.step)
+
+
+def test_a_state_loaded_without_that_of_the_reducer(comm):
+    """All ranks go from dense steps to a frozen v: one error, and with both states the run."""
+    named = parameters(x=8)
+    optimizer = made(named, "onebit", comm, freeze=9)
+    step(optimizer, named, gradients_of(named, comm.rank, 0))
+    optimizer.load_state_dict(frozen_with([0.0] * 8, [1.0] * 8, (0.9, 0.99)))
+    optimizer.zero_grad()
+    give(named, gradients_of(named, comm.rank, 1))
+    assert "type, on all ranks,  reducer.load_state_dict" in same_error(comm, SpecError,
+                                                                        optimizer.step)
+    optimizer.zero_grad()
+    optimizer.reducer.load_state_dict(optimizer.reducer.state_dict())
+    sent = optimizer.reducer.stats.sent
+    step(optimizer, named, gradients_of(named, comm.rank, 1))
+    assert optimizer.reducer.stats.sent - sent == HEADER + 8 + 4  # two means, and bits in a word
+
+
+def test_a_parameter_that_was_never_trained(comm):
+    """It gets no moments, counts as no element without a gradient, and AdamW's state lacks it."""
+    named = parameters(w=4, b=2)
+    named[1][1].requires_grad_(False)
+    optimizer = made(named, "onebit", comm, freeze=1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        give(named[:1], [np.arange(1.0, 5)])
+        optimizer.step()
+    assert any("0 of 4 elements" in note for note in optimizer.reducer.stats.notes)
+    packed = optimizer.adamw_state_dict()
+    assert set(packed["state"]) == {0} and named[1][1] not in optimizer.state
+    torch.optim.AdamW([p for _, p in named]).load_state_dict(packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_moments_of_16_bits_are_float32(dtype, comm):
+    """The square of 1e-3 is 0 in float16; they stay float32 in a state that is loaded."""
+    named = [("w", torch.nn.Parameter(torch.zeros(4, dtype=dtype)))]
+    optimizer = made(named, "onebit", comm, freeze=2)
+    for _ in range(4):
+        optimizer.zero_grad()
+        named[0][1].grad = torch.full((4,), 1e-3, dtype=dtype)
+        optimizer.step()
+    assert optimizer.dead_of(named[0][1]) is None and named[0][1].dtype == dtype
+    assert named[0][1].tolist() == pytest.approx([-0.4] * 4, rel=0.02)
+    again = [("w", torch.nn.Parameter(torch.zeros(4, dtype=dtype)))]
+    other = made(again, "onebit", comm, freeze=2)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for key in ("exp_avg", "exp_avg_sq"):
+        was, now = optimizer.state[named[0][1]][key], other.state[again[0][1]][key]
+        assert now.dtype == torch.float32 and torch.equal(was, now)
+        assert now is not was
+
+
+def test_a_step_given_up_counts_nothing_as_left_out(comm):
+    """Three elements never had a gradient before v was frozen; in the step given up all have."""
+    named = parameters(w=4)
+    optimizer = made(named, "onebit", comm)
+    step(optimizer, named, [np.array([1.0, 0, 0, 0])])
+    give(named, [np.ones(4)])
+    optimizer.reducer.discard()
+    optimizer.step()
+    assert optimizer.sends.ignored == 0
+    step(optimizer, named, [np.ones(4)])
+    assert optimizer.sends.ignored == 3
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RAdam, torch.optim.NAdam,
+                                  torch.optim.RMSprop, torch.optim.Adamax])
+@pytest.mark.parametrize("stepped", [False, True])
+def test_the_state_of_another_optimizer_changes_nothing(kind, stepped, comm):
+    theirs = kind([torch.nn.Parameter(torch.zeros(4))], lr=0.5)
+    if stepped:
+        theirs.param_groups[0]["params"][0].grad = torch.ones(4)
+        theirs.step()
+    refused(theirs.state_dict(), comm)
+
+
+@pytest.mark.parametrize("option", [{"amsgrad": True}, {"betas": (0.9, 1.0)}, {"lr": -1.0}])
+def test_a_state_with_options_out_of_range_changes_nothing(option, comm):
+    state = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(4))]).state_dict()
+    state["param_groups"][0] |= option
+    refused(state, comm)
+
+
+def refused(state, comm):
+    """load_state_dict raises SpecError, and all is as before."""
+    named = parameters(w=4)
+    optimizer = made(named, "dense", comm)
+    step(optimizer, named, [np.ones(4)])
+    before = repr(optimizer.state_dict())
+    with pytest.raises(SpecError, match="found"):
+        optimizer.load_state_dict(state)
+    assert repr(optimizer.state_dict()) == before
+
+
 def test_copies_and_broadcast_states(comm):
     named = parameters(w=40)
     optimizer = made(named, "onebit", comm, freeze=2)

@@ -97,7 +97,7 @@ class Engine:
             self.stats.notes.append(f"{self.method.name}: the first {self.method.warmup} steps are "
                                     "exchanged dense (warmup)")
         if self.dense:
-            self.stats.notes.append(f"{self.sends.facts}: until then steps are exchanged dense")
+            self.stats.notes.append(self.sends.note)
         for note in self.stats.notes:
             self._print(note)
 

@@ -13,6 +13,7 @@ from mpicomp.reducer.optimizer_hooks import reducers_of
 
 ADAMW_ONLY = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused",
               "decoupled_weight_decay")  # options of its groups that have no meaning here
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class OneBitAdam(torch.optim.Optimizer):
@@ -33,7 +34,8 @@ class OneBitAdam(torch.optim.Optimizer):
     the bit. At the freeze the bias of both moments is corrected, once. From then on every rank
     sends b1 * m + (1 - b1) * gradient by the Reducer's method, p.grad is the mean of these, which
     becomes m, and p -= lr * (m / (sqrt(v) + eps) + weight_decay * p). Residuals are in units of the
-    momentum. An element whose v is 0, which never had a gradient, moves by weight decay only.
+    momentum. An element whose v is 0, which never had a gradient, moves by weight decay only. The
+    moments of 16-bit parameters are float32: in float16 the square of a small gradient would be 0.
 
     auto: every D = 1 / (1 - b2) steps the sum over v, its bias corrected, is compared with that of
     D steps before; v is frozen where it is at least 0.96 of it. v is the same on all ranks, so no
@@ -113,8 +115,9 @@ class OneBitAdam(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            for key in MOMENTS:
+                state[key] = torch.zeros_like(p, dtype=_dtype(p),
+                                              memory_format=torch.preserve_format)
         return state
 
     # ---- the freeze ----
@@ -125,12 +128,14 @@ class OneBitAdam(torch.optim.Optimizer):
         horizon = max(round(1 / (1 - group["betas"][1])) for group in self.param_groups)
         if self.rule.at_once(steps):
             self._freeze(steps)
+            self.sends.settle()
         elif self.rule.freeze == "auto" and steps % horizon == 0:
             before, now = first["v_before"], self._sum_of_v()
             for group in self.param_groups:
                 group["v_before"] = now
             if self.rule.steady(steps, before, now):
                 self._freeze(steps)
+                self.sends.settle()
 
     def _sum_of_v(self):
         total = 0.0
@@ -146,6 +151,8 @@ class OneBitAdam(torch.optim.Optimizer):
         dead = size = 0
         for group in self.param_groups:
             for p in group["params"]:
+                if not p.requires_grad and p not in self.state:
+                    continue  # it is not trained
                 state = self._state_of(p)
                 if state["step"]:  # not in place: a state that was loaded may be another's, too
                     first, second = _corrections(state, group)
@@ -167,9 +174,11 @@ class OneBitAdam(torch.optim.Optimizer):
 
     def dead_of(self, p: torch.Tensor) -> torch.Tensor | None:
         """Which elements of a parameter have a frozen v of 0: a mask, None where none has."""
+        if p not in self.state:
+            return torch.ones_like(p, dtype=torch.bool)
         if p not in self._dead:
-            dead = self.state[p]["exp_avg_sq"] == 0 if p in self.state else None
-            self._dead[p] = dead if dead is not None and bool(dead.any()) else None
+            dead = self.state[p]["exp_avg_sq"] == 0
+            self._dead[p] = dead if bool(dead.any()) else None
         return self._dead[p]
 
     # ---- state ----
@@ -178,16 +187,29 @@ class OneBitAdam(torch.optim.Optimizer):
         """Go on from a state of this class, to the bit, or from one of torch.optim.AdamW.
 
         A state of AdamW goes on dense until the freeze, or has v frozen at once where `freeze` says
-        so: freeze=0, or no more steps than it has made. Raises SpecError, with nothing changed, for
-        another optimizer's state and for options of AdamW that are not here (amsgrad, maximize);
-        MismatchError between backward() and step().
+        so: freeze=0, or no more steps than it has made. To be called on all ranks, each with the
+        state of the same step; in a run that goes on, reducer.load_state_dict as well. Where it
+        leaves v frozen on some ranks only, the next step() raises MismatchError on all.
+
+        Raises SpecError, with nothing changed, for another optimizer's state, for options of AdamW
+        that are not here (amsgrad, maximize) or out of range; MismatchError between backward() and
+        step().
         """
         _refuse_others(state_dict)
         for reducer in self._reducers:
             reducer.averager.require_no_step("load_state_dict of the optimizer")
         super().load_state_dict(state_dict)
+        self._load_moments(state_dict)
         if self.state and not self.frozen and self.rule.at_once(self.steps):
             self._freeze(self.steps)
+
+    def _load_moments(self, saved):
+        """Torch has made those of 16-bit parameters 16 bits, too."""
+        loaded = (p for group in self.param_groups for p in group["params"])
+        for number, p in zip((k for group in saved["param_groups"] for k in group["params"]),
+                             loaded):
+            for key in MOMENTS if number in saved["state"] and _dtype(p) != p.dtype else ():
+                self.state[p][key] = saved["state"][number][key].to(p.device, _dtype(p), copy=True)
 
     def adamw_state_dict(self) -> dict[str, Any]:
         """A state that torch.optim.AdamW loads, to go on from here dense; its tensors are copies.
@@ -203,9 +225,11 @@ class OneBitAdam(torch.optim.Optimizer):
                          for slot, array in reducer.averager.mean_owed().items()}
         parameters = [(p, group) for group in self.param_groups for p in group["params"]]
         for number, (p, group) in enumerate(parameters):
+            if p not in self.state:
+                continue
             if self.frozen:
-                packed["state"][number] = self._biased(p, group, owed[p])
-            elif p in self.state:
+                packed["state"][number] = self._biased(p, group, owed.get(p))
+            else:
                 packed["state"][number] = {key: t.clone() for key, t in self.state[p].items()}
         template = torch.optim.AdamW([torch.zeros(1)]).param_groups[0]
         for group in packed["param_groups"]:
@@ -219,7 +243,9 @@ class OneBitAdam(torch.optim.Optimizer):
         """The state of a parameter as AdamW would have it, before it corrects the bias."""
         state, dead = self.state[p], self.dead_of(p)
         first, second = _corrections(state, group) if state["step"] else (0.0, 0.0)
-        momentum = state["exp_avg"] + owed.to(state["exp_avg"])
+        momentum = state["exp_avg"].clone()
+        if owed is not None:  # it is in a Reducer
+            momentum += owed.to(momentum)
         if dead is not None:
             momentum.masked_fill_(dead, 0.0)
         return {"step": state["step"].clone(), "exp_avg": momentum * first,
@@ -240,6 +266,11 @@ class OneBitAdam(torch.optim.Optimizer):
             _check(group)
 
 
+def _dtype(p):
+    """Of the moments of a parameter."""
+    return torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype
+
+
 def _corrections(state, group) -> tuple[float, float]:
     """What AdamW divides momentum and v by, which began at 0."""
     steps = state["step"].item()
@@ -249,6 +280,7 @@ def _corrections(state, group) -> tuple[float, float]:
 def _adamw_step(p, gradient, state, group):
     """That of torch.optim.AdamW(foreach=False), in the same operations."""
     (b1, b2), lr, m, v = group["betas"], group["lr"], state["exp_avg"], state["exp_avg_sq"]
+    gradient = gradient.to(m.dtype)
     state["step"] += 1
     if group["weight_decay"]:
         p.mul_(1 - lr * group["weight_decay"])
@@ -286,6 +318,12 @@ def _refuse_others(state: dict[str, Any]) -> None:
             raise SpecError(f"load_state_dict: a state without {sorted(missing)[0]!r} found, "
                             "expected one of OneBitAdam or torch.optim.AdamW")
     for group in state["param_groups"]:
+        missing = {"lr", "betas", "eps", "weight_decay"} - group.keys()
+        if missing or not group.keys() & {"frozen_at", "amsgrad"}:
+            raise SpecError("load_state_dict: a group with the options "
+                            f"{sorted(group.keys() - {'params'})} found, expected those of "
+                            "OneBitAdam or torch.optim.AdamW")
+        _check(dict(group))
         for key in ("amsgrad", "maximize"):
             if group.get(key):
                 raise SpecError(f"load_state_dict: {key}=True found, which OneBitAdam has not")

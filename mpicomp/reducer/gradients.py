@@ -43,6 +43,8 @@ class Gradients(Engine):
             refusal = sends.refusal(method, settings, in_rows)
             wrong = wrong or refusal and SpecError(refusal)
         self.sends = sends
+        if sends is not None:
+            sends.settle()
         self.optimizers, self.listeners, self.owner = [], [], Owner()
         self.rows, self.check_every = Sparse(self, in_rows), check_replicas_every
         super().__init__(comm, named, method, settings, problem or wrong, self._slot, in_rows,
@@ -89,8 +91,18 @@ class Gradients(Engine):
     def frozen(self):
         return tuple(name for name, p in self.named if not p.requires_grad)
 
+    def place(self):
+        return self.sends.place if self.sends else ""
+
+    def prepare(self):
+        super().prepare()
+        if self.sends and (text := self.sends.problem()):
+            self.problem(text)
+
     def check_start(self):
         check_start(self)
+        if self.sends:
+            self.sends.settle()
 
     def refuse_changed(self, slot, became):
         """A parameter is no longer what ranks agreed on: `became` says what, or is None."""
