@@ -1,7 +1,7 @@
-"""Allreduce: MPI adds the payloads. For dense, for 16-bit casts, and for codes with a shared scale.
+"""Allreduce: MPI adds the payloads. For dense, 16-bit casts, codes with a shared scale, factors.
 
 Headers are gathered beside the sum, so that all ranks learn of a mismatch or of a gradient that is
-not finite. What ranks agreed on before (shared scales) is not sent again. Replicas are identical
+not finite. What ranks agreed on before (shared scales, a factor) is not sent again. Replicas are identical
 because MPI gives every rank the same sum.
 """
 
@@ -102,6 +102,7 @@ class Allreduce(Exchange):
             bucket.grad[...] = 0
             codec.compressor.decode_add(bucket.sum, bucket.grad, bucket.layout,
                                         codec.key(step, self.wire.rank), weight)
+            codec.learn(bucket.sum, step, self.wire.rank)
 
     def _scale(self, bucket, step, weight):
         """Headers say that all gradients are finite: if their sum is not, it was too large."""
