@@ -59,8 +59,8 @@ class Method:
         _check_exchange(self.name, self.exchange)
         object.__setattr__(self, "options", _exchange_options(self, dict(self.options)))
         if self.compressor.agreed_by == "sum" and not self.carrier.adds:
-            raise SpecError(f"{self.name}: exchange={self.exchange} found, what the ranks send is "
-                            "worth something only when MPI adds it: type exchange=allreduce")
+            raise SpecError(f"{self.name}: exchange={self.exchange} found, the next step needs "
+                            "the sum over ranks, which MPI makes: type exchange=allreduce")
         if refusal := self.carrier.refusal(self.compressor):
             raise SpecError(f"{self.name}: {refusal}")
         for option_name, value in (("delay", self.delay), ("warmup", self.warmup)):

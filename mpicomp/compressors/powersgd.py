@@ -25,8 +25,8 @@ class PowerSGD(Compressor):
     A matrix of n x m is sent as it is where (n + m) * rank * rate >= n * m, and so is every vector.
 
     With error feedback a rank owes M - P Q^T with its own Q, which is a part of M and stays
-    bounded. (PyTorch's hook takes the mean Q; what a rank owes then wanders off.) The weight of a
-    step is in Q alone, so this needs exchange=allreduce.
+    bounded. (PyTorch's hook takes the mean Q; what a rank owes then wanders off.) Only
+    exchange=allreduce carries it, because the next step needs the sum.
 
     Source: Vogels, Karimireddy, Jaggi, NeurIPS 2019 (arXiv 1905.13727), Algorithm 1; the choice
     of what is sent as it is from PyTorch's powerSGD_hook (min_compression_rate).
