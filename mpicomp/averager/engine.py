@@ -450,8 +450,8 @@ class Engine:
         """{"step": int, "error/<name>": array}: what this rank owes, in the units of its arrays.
 
         Also "error2/<name>" where a second residual is kept, and "order" where buckets were made
-        anew after the first step. Arrays are NumPy's, float32. Raises MismatchError where packets
-        are under way: call `deliver` first.
+        anew after the first step, and with powersgd "basis/<name>". Arrays are NumPy's, float32.
+        Raises MismatchError where packets are under way: call `deliver` first.
         """
         self.require_settled("state_dict()")
         return {"step": self.step, **self.buckets.order.state(), **self.buckets.residuals(),

@@ -1,8 +1,8 @@
 """Allreduce: MPI adds the payloads. For dense, 16-bit casts, codes with a shared scale, factors.
 
 Headers are gathered beside the sum, so that all ranks learn of a mismatch or of a gradient that is
-not finite. What ranks agreed on before (shared scales, a factor) is not sent again. Replicas are identical
-because MPI gives every rank the same sum.
+not finite. What ranks agreed on before (shared scales, a factor) is not sent again. Replicas are
+identical because MPI gives every rank the same sum.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """Products of a matrix with few columns, and their orthonormalisation, in one fixed order.
 
-`parts` describes a bucket: (start, rows, columns, rank) of each tensor, in order; rank 0 is one that
-is sent as it is. Factors lie column by column: `rank` runs of `rows` (or `columns`) floats.
+`parts` describes a bucket: (start, rows, columns, rank) of each tensor, in order; rank 0 is one
+that is sent as it is. Factors lie column by column: `rank` runs of `rows` (or `columns`) floats.
 """
 
 import numpy as np

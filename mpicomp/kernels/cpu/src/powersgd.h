@@ -158,7 +158,7 @@ API void mp_powersgd_project(const float* x, const Part* parts, i64 count, const
     }
 }
 
-// orth(P) of each matrix, of `product`; then M^T orth(P), or the tensor. INVALID unless P is finite.
+// orth(P) of each matrix, of `product`; then M^T orth(P), or the tensor. INVALID: P is infinite.
 API i64 mp_powersgd_encode(const float* x, const Part* parts, i64 count, const float* product,
                            u8* data) {
     const i64 common = common_floats(parts, count);
