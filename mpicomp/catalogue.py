@@ -16,6 +16,7 @@ from mpicomp.compressors import (
     Dryden,
     Float16,
     OneBit,
+    PowerSGD,
     RandomK,
     Residual,
     Rule,
@@ -57,6 +58,9 @@ class Method:
     def __post_init__(self):
         _check_exchange(self.name, self.exchange)
         object.__setattr__(self, "options", _exchange_options(self, dict(self.options)))
+        if self.compressor.agreed_by == "sum" and not self.carrier.adds:
+            raise SpecError(f"{self.name}: exchange={self.exchange} found, the next step needs "
+                            "the sum over ranks, which MPI makes: type exchange=allreduce")
         if refusal := self.carrier.refusal(self.compressor):
             raise SpecError(f"{self.name}: {refusal}")
         for option_name, value in (("delay", self.delay), ("warmup", self.warmup)):
@@ -262,6 +266,11 @@ def randomk(exchange="allreduce", feedback=None, **options):
                                     else feedback), exchange)
 
 
+def powersgd(exchange="allreduce", feedback=True, **options):
+    """PowerSGD (Vogels et al. 2019): matrices of rank 4, added by MPI, with error feedback"""
+    return Method("powersgd", _owing(PowerSGD(**options), feedback), exchange)
+
+
 def block(exchange="allgather", feedback=None, **options):
     """int8, int4 or fp8 codes, a scale for each block; error feedback where they are not random"""
     compressor = Block(**options)
@@ -313,8 +322,8 @@ def auto():
 
 
 METHODS = {f.__name__: f for f in (dense, fp16, bf16, terngrad, onebit, dorefa, strom, dryden,
-                                   dropping, adacomp, chunks, topk, randomk, block, sign, qsgd,
-                                   rule, auto)}
+                                   dropping, adacomp, chunks, topk, randomk, powersgd, block,
+                                   sign, qsgd, rule, auto)}
 
 
 @dataclass

@@ -209,9 +209,9 @@ def sums_decode(compressor, ranks=5):
     states = [compressor.init(layout, x) for x in gradients]
     agreed = [compressor.measure(x, layout, s) for x, s in zip(gradients, states)]
     if agreed[0] is not None:
-        most = np.max(agreed, axis=0)
+        common = {"max": np.max, "sum": np.sum}[compressor.agreed_by](agreed, axis=0)
         for array in agreed:
-            array[...] = most
+            array[...] = common
     keys = [Key(rank=rank) for rank in range(ranks)]
     payloads = [encode(compressor, x, layout, key, state)
                 for x, key, state in zip(gradients, keys, states)]
@@ -294,6 +294,7 @@ def said_and_owed_is_given(compressor, scale=1.0, steps=50, decay=1.0):
             x = (scale * rng.normal(size=layout.size)).astype(np.float32)
             start = state.owed.copy()
             payload = pack(feedback, x, layout, Key(step=step), state)
+            feedback.learn(payload, layout, Key(step=step), state)
             assert same(state.owed, start), "owed changed before the step was committed"
             feedback.commit(state)
             kept = start * np.float32(decay)
@@ -319,7 +320,8 @@ def residual_is_bounded(compressor, scale=1.0, steps=1000, most=30.0):
     for step in range(steps):
         x = scale * (drift + rng.normal(size=layout.size))
         with np.errstate(over="ignore", invalid="ignore"):
-            pack(feedback, x.astype(np.float32), layout, Key(step=step), state)
+            payload = pack(feedback, x.astype(np.float32), layout, Key(step=step), state)
+            feedback.learn(payload, layout, Key(step=step), state)
             feedback.commit(state)
             norm = np.linalg.norm(state.owed.astype(float)) / (scale * np.sqrt(layout.size))
         early, late = (max(early, norm), 0.0) if step < 300 else (early, max(late, norm))

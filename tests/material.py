@@ -37,6 +37,7 @@ ROWS = {
                Row("onebit:wire=cntk,min_rows=1"), Row("onebit:min_rows=1000"),
                Row("onebit:threshold=mean"), Row("onebit:bits=2"),
                Row("onebit:bits=4,wire=cntk,min_rows=1")],
+    "powersgd": [Row("powersgd"), Row("powersgd:rank=2,rate=1.0")],
     "randomk": [Row("randomk:density=0.1"), Row("randomk:density=0.25,scale=yes")],
     "qsgd": [Row("qsgd"), Row("qsgd:levels=20,bucket=32,norm=l2")],
     "residual": [Row("residual(bf16)"), Row("residual(dense)"), Row("residual(fp16)"),

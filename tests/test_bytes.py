@@ -53,13 +53,16 @@ PAYLOAD = {  # by hand, from docs/wire-format.md
 }
 ALLREDUCE = {"dense": 4 * N, "fp16": 2 * N, "bf16": 2 * N, "terngrad": N,
              "terngrad:packing=int16": 2 * N, "dorefa": N, "dorefa:bits=6": 2 * N,
-             "dorefa:packing=int32": 4 * N, "randomk": 4 * 7}  # 7.35 elements
+             "dorefa:packing=int32": 4 * N, "randomk": 4 * 7,  # 7.35 elements
+             "powersgd": 4 * (4 * 10 + 64 + 30 + 1)}  # 4 columns of 10, and what is small
 
 
 def agreed(spec):
-    """The bytes of what ranks agree on first: a scale a tensor, or one tau."""
+    """The bytes of what ranks agree on first: a scale a tensor, or one tau; a factor."""
     if spec.startswith(("terngrad", "dorefa")):
         return 16
+    if spec == "powersgd":  # 4 columns of 64
+        return 4 * 4 * 64
     return 4 if "density" in spec else 0
 
 

@@ -112,6 +112,13 @@ def chunks_size(c, layout):
     return blocks(12 * kept, 8) + values[c.bits]
 
 
+def powersgd_size(c, shape, n):
+    """r (n + m) floats of a matrix of which that is less than 1 / rate; else n m."""
+    rows = shape[0] if len(shape) > 1 else 1
+    factors = c.rank * (rows + n // max(rows, 1))
+    return 4 * (factors if len(shape) > 1 and factors * c.rate < n else n)
+
+
 def fraction(c, n):
     """How many of n elements are sent."""
     return max(1, round(c.density * n)) if n else 0
@@ -147,6 +154,7 @@ FORMATS = {
     "dryden": per_tensor(dryden_size),
     "fp16": per_tensor(lambda c, shape, n: 2 * n),
     "onebit": per_tensor(onebit_size),
+    "powersgd": per_tensor(powersgd_size),
     "randomk": lambda c, layout: 4 * fraction(c, layout.size),
     "qsgd": per_tensor(block_size),
     "residual": lambda c, layout: FORMATS[c.inner.name](c.inner, layout),

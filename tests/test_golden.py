@@ -36,14 +36,14 @@ SPECS = ["bf16", "dense", "fp16", "onebit", "onebit:min_rows=1", "onebit:wire=cn
          "dryden:proportion=8,min_rows=1", "dryden:proportion=8,min_rows=1,version=2017",
          "chunks:k=4,block=16", "chunks:k=3,block=9,bits=8", "chunks:k=5,block=32,bits=32",
          "topk:density=0.2", "topk:density=0.2,scope=bucket", "randomk:density=0.3",
-         "randomk:density=0.3,scale=yes",
+         "randomk:density=0.3,scale=yes", "powersgd:rank=2,rate=1",
          "block:size=32", "block:bits=4,size=32", "block:form=fp8", "block:bits=4,round=random",
          "block:form=fp8,round=random", "sign", "sign:scope=row", "sign:scope=block,size=32",
          "qsgd:bucket=32", "qsgd:levels=2,norm=l2",
          "adacomp", "adacomp:bin=7", "rule(*.bias:fp16; ndim>2:adacomp:bin=9; terngrad)"]
 SHAPES = [["bias", [5]], ["weight", [35, 2]], ["scalar", []]]
 LARGER = [["conv.bias", [4]], ["conv.weight", [4, 3, 3, 3]], ["fc", [150, 2]]]  # more than a sample
-NEEDS_LARGER = ("dryden", "adacomp", "rule")
+NEEDS_LARGER = ("dryden", "adacomp", "powersgd", "rule")
 
 
 def sender(config):
@@ -105,8 +105,8 @@ def test_golden_packets_are_there():
     found = {from_spec(json.loads((f / "config.json").read_text())["spec"]) for f in FOLDERS}
     assert found == {from_spec(spec) for spec in SPECS}
     assert {c.name for c in found} == {"adacomp", "bf16", "block", "chunks", "dense", "dorefa",
-                                       "dropping", "dryden", "fp16", "onebit", "qsgd", "randomk",
-                                       "rule", "sign", "strom", "terngrad", "topk"}
+                                       "dropping", "dryden", "fp16", "onebit", "powersgd", "qsgd",
+                                       "randomk", "rule", "sign", "strom", "terngrad", "topk"}
     assert sum(path.stat().st_size for path in HERE.rglob("*.*")) < 120_000
 
 

@@ -369,6 +369,31 @@ def check_randomk():
             packed(data, rng, Key(9, 2**32 - 1, 7, 6), 0.3, x.size, name="randomk_decode_add")
 
 
+def check_powersgd():
+    """Ranks from 1 to 32, tensors between matrices, dependent columns, zeros; matrices of several
+    tiles of columns."""
+    for shapes in ([(40, 70, 4), (1, 9, 0), (33, 9, 2), (0, 5, 0), (9, 1100, 3)], [(70, 80, 32)],
+                   [(2, 3, 1)], [(64, 2, 1), (5, 1, 0)], []):
+        starts = np.cumsum([0, *(n * m for n, m, _ in shapes)]).tolist()
+        parts = tuple((at, *shape) for at, shape in zip(starts, shapes))
+        common, rest = reference.powersgd_sizes(parts)
+        for name, x in gradients(starts[-1]):
+            rng, x = np.random.default_rng(len(name)), x if name != "any" else np.sign(x)
+            basis = rng.standard_normal(x.size, np.float32)
+            data, key = np.zeros(4 * (common + rest), np.uint8), Key(9, 2**32 - 1, 7, 6)
+            product = same("powersgd_project", x, parts, basis, np.zeros(common, np.float32))
+            product[common // 2:] = np.round(product[common // 2:])
+            data = same("powersgd_encode", x, parts, product, data)
+            same("powersgd_learn", data, parts, key, basis)
+            if common:
+                product[-1] = np.inf
+                same("powersgd_encode", x, parts, product, data)
+            packed(data, rng, parts, -1.0, x.size, name="powersgd_decode_add")
+            for wrong in list(damaged(data, rng))[:3]:
+                if wrong.size == data.size:
+                    same("powersgd_learn", wrong, parts, key, basis)
+
+
 def check_adacomp():
     for _, x, rng in each_gradient():
         grad = rng.standard_normal(x.size, np.float32)
@@ -488,6 +513,8 @@ CHECKS = {check_finite: ["finite", "copy_finite"], check_adagrad: ["adagrad"],
           check_chunks: ["chunks_encode", "chunks_encode_owed", "chunks_decode_add",
                          "chunks_decode_sum"],
           check_topk: ["topk_select"],
+          check_powersgd: ["powersgd_project", "powersgd_encode", "powersgd_decode_add",
+                           "powersgd_learn"],
           check_randomk: ["randomk_encode", "randomk_decode_add"],
           check_adacomp: ["adacomp_encode", "adacomp_encode_layers", "adacomp_decode_add",
                           "adacomp_decode_layers", "adacomp_decode_sum"],

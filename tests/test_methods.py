@@ -51,7 +51,7 @@ def tables(name, *heads):
     return rows
 
 
-@pytest.mark.parametrize("name", [*SEVEN, "chunks", "topk", "randomk"])
+@pytest.mark.parametrize("name", [*SEVEN, "chunks", "topk", "randomk", "powersgd"])
 def test_every_option_is_documented_with_its_source(name):
     rows = tables(name, "option")
     assert all(source for _, _, source in rows)

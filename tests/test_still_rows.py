@@ -31,8 +31,8 @@ def moved(comm, spec, **keywords):
 @pytest.mark.parametrize("spec", [
     "dense", "fp16", "bf16", "terngrad", "strom:tau=0.001", "dryden:proportion=4",
     "dropping:rate=0.7", "adacomp", "chunks:k=8,block=32", "topk:density=0.3",
-    "randomk:density=0.5,scale=yes", "terngrad:exchange=allreduce", "dryden:exchange=sharded",
-    "block:bits=4", "sign:scope=row", "qsgd",
+    "randomk:density=0.5,scale=yes", "powersgd:rank=2,rate=1", "terngrad:exchange=allreduce",
+    "dryden:exchange=sharded", "block:bits=4", "sign:scope=row", "qsgd",
     "rule(*emb*:terngrad; onebit)", "rule(*emb*:dropping:rate=0.7; dorefa)",
     "rule(*emb*:dense; onebit):exchange=sharded"])
 def test_what_has_no_gradient_stays(comm, spec):

@@ -385,7 +385,8 @@ class Engine:
         """The sum of this rank's residuals of a bucket, which become zero."""
         owed, total = bucket.codec.persistent(), self._all_owed(bucket)
         zeros = kernels.of(bucket.grad).zeros
-        left = dict.fromkeys(owed, zeros(bucket.layout.size))
+        left = {kind: zeros(bucket.layout.size) if kind.startswith("error") else array
+                for kind, array in owed.items()}
         for slot, s in zip(bucket.slots, bucket.layout.segments):
             if slot.frozen and owed:  # what it is owed waits
                 left["error"] = left["error"].copy()
@@ -397,8 +398,9 @@ class Engine:
     def _all_owed(self, bucket):
         """The sum of this rank's residuals of a bucket, first and second."""
         total = kernels.of(bucket.grad).zeros(bucket.layout.size)
-        for array in bucket.codec.persistent().values():
-            total += array
+        for kind, array in bucket.codec.persistent().items():
+            if kind.startswith("error"):
+                total += array
         return total
 
     @in_memory
@@ -448,8 +450,8 @@ class Engine:
         """{"step": int, "error/<name>": array}: what this rank owes, in the units of its arrays.
 
         Also "error2/<name>" where a second residual is kept, and "order" where buckets were made
-        anew after the first step. Arrays are NumPy's, float32. Raises MismatchError where packets
-        are under way: call `deliver` first.
+        anew after the first step, and with powersgd "basis/<name>". Arrays are NumPy's, float32.
+        Raises MismatchError where packets are under way: call `deliver` first.
         """
         self.require_settled("state_dict()")
         return {"step": self.step, **self.buckets.order.state(), **self.buckets.residuals(),

@@ -23,6 +23,7 @@ CASES = (("strom:tau=31.6", "vector"), ("dropping:rate=0.999", "vector"), ("oneb
          ("dorefa:bits=4", "vector"), ("dryden", "1024 rows"), ("adacomp:bin=512", "vector"),
          ("adacomp:bin=64", "vector"), ("chunks", "vector"), ("chunks:bits=8", "vector"),
          ("chunks:bits=32", "vector"), ("topk", "vector"), ("randomk", "vector"),
+         ("powersgd", "1024 rows"),
          ("adacomp:bin=64", "vector"), ("block", "vector"), ("block:bits=4", "vector"),
          ("block:form=fp8", "vector"), ("block:round=random", "vector"), ("sign", "vector"),
          ("sign:scope=row", "4096 rows"), ("qsgd", "vector"),

@@ -23,7 +23,7 @@ def settle(compressor, layout, state, rng):
     Gradients are independent and normal with variance 1. Methods without a residual stay as they
     are.
     """
-    owed = [array for array in compressor.persistent(state).values() if array.size == layout.size]
+    owed = _owed(compressor, state)
     if not owed:
         return
     shape = layout.segments[0].shape
@@ -49,4 +49,10 @@ def train(compressor, layout, rng):
         compressor.measure(grad, layout, state)
         compressor.encode(grad, packet, layout, Key(1, step=step), state)
         compressor.commit(state)
-    return [a for a in compressor.persistent(state).values() if a.size == layout.size]
+    return _owed(compressor, state)
+
+
+def _owed(compressor, state):
+    """The residuals in this state."""
+    return [array for kind, array in compressor.persistent(state).items()
+            if kind.startswith("error")]

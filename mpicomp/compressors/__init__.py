@@ -11,6 +11,7 @@ from mpicomp.compressors.dorefa import DoReFa
 from mpicomp.compressors.dropping import Dropping
 from mpicomp.compressors.dryden import Dryden
 from mpicomp.compressors.onebit import OneBit
+from mpicomp.compressors.powersgd import PowerSGD
 from mpicomp.compressors.qsgd import QSGD
 from mpicomp.compressors.randomk import RandomK
 from mpicomp.compressors.residual import Residual

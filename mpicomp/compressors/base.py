@@ -45,6 +45,9 @@ class Compressor(ABC):
     feedback: ClassVar[bool] = False  # may Residual wrap it? Its residual must stay bounded
     unbiased: ClassVar[bool] = False  # E[decode(encode(x))] = x
     coarse: ClassVar[bool] = False  # one of two values, or an element rarely: not to be squared
+    # what `measure` returns becomes the "max" or the "sum" over ranks. With "sum" the class also
+    # hears the sum of all payloads (`learn`): only an exchange in which MPI adds can carry it
+    agreed_by: ClassVar[str] = "max"
 
     @abstractmethod
     def capacity(self, layout: Layout) -> int:
@@ -61,7 +64,7 @@ class Compressor(ABC):
         """The numbers that ranks must agree on before `encode`, or None.
 
         Returns an array of `state`; the exchange replaces each of its elements by the maximum over
-        all ranks, and `encode` reads it there.
+        all ranks, or by the sum (`agreed_by`), and `encode` reads it there.
         """
         return None
 
@@ -151,8 +154,17 @@ class Compressor(ABC):
         raise NotImplementedError(f"{self.name} has no split")
 
     def persistent(self, state: State) -> dict[str, Array]:
-        """{name: float32[layout.size]} that a checkpoint must hold, such as {"error": owed}."""
+        """{name: float32[layout.size]} that a checkpoint must hold, such as {"error": owed}.
+
+        Names that begin with "error" are of what is owed, in units of the gradient.
+        """
         return {}
+
+    def learn(self, payload: Array, layout: Layout, key: Key, state: State) -> None:
+        """Hear what was sent by all ranks together: the sum of their payloads, the same everywhere.
+
+        Called before `commit` where MPI adds payloads; until then the step may still be given up.
+        """
 
     def commit(self, state: State) -> None:
         """The step of the last encoded packet was applied on all ranks: make its state final."""

@@ -77,6 +77,9 @@ class Residual(Compressor):
     def persistent(self, state):
         return {"error": state.owed, **self.inner.persistent(state.inner)}
 
+    def learn(self, payload, layout, key, state):
+        self.inner.learn(payload, layout, key, state.inner)
+
     def commit(self, state):
         state.owed, state.ahead = state.ahead, state.owed
         self.inner.commit(state.inner)
@@ -88,6 +91,7 @@ class Residual(Compressor):
     can_split = property(lambda self: self.inner.can_split)
     fixed = property(lambda self: self.inner.fixed)
     summable = property(lambda self: self.inner.summable)
+    agreed_by = property(lambda self: self.inner.agreed_by)
     most_ranks = property(lambda self: self.inner.most_ranks)
 
     def shared_bytes(self, layout):

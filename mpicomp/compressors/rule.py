@@ -163,6 +163,10 @@ class Rule(Compressor):
             if isinstance(compressor, Rule):
                 raise SpecError("rule: a rule inside of a rule found: write its cases into the "
                                 "outer one")
+            if compressor.agreed_by != "max":
+                raise SpecError(f"rule: {compressor.core.name} found as a case, it needs "
+                                "exchange=allreduce, which a rule cannot have: use it for the "
+                                "whole model")
 
     @classmethod
     def from_inner(cls, text, read):

@@ -1,8 +1,8 @@
-"""Allreduce: MPI adds the payloads. For dense, for 16-bit casts, and for codes with a shared scale.
+"""Allreduce: MPI adds the payloads. For dense, 16-bit casts, codes with a shared scale, factors.
 
 Headers are gathered beside the sum, so that all ranks learn of a mismatch or of a gradient that is
-not finite. What ranks agreed on before (shared scales) is not sent again. Replicas are identical
-because MPI gives every rank the same sum.
+not finite. What ranks agreed on before (shared scales, a factor) is not sent again. Replicas are
+identical because MPI gives every rank the same sum.
 """
 
 import numpy as np
@@ -29,12 +29,13 @@ class AllreduceBucket(WholeBucket):
         self.alias = None if alias is None else staging.mirror(alias)
         self.header_box = zeros(packet.SIZE * wire.size, "uint8")
         self.inbox, self.ring, self.sum = zeros(size, "uint8"), None, None
-        if ring.suits(wire, self.inbox, compressor.summable):
-            self.ring = ring.Ring(wire, grad.size)
-            return
         dtype, _ = exchange.operation(compressor.summable)
-        added = size - compressor.shared_bytes(layout)
-        wire.fits(added // np.dtype(dtype).itemsize, f"elements of {np.dtype(dtype)}")
+        added = self.inbox[compressor.shared_bytes(layout):]
+        count = added.nbytes // np.dtype(dtype).itemsize
+        if ring.suits(wire, added, compressor.summable):
+            self.ring = ring.Ring(wire, count)
+        else:
+            wire.fits(count, f"elements of {np.dtype(dtype)}")
 
     def own(self, step, rank):
         if self.alias is not None:  # the mean has taken its place
@@ -89,7 +90,8 @@ class Allreduce(Exchange):
         bucket.inbox[:shared] = payload[:shared]
         if bucket.ring is not None:
             send, receive = staging.host(payload), staging.host(bucket.inbox)
-            yield from bucket.ring.run(2, bucket.index, send.view(dtype), receive.view(dtype))
+            yield from bucket.ring.run(2, bucket.index, send[shared:].view(dtype),
+                                       receive[shared:used].view(dtype))
         bucket.sum = staging.arrive(bucket.inbox)
         bucket.headers = self.read_headers(bucket.header_box,
                                            range(0, bucket.header_box.size, packet.SIZE))
@@ -102,6 +104,7 @@ class Allreduce(Exchange):
             bucket.grad[...] = 0
             codec.compressor.decode_add(bucket.sum, bucket.grad, bucket.layout,
                                         codec.key(step, self.wire.rank), weight)
+            codec.learn(bucket.sum, step, self.wire.rank)
 
     def _scale(self, bucket, step, weight):
         """Headers say that all gradients are finite: if their sum is not, it was too large."""

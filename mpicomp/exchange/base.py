@@ -91,6 +91,10 @@ class Codec:
         """Headers carry this plan digest from now on."""
         self.plan = plan
 
+    def learn(self, total: Array, step: int, rank: int) -> None:
+        """The sum of the payloads of all ranks, which MPI has made."""
+        self.compressor.learn(total, self.layout, self.key(step, rank), self.state)
+
     def commit(self) -> None:
         """The step was applied on all ranks: what was sent is no longer owed."""
         self.compressor.commit(self.state)
@@ -111,7 +115,7 @@ def packet_size(compressor, layout) -> int:
 
 
 def to_agree(grad, shared):
-    """MPI's buffers of what ranks agree on: this rank's `shared`, and the maximum over ranks."""
+    """MPI's buffers of what ranks agree on: this rank's `shared`, and the maximum or sum."""
     if shared is None:
         return None, None
     zeros = staging.buffers_for(grad, reduced=True)
@@ -313,14 +317,18 @@ class Exchange(Wired):
     # ---- what subclasses use ----
 
     def agree(self, codec: Codec, flags: int) -> Requests:
-        """Replace what the compressor measured, if it does, by the maximum over ranks. Stage 0."""
+        """Replace what the compressor measured by the maximum, or sum, over ranks. Stage 0.
+
+        Nothing happens where it measures nothing.
+        """
         from mpi4py import MPI
 
         if codec.shared is not None:
             with self.wire.meter.stage("encode"):
                 codec.measure(flags)
                 staging.leave(codec.asked)
-            yield [self.wire.allreduce(0, codec.asked, codec.agreed, MPI.MAX)]
+            op = {"max": MPI.MAX, "sum": MPI.SUM}[codec.compressor.agreed_by]
+            yield [self.wire.allreduce(0, codec.asked, codec.agreed, op)]
             codec.shared[...] = staging.arrive(codec.agreed, now=True)
 
     def encode(self, codec: Codec, step: int, flags: int) -> int:

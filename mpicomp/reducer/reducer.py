@@ -250,7 +250,7 @@ class Reducer(copies.Uncopied):
         """{"step": int, "error/<name>": tensor}: this rank's residuals, in units of what is sent.
 
         "order" is there, too, where buckets were made anew after the first step: a tensor of the
-        parameters' numbers.
+        parameters' numbers; with powersgd "basis/<name>", the same on all ranks.
 
         Raises MismatchError where packets are under way: call `deliver` first.
         """

@@ -70,6 +70,12 @@ from mpicomp.kernels.cpu.onebit import (
     onebit_encode,
     onebit_encode_owed,
 )
+from mpicomp.kernels.cpu.powersgd import (
+    powersgd_decode_add,
+    powersgd_encode,
+    powersgd_learn,
+    powersgd_project,
+)
 from mpicomp.kernels.cpu.randomk import randomk_decode_add, randomk_encode
 from mpicomp.kernels.cpu.sign import (
     sign_decode_add,

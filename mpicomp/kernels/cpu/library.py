@@ -12,7 +12,7 @@ from mpicomp.errors import SpecError
 from mpicomp.kernels.unfit import Unfit, otherwise
 from mpicomp.philox import MASK32
 
-VERSION = 5  # of the compiled functions: mp_version in src/common.h
+VERSION = 6  # of the compiled functions: mp_version in src/common.h
 _P, _N, _I, _F, _U = c_void_p, c_int64, c_int, c_float, c_uint32
 _KEY = (c_uint64, _U, _U, _U)
 _FUNCTIONS = {  # name: (result, arguments)
@@ -43,6 +43,10 @@ _FUNCTIONS = {  # name: (result, arguments)
     "mp_limits": (None, (_N, _N)),
     "mp_onebit_decode": (_N, (_P, _N, _N, _N, _F, _P, _I)),
     "mp_onebit_encode": (_N, (_P, _P, _P, _N, _N, _P)),
+    "mp_powersgd_decode": (_N, (_P, _P, _N, _F, _P)),
+    "mp_powersgd_encode": (_N, (_P, _P, _N, _P, _P)),
+    "mp_powersgd_learn": (_N, (_P, _P, _N, *_KEY, _P)),
+    "mp_powersgd_project": (None, (_P, _P, _N, _P, _P)),
     "mp_randomk_decode": (_N, (_P, _N, *_KEY, _F, _P, _N)),
     "mp_randomk_encode": (None, (_P, _N, _N, _I, *_KEY, _P)),
     "mp_sign_decode": (_N, (_P, _N, _N, _F, _P, _N, _I)),

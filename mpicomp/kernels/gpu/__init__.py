@@ -80,6 +80,12 @@ from mpicomp.kernels.gpu.onebit import (
     onebit_encode_mean,
     onebit_encode_owed,
 )
+from mpicomp.kernels.gpu.powersgd import (
+    powersgd_decode_add,
+    powersgd_encode,
+    powersgd_learn,
+    powersgd_project,
+)
 from mpicomp.kernels.gpu.randomk import randomk_decode_add, randomk_encode
 from mpicomp.kernels.gpu.sign import (
     sign_decode_add,

@@ -121,6 +121,15 @@ from mpicomp.kernels.reference.onebit_cntk import (
     onebit_pack,
     onebit_unpack,
 )
+from mpicomp.kernels.reference.powersgd import (
+    powersgd_decode_add,
+    powersgd_dot,
+    powersgd_encode,
+    powersgd_learn,
+    powersgd_orthonormal,
+    powersgd_project,
+    powersgd_sizes,
+)
 from mpicomp.kernels.reference.randomk import (
     randomk_decode_add,
     randomk_encode,

@@ -167,7 +167,7 @@ template <class D> void add_packets(i64 packets, float* out, i64 n, bool fresh, 
 
 }  // namespace
 
-API int mp_version() { return 5; }  // counts changes of the functions marked API: library.py
+API int mp_version() { return 6; }  // counts changes of the functions marked API: library.py
 
 API int mp_vectors(int most) {  // most < 0 asks
     if (most >= 0) {

@@ -26,6 +26,7 @@
 #include "onebit_encode.h"
 #include "onebit_rows.h"
 #include "philox.h"
+#include "powersgd.h"
 #include "randomk.h"
 #include "sign.h"
 #include "strom.h"
