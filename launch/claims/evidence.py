@@ -6,8 +6,7 @@ import statistics
 import sys
 
 from trainer import sources
-from trainer.datasets import LETTERS
-from trainer.recipes import recipe_of
+from trainer.recipes import LETTERS, recipe_of
 
 from claims.experiments import GRID, SEARCH_SEED
 from claims.runs import ROOT, environment, perform, read

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.recipes import LETTERS
 from trainer.sources import SOURCES, DataError, cache, raw_files
 
 DECODING = 1        # part of the cache's key: raise it when a decoder below changes what it returns
 PADDING = 255       # in y: no target, only there to make rows equally long
-LETTERS = 128       # characters in a row of shakespeare
 SPLIT_SEED = 0      # the test sets are fixed for ever; --seed never moves them
 
 

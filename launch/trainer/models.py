@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 import mpicomp.nn
-from trainer.datasets import LETTERS
+from trainer.recipes import LETTERS
 
 
 class CNN(nn.Module):

@@ -1,5 +1,7 @@
 """The default training of each data set: network, optimizer, learning rate, batch and steps."""
 
+LETTERS = 128  # characters in a row of shakespeare
+
 # What works for each data set with every method, on any number of ranks: the batch is the global
 # one, so more ranks mean smaller slices, not another optimisation problem. Plain SGD with a large
 # step, because momentum repeats ten times what error feedback says late: on mnist5k strom:tau=0.05
