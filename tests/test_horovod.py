@@ -1,6 +1,7 @@
 """Horovod's interface: its calls in its order, on 1 to 4 ranks, with the results that it gives."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from training import digest, examples, network, replicas_are_identical, same_err
 
 import mpicomp
 import mpicomp.compat.horovod as horovod
+from mpicomp import mpi
 from mpicomp.errors import MismatchError, NonFiniteError, SpecError
 
 pytestmark = pytest.mark.mpi
@@ -371,6 +373,76 @@ def test_allreduce_compressed(hvd, comm):
     assert "keeps a residual" in text and "Compression.fp16" in text
 
 
+@pytest.mark.parametrize("spec", ["terngrad", "randomk:scale=yes,density=0.2"])
+def test_methods_that_draw_draw_anew_in_each_call(hvd, spec):
+    """So every element has its turn, and all ranks get the same."""
+    x = torch.linspace(0.2, 1.0, 20)
+    compression = hvd.Compression.of(spec)
+    found = torch.stack([hvd.allreduce(x, compression=compression) for _ in range(30)])
+    assert len({tuple(row) for row in found.tolist()}) > 3
+    assert (found != 0).any(dim=0).all()
+    assert hvd.allgather_object(digest([found])) == hvd.size() * [digest([found])]
+
+
+def test_the_factors_of_a_compressed_tensor_are_applied_in_float32(hvd):
+    """60000 + 60000 and 60000 * 8 are no numbers of 16 bits, what becomes of them is."""
+    x, p = torch.tensor([60000.0], dtype=torch.float16), hvd.size()
+    for compression in (hvd.Compression.none, hvd.Compression.fp16):
+        how = dict(op=hvd.Sum, compression=compression)
+        assert hvd.allreduce(x, postscale_factor=1 / p, **how).tolist() == [60000]
+        assert hvd.allreduce(x, prescale_factor=0.5, postscale_factor=2 / p,
+                             **how).tolist() == [60000]
+    bf16 = hvd.Compression.of("bf16")
+    assert hvd.allreduce(x, compression=bf16, prescale_factor=8.0, postscale_factor=0.125
+                         ).tolist() == [59904]  # rounded to 8 bits
+    needed = torch.ones(2, requires_grad=True)
+    hvd.allreduce(needed, compression=bf16, prescale_factor=2.0, postscale_factor=3.0
+                  ).sum().backward()
+    assert needed.grad.tolist() == [6.0, 6.0]
+
+
+def test_integers_do_not_overflow_on_the_way(hvd):
+    p = hvd.size()
+    assert hvd.allreduce(torch.tensor([200], dtype=torch.uint8)).tolist() == [200]
+    assert hvd.allreduce(torch.tensor([2**31 - 1], dtype=torch.int32)).tolist() == [2**31 - 1]
+    odd = torch.tensor([2**30 + 1])  # float32 has it not
+    for keyword in ("prescale_factor", "postscale_factor"):
+        assert hvd.allreduce(odd, op=hvd.Sum, **{keyword: 2.0}).tolist() == [2 * p * odd.item()]
+    assert hvd.allreduce(torch.tensor([2**53 + 1]), op=hvd.Max).tolist() == [2**53 + 1]
+    parts = torch.tensor([3 * hvd.rank()])  # cut once: (p - 1) * 3 / 2 * 2
+    assert hvd.allreduce(parts, postscale_factor=2.0).tolist() == [3 * (p - 1)]
+    small = torch.tensor([100], dtype=torch.uint8)
+    assert hvd.allreduce(small, op=hvd.Sum, prescale_factor=2.5, postscale_factor=1 / p
+                         ).tolist() == [250]
+
+
+@pytest.mark.parametrize("spec, why", [
+    ("fp16:delay=1", "unlike the later ones"), ("terngrad:warmup=5", "unlike the later ones"),
+    ("dense:exchange=silent", "no rank gets the mean"),
+    ("fp16:exchange=server", "no rank gets the mean"),
+    ("strom:feedback=no,exchange=peers", "no rank gets the mean"),
+    ("rule(*.bias:dense; onebit)", "keeps a residual"), ("auto", "for many steps")])
+def test_what_cannot_exchange_one_tensor_is_refused(hvd, comm, spec, why):
+    text = same_error(comm, SpecError, lambda: hvd.allreduce(
+        torch.ones(3), compression=hvd.Compression.of(spec)))
+    assert why in text and "Compression.fp16" in text
+
+
+def test_nan_in_a_compressed_tensor_is_an_error_on_all_ranks(hvd, comm):
+    bad = torch.tensor([float("nan") if hvd.rank() == 0 else 1.0])
+    assert "rank 0" in same_error(comm, NonFiniteError, lambda: hvd.allreduce(
+        bad, compression=hvd.Compression.fp16))
+    assert hvd.allreduce(bad).isnan().all()
+
+
+def test_of_a_view_only_its_own_elements_are_gathered(hvd, monkeypatch):
+    sent, inner = [], mpi.allgather
+    monkeypatch.setattr(mpi, "allgather", lambda comm, value, *rest: (
+        sent.append(len(pickle.dumps(value))), inner(comm, value, *rest))[1])
+    assert hvd.allgather(torch.zeros(100_000)[:2]).shape == (2 * hvd.size(),)
+    assert max(sent) < 4000
+
+
 def test_allgather_with_other_numbers_of_rows(hvd):
     mine = torch.full((hvd.rank() + 1, 2), hvd.rank())
     expected = torch.cat([torch.full((r + 1, 2), r) for r in range(hvd.size())])
@@ -443,7 +515,54 @@ def test_ranks_that_differ_get_the_same_error(hvd, comm):
     assert "root" in call(lambda: hvd.broadcast_object(1, 0), lambda: hvd.broadcast_object(1, 1))
     assert "rank 0: a function that cannot be pickled" in call(
         lambda: hvd.allgather_object(lambda: 0), lambda: hvd.allgather_object(0))
+    for factor in ("prescale_factor", "postscale_factor"):
+        assert "factors" in call(
+            lambda: hvd.allreduce(x, compression=hvd.Compression.fp16, **{factor: 2.0}),
+            lambda: hvd.allreduce(x, compression=hvd.Compression.fp16))
     assert hvd.allreduce(x, op=hvd.Sum).tolist() == [hvd.size(), hvd.size()]
+
+
+@pytest.mark.mpi(min_size=2)
+def test_bad_input_of_one_rank_is_an_error_on_all(hvd, comm):
+    """The others come with a right call, and do not wait."""
+    x = torch.ones(2)
+    model, optimizer = made(hvd)
+    for text, bad, good in (
+            ("op=3", lambda: hvd.allreduce(x, op=3), lambda: hvd.allreduce(x)),
+            ("op=3", lambda: hvd.allreduce_(x, op=3), lambda: hvd.allreduce_(x)),
+            ("leave out average", lambda: hvd.allreduce(x, average=True, op=hvd.Sum),
+             lambda: hvd.allreduce(x, op=hvd.Sum)),
+            ("tensor.detach()", lambda: hvd.allreduce(x.clone().requires_grad_(), op=hvd.Max),
+             lambda: hvd.allreduce(x, op=hvd.Max)),
+            ("compression='fp16'", lambda: hvd.allreduce(x, compression="fp16"),
+             lambda: hvd.allreduce(x)),
+            ("float found", lambda: hvd.broadcast(1.0, 0), lambda: hvd.broadcast(x, 0)),
+            ("float found", lambda: hvd.broadcast_(1.0, 0), lambda: hvd.broadcast_(x, 0)),
+            ("root_rank=99", lambda: hvd.broadcast_object(1, 99),
+             lambda: hvd.broadcast_object(1, 0)),
+            ("AttributeError", lambda: hvd.DistributedOptimizer(None),
+             lambda: hvd.DistributedOptimizer(torch.optim.SGD(network().parameters()))),
+            ("passes: 2 there, 3 on rank 0", lambda: optimizer.set_backward_passes_per_step(3),
+             lambda: optimizer.set_backward_passes_per_step(2)),
+            ("backward_passes_per_step=0", lambda: optimizer.set_backward_passes_per_step(0),
+             lambda: optimizer.set_backward_passes_per_step(2))):
+        assert text in same_error(comm, MismatchError, bad if hvd.rank() == 0 else good)
+    assert hvd.allreduce(x, op=hvd.Sum).tolist() == [hvd.size(), hvd.size()]
+
+
+def test_another_number_of_passes_begins_with_the_next_step(hvd, comm):
+    model, optimizer = made(hvd, backward_passes_per_step=2)
+    backward(model, comm, 0)
+    optimizer.set_backward_passes_per_step(1)
+    backward(model, comm, 0)  # the second of this step
+    optimizer.step()
+    optimizer.zero_grad()
+    backward(model, comm, 0)
+    assert "a second gradient of" in same_error(
+        comm, MismatchError, lambda: mute(backward, model, comm, 0))
+    optimizer.reducer.discard()
+    assert "at least 1" in same_error(
+        comm, SpecError, lambda: optimizer.set_backward_passes_per_step(0))
 
 
 def test_bad_input(hvd, comm):
@@ -461,7 +580,7 @@ def test_bad_input(hvd, comm):
     assert f"expected a rank from 0 to {hvd.size() - 1}" in text(
         lambda: hvd.broadcast_object(1, hvd.size()))
     needed = torch.ones(2, requires_grad=True)
-    assert "tensor.detach()" in text(lambda: mute(lambda: hvd.allreduce(needed, op=hvd.Max)))
+    assert "tensor.detach()" in text(lambda: hvd.allreduce(needed, op=hvd.Max))
     if hvd.size() > 1:
         assert "equally often" in text(lambda: mute(hvd.join))
     else:
@@ -471,6 +590,9 @@ def test_bad_input(hvd, comm):
 def test_init_and_shutdown(hvd, comm):
     assert (hvd.rank(), hvd.size()) == (comm.rank, comm.size)
     assert 0 <= hvd.local_rank() < hvd.local_size() <= hvd.size()
+    every = hvd.allgather_object((hvd.cross_rank(), hvd.local_rank()))
+    assert len(set(every)) == hvd.size() and max(every)[0] < hvd.cross_size() <= hvd.size()
+    assert hvd.is_homogeneous() or hvd.cross_size() > 1
     hvd.init()  # once more is nothing
     assert hvd.size() == comm.size and hvd.is_initialized()
     hvd.barrier()

@@ -9,7 +9,6 @@ import pytest
 import torch
 from training import examples, network, replicas_are_identical
 
-import mpicomp
 from mpicomp import CheckpointError, SpecError, cli
 from mpicomp.compat import deepspeed
 from mpicomp.compat.deepspeed.checkpoint import variance_updates
@@ -65,23 +64,56 @@ def test_the_tutorials_configuration():
 @pytest.mark.mpi
 @pytest.mark.parametrize("kind", ["OneBitAdam", "AdamW"])
 @pytest.mark.parametrize("passes", [1, 2])
-def test_the_program_trains(comm, monkeypatch, kind, passes):
-    """As it is printed; AdamW stands in for 1-bit Adam."""
-    def adam(params, freeze, **keywords):
-        assert freeze == "auto"
-        return torch.optim.AdamW(params, **keywords)
-
-    monkeypatch.setitem(vars(mpicomp), "optim", SimpleNamespace(OneBitAdam=adam))
+def test_the_program_trains(comm, kind, passes):
+    """As it is printed; 1-bit Adam is frozen after its first step."""
     config = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": passes,
               "bf16": {"enabled": True}, "gradient_clipping": 0.5,
-              "optimizer": {"type": kind, "params": {"lr": 0.01}}}
+              "optimizer": {"type": kind, "params": {"lr": 0.01} | (
+                  {"freeze_step": 1} if kind == "OneBitAdam" else {})}}
     model = network(seed=comm.rank)
     data = [examples(comm, step) for step in range(4)]
     names = {"model": model, "loader": data, "loss_fn": torch.nn.functional.cross_entropy}
     exec(compile(deepspeed.translate(config), "program", "exec"), names)
     replicas_are_identical(comm, model)
+    assert getattr(names["optimizer"], "frozen", False) == (kind == "OneBitAdam")
     assert names["optimizer"].reducer.step == 4 // passes
     assert names["optimizer"].reducer.method.name == ("onebit" if kind == "OneBitAdam" else "dense")
+
+
+def test_batches_left_over_begin_the_next_epochs_first_step():
+    """Three batches, two a step: two epochs are three steps, as with DeepSpeed's count."""
+    config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}
+    loader = [(torch.ones(1, 1) * n, torch.ones(1, 1)) for n in range(3)]
+    text = deepspeed.translate(config)
+    head, loop, rest = text.partition("for x, y in loader:")
+    assert loop and "\n\n# Start" in rest
+    body, _, _ = rest.partition("\n\n# Start")
+    names = {"model": torch.nn.Linear(1, 1), "loader": loader,
+             "loss_fn": torch.nn.functional.mse_loss}
+    exec(compile(head, "program", "exec"), names)
+    for steps in (1, 3):  # after each epoch
+        exec(compile(loop + body, "loop", "exec"), names)
+        assert names["optimizer"].reducer.step == steps
+
+
+def test_the_program_checks_the_number_of_ranks():
+    config = {"train_batch_size": 48, "train_micro_batch_size_per_gpu": 16}
+    text = deepspeed.translate(config)
+    assert text.index("if 48 % (16 * optimizer") < text.index("accumulation = 48 // (16 *")
+    check = text[text.index("if 48 %"):text.index("accumulation =")]
+    for ranks, right in ((1, True), (3, True), (2, False), (6, False)):
+        names = {"optimizer": SimpleNamespace(reducer=SimpleNamespace(
+            comm=SimpleNamespace(size=ranks)))}
+        if right:
+            exec(check, names)
+        else:
+            with pytest.raises(SystemExit, match="another number"):
+                exec(check, names)
+    for config in ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 16},
+                   {"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4,
+                    "gradient_accumulation_steps": 2}):
+        with pytest.raises(SpecError, match=f"train_batch_size={config['train_batch_size']} found"):
+            deepspeed.translate(config)
 
 
 @pytest.mark.parametrize("kind, key, freeze", [
@@ -144,6 +176,9 @@ def test_batches(total, micro, passes, ranks, expected):
     ({"gradient_clipping": "1"}, "gradient_clipping='1' found, expected a number, at least 0"),
     ({"gradient_accumulation_steps": 0.5}, "expected a whole number, at least 1"),
     ({"optimizer": {"type": "Adam", "params": {"betas": 0.9}}}, "betas=0.9"),
+    ({"optimizer": {"type": "Adam", "params": {"betas": "ab"}}}, "betas='ab'"),
+    ({"optimizer": {"type": "Adam", "params": {"betas": ["x", None]}}}, "expected two numbers"),
+    ({"gradient_clipping": float("nan")}, "gradient_clipping=nan found"),
     ({"communication_data_type": "int8"}, "expected fp16, fp32 or bfp16")])
 def test_bad_configurations(config, text):
     with pytest.raises(SpecError, match=text.replace("(", r"\(")):
@@ -280,6 +315,35 @@ def test_shared_parameters_are_counted_once():
     assert found["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.99)
 
 
+@pytest.mark.parametrize("key", ["fp32_groups_flat", "fp32_groups"])
+def test_tied_weights_are_the_float32_ones_under_both_names(key):
+    """What load_state_dict reads last would else be the 16-bit one."""
+    table = torch.arange(6.0).view(3, 2) / 3
+    half = table.half()
+    whole = key == "fp32_groups"
+    moments = torch.ones(3, 2) if whole else torch.ones(6)
+    group = {"params": [0], "lr": 1e-3, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.0}
+    found, _ = deepspeed.adamw_state({
+        "module": {"words": half, "bias": torch.ones(2), "head": half, "wide": half[:1]},
+        "buffer_names": ["bias", "wide"],
+        "optimizer": {key: [[table]] if whole else [table.reshape(-1)], "optimizer_state_dict": {
+            "state": {0: {"step": 5, "exp_avg": moments, "exp_avg_sq": moments}},
+            "param_groups": [group]}}})
+    assert torch.equal(found["model"]["words"], table) and torch.equal(found["model"]["head"],
+                                                                      table)
+    assert list(found["optimizer"]["state"]) == ["words"]
+    assert found["model"]["wide"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("params, text", [
+    ({"freeze_step": "auto"}, "freeze_step='auto' found, expected a whole number"),
+    ({"freeze_step": None}, "freeze_step=None found")])
+def test_a_freeze_that_the_file_does_not_tell(params, text):
+    checkpoint = theirs(True, ds_config={"optimizer": {"type": "OneBitAdam", "params": params}})
+    with pytest.raises(CheckpointError, match=text):
+        deepspeed.adamw_state(checkpoint)
+
+
 @pytest.mark.parametrize("kind, params, step, seen", [
     ("OneBitAdam", {"freeze_step": 100}, 101, 99),  # the variance is frozen after step 100
     ("OneBitAdam", {"freeze_step": 100}, 5000, 99), ("OneBitAdam", {}, 101, 100),
@@ -367,11 +431,14 @@ def test_the_command_converts_a_checkpoint(tmp_path, capsys):
     ([], "nothing to do"), (["no.json"], "no.json: No such file"), (["states.pt"], "is no JSON"),
     (["--checkpoint", "no.pt"], "no.pt: No such file"),
     (["--checkpoint", "states.pt"], "cannot be read with weights_only=True"),
+    (["--checkpoint", "junk.pt"], "cannot be read with weights_only=True"),
+    (["--checkpoint", "good.pt", "-o", "no/adamw.pt"], "the folder no is not there"),
     (["--checkpoint", "good.pt", "--groups", "groups.json"], "expected a list of lists")])
 def test_files_that_cannot_be_read(tmp_path, capsys, monkeypatch, words, text):
     monkeypatch.chdir(tmp_path)
     torch.save({"module": {}, "client_state": SimpleNamespace()}, "states.pt")
     torch.save(theirs(True), "good.pt")
+    (tmp_path / "junk.pt").write_bytes(b"\x80\x02}q\x00.junk")
     (tmp_path / "groups.json").write_text('["*"]')
     assert cli.main(["migrate", *words]) == 2
     assert text in capsys.readouterr().err

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from mpicomp.compat.passes import Passes, refuse_passes
 from mpicomp.compat.tensors import Exchanged, Op, together
 from mpicomp.errors import SpecError
 from mpicomp.reducer import Reducer
+from mpicomp.reducer.replicas import in_words
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -27,13 +29,18 @@ _job: "Job | None" = None
 
 
 class Job:
-    """From init() to shutdown(): the user's communicator, a duplicate of it, and the node's ranks.
+    """From init() to shutdown(): the user's communicator, a duplicate of it, and the nodes' ranks.
+
+    draws   the seeds of compressed tensors: a number of its own for each call, 0 being Reducer's
+    places  (local rank, local size) of all ranks
     """
 
     def __init__(self, given):
         self.given = mpi.intracommunicator(given)
         self.comm = mpi.communicator(self.given, None, "hvd.init()")
         self.node = mpi.node(self.comm)
+        self.draws = count(1)
+        self.places = mpi.allgather(self.comm, (self.node.rank, self.node.size), "hvd.init()")
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,21 @@ def local_size() -> int:
     return _now().node.size
 
 
+def cross_rank() -> int:
+    """This node's number among those that have a rank with this local rank."""
+    return [place for place, _ in _now().places[:rank()]].count(local_rank())
+
+
+def cross_size() -> int:
+    """How many nodes have a rank with this local rank."""
+    return [place for place, _ in _now().places].count(local_rank())
+
+
+def is_homogeneous() -> bool:
+    """Have all nodes equally many ranks?"""
+    return len({ranks for _, ranks in _now().places}) == 1
+
+
 def barrier() -> None:
     """Wait until all ranks are here."""
     together(_now().comm, "barrier")
@@ -160,20 +182,37 @@ def DistributedOptimizer(
         named = _named(optimizer, named_parameters)
         _refuse(compression, backward_passes_per_step, op, gradient_predivide_factor,
                 num_groups or groups)
-    except SpecError as error:
-        problem = str(error)
+    except Exception as error:  # whatever it is, the others wait to hear of it
+        problem = in_words(error)
     together(job.comm, "hvd.DistributedOptimizer", problem, passes=backward_passes_per_step)
-    passes = Passes(optimizer, named, backward_passes_per_step)
+    passes = Passes(optimizer, named, backward_passes_per_step, _same_passes)
     passes.attach(Reducer(named, compression.method, job.given, average=op is Average))
     return optimizer
+
+
+def _same_passes(passes):
+    """SpecError or MismatchError, on all ranks, for a number of passes that cannot be taken."""
+    problem = None
+    try:
+        refuse_passes(passes)
+    except SpecError as error:
+        problem = str(error)
+    together(_now().comm, "set_backward_passes_per_step", problem, passes=passes)
+
+
+def _no_compression(found):
+    """What is wrong with a compression=, in words, or None."""
+    if isinstance(found, Compression):
+        return None
+    return (f"compression={found!r} found, expected hvd.Compression.none, .fp16 or a method of "
+            'mpicomp: type  hvd.Compression.of("onebit")')
 
 
 def _refuse(compression, passes, op, predivide, groups):
     """SpecError for an argument of DistributedOptimizer that cannot be honoured."""
     refuse_passes(passes)
-    if not isinstance(compression, Compression):
-        raise SpecError(f"compression={compression!r} found, expected hvd.Compression.none, .fp16 "
-                        'or a method of mpicomp: type  hvd.Compression.of("onebit")')
+    if problem := _no_compression(compression):
+        raise SpecError(problem)
     if op not in (Average, Sum):
         raise SpecError(f"op={op!r} found, expected hvd.Average or hvd.Sum for gradients"
                         + (": mpicomp has no Adasum" if op is Adasum else ""))
@@ -194,8 +233,8 @@ def _named(optimizer, named_parameters) -> list:
     if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in named):
         raise SpecError("named_parameters must be (name, parameter) pairs: pass "
                         "model.named_parameters(), not model.parameters()")
-    ids = {id(p) for p in own}
-    missing = [p for p in own if id(p) not in {id(p) for _, p in named}]
+    ids, have = {id(p) for p in own}, {id(p) for _, p in named}
+    missing = [p for p in own if id(p) not in have]
     if missing:
         raise SpecError(f"{len(missing)} parameters of the optimizer have no name, the first of "
                         f"shape {list(missing[0].shape)}: pass model.named_parameters() of the "
@@ -228,26 +267,32 @@ def allreduce(tensor: torch.Tensor, average: bool | None = None, name: str | Non
     tensor            numbers of any dtype and shape, the same on all ranks
     average           the older form of op: True for Average, False for Sum
     name              compared over ranks
-    compression       none, fp16 or a method without a residual; others are refused
+    compression       none, fp16 or a method without a residual; others, and exchanges or options
+                      by which the mean comes late or not at all, are refused. Methods that draw
+                      draw anew in each call
     prescale_factor   the tensor is multiplied by it before
     postscale_factor  and the result after
 
-    16-bit floats are summed in float32 and rounded once; a mean of integers is cut towards zero.
-    A mean or sum can be differentiated. Raises MismatchError on all ranks where they differ in
-    anything, StallError if one does not come.
+    16-bit floats are scaled and summed in float32 and rounded once; means of integers, and those
+    with a factor, are cut towards zero once. A mean or sum can be differentiated. NaN and Inf are
+    added up as in Horovod; with a compression, where they cannot be, NonFiniteError names the rank
+    and speaks of a gradient, whatever the tensor is. Raises MismatchError on all ranks where they
+    differ in anything, StallError if one does not come.
     """
-    op, comm = tensors.operation(average, op), _now().comm
+    op, problem = tensors.operation(average, op)
+    problem = problem or _no_compression(compression)
     is_tensor = isinstance(tensor, torch.Tensor)
+    needed = is_tensor and tensor.requires_grad
+    if not problem and needed and op not in (Average, Sum):
+        problem = (f"allreduce with op={op.value} of a tensor that needs a gradient found: type  "
+                   "tensor.detach()")
+    if problem:
+        together(_now().comm, "allreduce", problem)
+    how = dict(op=op, name=name, before=prescale_factor, after=postscale_factor)
+    there = partial(_reduced, **how)
     if compression != Compression.none and is_tensor and tensor.is_floating_point():
-        there = partial(_compressed, op=op, name=name, method=compression.method)
-        return postscale_factor * Exchanged.apply(tensor * prescale_factor, there, there)
-    there = partial(_reduced, op=op, name=name, before=prescale_factor, after=postscale_factor)
-    if not is_tensor or not tensor.requires_grad:
-        return there(tensor)
-    if op not in (Average, Sum):
-        raise SpecError(f"rank {comm.rank}: allreduce with op={op.value} of a tensor that needs a "
-                        "gradient found: type  tensor.detach()")
-    return Exchanged.apply(tensor, there, there)
+        there = partial(_compressed, method=compression.method, **how)
+    return Exchanged.apply(tensor, there, there) if needed else there(tensor)
 
 
 def _reduced(tensor, **arguments):
@@ -255,15 +300,17 @@ def _reduced(tensor, **arguments):
 
 
 def _compressed(tensor, **arguments):
-    return tensors.reduced_compressed(_now().comm, tensor, **arguments)
+    return tensors.reduced_compressed(_now().comm, tensor, draws=_now().draws, **arguments)
 
 
 def allreduce_(tensor: torch.Tensor, average: bool | None = None, name: str | None = None,
                op: Op | None = None, prescale_factor: float = 1.0,
                postscale_factor: float = 1.0) -> torch.Tensor:
     """`allreduce` in place; returns the tensor."""
-    found = _reduced(tensor, op=tensors.operation(average, op), name=name, before=prescale_factor,
-                     after=postscale_factor)
+    op, problem = tensors.operation(average, op)
+    if problem:
+        together(_now().comm, "allreduce", problem)
+    found = _reduced(tensor, op=op, name=name, before=prescale_factor, after=postscale_factor)
     with torch.no_grad():
         return tensor.copy_(found)
 
@@ -298,12 +345,21 @@ def broadcast(tensor: torch.Tensor, root_rank: int, name: str | None = None) -> 
         total = _reduced(gradient, op=Sum, name=name, before=1.0, after=1.0)
         return total if rank() == root_rank else torch.zeros_like(total)
 
-    return Exchanged.apply(tensor, there, back) if tensor.requires_grad else there(tensor)
+    needed = _a_tensor(tensor) and tensor.requires_grad
+    return Exchanged.apply(tensor, there, back) if needed else there(tensor)
+
+
+def _a_tensor(found):
+    """True for a tensor; SpecError or MismatchError, on all ranks, for anything else."""
+    if not isinstance(found, torch.Tensor):
+        together(_now().comm, "broadcast", tensors.facts_of(found)["problem"])
+    return True
 
 
 def broadcast_(tensor: torch.Tensor, root_rank: int, name: str | None = None) -> torch.Tensor:
     """Overwrite a tensor with root_rank's; returns it."""
-    broadcast_parameters([(name or "tensor", tensor)], root_rank)
+    if _a_tensor(tensor):
+        broadcast_parameters([(name or "tensor", tensor)], root_rank)
     return tensor
 
 
@@ -312,12 +368,12 @@ def broadcast_(tensor: torch.Tensor, root_rank: int, name: str | None = None) ->
 
 def broadcast_object(obj: Any = None, root_rank: int = 0, name: str | None = None) -> Any:
     """root_rank's object, which can be pickled, on every rank."""
-    job = _now()
-    if not 0 <= root_rank < job.comm.size:
-        raise SpecError(f"root_rank={root_rank} found, expected a rank from 0 to "
-                        f"{job.comm.size - 1}")
+    job, problem = _now(), None
+    if root_rank not in range(job.comm.size):
+        problem = (f"root_rank={root_rank} found, expected a rank from 0 to {job.comm.size - 1}")
     here = job.comm.rank == root_rank
-    blob = tensors.pickled(job.comm, "broadcast_object", obj, here, root=root_rank, name=name)
+    blob = tensors.pickled(job.comm, "broadcast_object", obj, here, problem, root=root_rank,
+                           name=name)
     blob = mpi.bcast_bytes(job.comm, blob, "broadcasting an object", root_rank)
     return obj if here else pickle.loads(blob)
 

@@ -19,10 +19,12 @@ class Passes(copies.Uncopied):
     optimizer  the optimizer, which gets the methods of Horovod's
     named      (name, parameter) pairs of all that is exchanged
     passes     backward passes in a step
+    compare    called with another number of them; raises where it cannot be taken on all ranks
     """
 
-    def __init__(self, optimizer, named, passes):
+    def __init__(self, optimizer, named, passes, compare):
         self.passes, self.optimizer, self.reducer = passes, optimizer, None
+        self._wanted, self._compare = passes, compare
         self._counts, self._accumulating, self._not_finite = Counter(), ExitStack(), None
         self._parameters = [p for _, p in named if p.requires_grad]
         self._names = {id(p): name for name, p in named}
@@ -42,6 +44,7 @@ class Passes(copies.Uncopied):
     def begin(self):
         """A new step: no pass of it has been made. The Reducer's averager says so."""
         self._counts.clear()
+        self.passes = self._wanted
         self._accumulate(False)
 
     # ---- hooks ----
@@ -104,9 +107,13 @@ class Passes(copies.Uncopied):
         yield
 
     def set_backward_passes_per_step(self, passes: int) -> None:
-        """From the next step on."""
-        refuse_passes(passes)
-        self.passes = passes
+        """From the next step on; a step that has begun goes on as it is.
+
+        Collective: raises SpecError or MismatchError on all ranks for what is no number of passes,
+        or not the same on all of them.
+        """
+        self._compare(passes)
+        self._wanted = passes
 
     def _guarded(self, inner):
         """The optimizer's zero_grad, refused while gradients are under way."""

@@ -96,4 +96,3 @@ class Residual(Compressor):
 
     def shared_bytes(self, layout):
         return self.inner.shared_bytes(layout)
-

@@ -24,7 +24,8 @@ def adamw_state(checkpoint: Mapping[str, Any],
 
     Returns ({"model": state_dict, "optimizer": state_dict of torch.optim.AdamW}, notes). A state's
     "params" are names; torch's load_state_dict goes by their order, which is that of the model's
-    parameters in each group. Weights are the float32 ones where the file has them. `step` is the
+    parameters in each group. Weights are the float32 ones where the file has them, tied ones
+    under each of their names. `step` is the
     number of gradients that the variance has seen, so that AdamW's bias correction is right.
     Errors of the compression are left out, as DeepSpeed does when it loads.
 
@@ -46,6 +47,7 @@ def adamw_state(checkpoint: Mapping[str, Any],
             model |= dict(zip(group, _pieces(flat[number], group.values())))
         elif masters is not None:
             model |= dict(zip(group, masters[number]))
+    model |= {name: model[first] for name, first in _shared(checkpoint, names).items()}
     for name in state:
         state[name]["step"] = torch.tensor(float(_seen(checkpoint, state[name]["step"], notes)))
     defaults = torch.optim.AdamW([torch.nn.Parameter(torch.empty(0))]).defaults
@@ -81,11 +83,24 @@ def _parameters(checkpoint):
     for name, tensor in checkpoint["module"].items():
         if not isinstance(tensor, torch.Tensor) or name in buffers | frozen:
             continue
-        where = (tensor.data_ptr(), tensor.shape) if tensor.numel() else name
+        where = _where(name, tensor)
         if where not in seen:
             seen.add(where)
             names[name] = tensor
     return names
+
+
+def _where(name, tensor):
+    """What tensors that are one have in common."""
+    return (tensor.data_ptr(), tensor.shape) if tensor.numel() else name
+
+
+def _shared(checkpoint, names):
+    """{other name: name} of parameters that are tied to one of `names`."""
+    first = {_where(name, tensor): name for name, tensor in names.items()}
+    places = {name: first.get(_where(name, tensor)) for name, tensor in checkpoint["module"].items()
+              if isinstance(tensor, torch.Tensor) and name not in names}
+    return {name: place for name, place in places.items() if place}
 
 
 def _members(inner, names, groups, notes):
@@ -169,17 +184,16 @@ def _moments(inner, number):
 def _seen(checkpoint, step, notes):
     """How many gradients the variance has seen when DeepSpeed's count is `step`."""
     step = int(step)
-    config = checkpoint.get("ds_config")
-    block = config.get("optimizer") or {} if isinstance(config, Mapping) else {}
-    kind, params = str(block.get("type", "")).lower(), block.get("params") or {}
+    block = _object(_object(checkpoint, "ds_config"), "optimizer")
+    kind, params = str(block.get("type", "")).lower(), _object(block, "params")
     if kind not in ONEBIT:
         _say(notes, f"step {step} is taken as it is, for an optimizer of type "
              f"{block.get('type', 'unknown')}")
         return step
     name, key = ONEBIT[kind]
-    last = min(step, params.get(key, FROZEN_AT) + (kind == "zerooneadam"))
+    last = min(step, _steps(params, key, FROZEN_AT) + (kind == "zerooneadam"))
     if kind == "zerooneadam":
-        seen = variance_updates(last, params.get("var_update_scaler", UPDATES_BETWEEN))
+        seen = variance_updates(last, _steps(params, "var_update_scaler", UPDATES_BETWEEN))
         _say(notes, "0/1 Adam: weights and momentum are those of rank 0, which between two "
              "exchanges of its local phase are no other rank's")
     else:
@@ -188,6 +202,23 @@ def _seen(checkpoint, step, notes):
         _say(notes, "1-bit LAMB: its trust ratios are left out, AdamW has none")
     _say(notes, f"step {step} of {name} becomes {seen}: the gradients that its variance has seen")
     return seen
+
+
+def _object(found, key):
+    """The object under a key of a configuration; {} where there is none."""
+    inner = found.get(key)
+    return inner if isinstance(inner, Mapping) else {}
+
+
+def _steps(params, key, default):
+    """A number of steps in the optimizer's params."""
+    value = params.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(
+            f"ds_config: {key}={value!r} found, expected a whole number, at least 1: it tells how "
+            "many gradients the variance has seen. Load the checkpoint, type  checkpoint"
+            f'["ds_config"]["optimizer"]["params"]["{key}"] = STEPS  and save it by torch.save')
+    return value
 
 
 def _say(notes, text):

@@ -1,6 +1,7 @@
 """A DeepSpeed configuration as a Python program for mpicomp."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 from mpicomp.errors import SpecError
@@ -74,7 +75,7 @@ def translate(config: Mapping[str, Any], ranks: int | None = None) -> str:
     reader = _Reader(config)
     made = _optimizer(reader)
     precision = _precision(reader)
-    accumulation, batch = _batches(reader, ranks)
+    accumulation, batch, check = _batches(reader, ranks)
     clip = _number(reader, "gradient_clipping", 0.0)
     if clip and made.startswith("mpicomp.optim"):
         reader.note("gradient_clipping", "DeepSpeed clips each rank's own gradient after the "
@@ -84,7 +85,7 @@ def translate(config: Mapping[str, Any], ranks: int | None = None) -> str:
     method = _method(reader, made)
     for key in reader.left():
         reader.note(key, KEYS.get(key, "UNKNOWN, not translated"))
-    loop = _loop(accumulation, precision, clip)
+    loop = _loop(accumulation, check, precision, clip)
     first = "import contextlib\n\n" if accumulation != 1 else ""
     return f"""\
 {first}import torch
@@ -156,7 +157,8 @@ def _number(reader, key, default, whole=False):
     if value is None:
         return default
     kinds, least = (int, 1) if whole else ((int, float), 0)
-    if isinstance(value, bool) or not isinstance(value, kinds) or value < least:
+    if (isinstance(value, bool) or not isinstance(value, kinds) or not isfinite(value)
+            or value < least):
         raise SpecError(f"{key}={value!r} found, expected a {'whole ' * whole}number, at least "
                         f"{least}")
     return value
@@ -176,8 +178,9 @@ def _optimizer(reader):
                     "any optimizer of torch")
         return "torch.optim.AdamW(model.parameters(), lr=0.001)  # yours"
     betas = params.take("betas", [0.9, 0.999])
-    if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise SpecError(f"betas={betas!r} found, expected two numbers")
+    if not (isinstance(betas, (list, tuple)) and len(betas) == 2 and all(
+            isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas)):
+        raise SpecError(f"betas={betas!r} found, expected two numbers, at least 0 and below 1")
     values = [f"lr={_number(params, 'lr', 1e-3)!r}", f"betas=({betas[0]!r}, {betas[1]!r})",
               f"eps={_number(params, 'eps', 1e-8)!r}",
               f"weight_decay={_number(params, 'weight_decay', 0.0)!r}"]
@@ -226,10 +229,15 @@ def _precision(reader):
 
 
 def _batches(reader, ranks):
-    """(the expression for backward passes in a step, in words how large a batch is)."""
+    """(the expression for backward passes in a step, in words how large a batch is, None or
+    an expression that must be 0 when the program runs)."""
     total = _number(reader, "train_batch_size", None, whole=True)
     micro = _number(reader, "train_micro_batch_size_per_gpu", None, whole=True)
     passes = _number(reader, "gradient_accumulation_steps", None, whole=True)
+    least = (micro or 1) * (passes or 1)
+    if total and not ranks and total % least:
+        raise SpecError(f"train_batch_size={total} found, expected a multiple of {least}: micro "
+                        f"batch {micro or 'any'} x accumulation {passes or 'any'}")
     if total and ranks:
         known = (passes or 1) * (micro or 1) * ranks
         if total % known or (passes and micro and total != known):
@@ -241,13 +249,14 @@ def _batches(reader, ranks):
     elif total and micro and passes is None:
         reader.note("train_batch_size", f"{total} examples a step on all ranks together, "
                     f"{micro} in a micro batch: the number of ranks decides how many are added up")
-        return f"{total} // ({micro} * optimizer.reducer.comm.size)", f"batches of {micro}"
+        shares = f"({micro} * optimizer.reducer.comm.size)"
+        return f"{total} // {shares}", f"batches of {micro}", f"{total} % {shares}"
     if total and not ranks:
         share = f" of {micro} x {passes}" if micro and passes else ""
         reader.note("train_batch_size", f"{total} examples a step on all ranks together{share}: "
-                    + (f"start {total / micro / passes:g} ranks" if micro and passes else
+                    + (f"start {total // least} ranks" if micro and passes else
                        "give each rank its share, or type --ranks"))
-    return passes or 1, f"batches of {micro}" if micro else "batches"
+    return passes or 1, f"batches of {micro}" if micro else "batches", None
 
 
 def _zero(reader):
@@ -273,17 +282,20 @@ def _method(reader, made):
     return known[kind]
 
 
-def _loop(passes, precision, clip):
-    """The training loop."""
+def _loop(passes, check, precision, clip):
+    """The training loop; where `check` is an expression, it must be 0."""
     forward = f"with {precision}:\n" if precision else ""
     several = passes != 1
     loss = "loss = loss_fn(model(x), y)" + " / accumulation" * several
-    lines = [f"accumulation = {passes}  # backward passes in a step"] * several
-    lines.append("for number, (x, y) in enumerate(loader, 1):" if several
-                 else "for x, y in loader:")
-    body = []
+    lines, body = [], []
+    if check:
+        lines += [f"if {check}:", '    raise SystemExit("ranks do not divide train_batch_size / '
+                                  'micro batch: start another number")']
     if several:
-        body += ["last = number % accumulation == 0"]
+        lines += [f"accumulation = {passes}  # backward passes in a step",
+                  "number = 0  # of batches so far; it goes on through all epochs"]
+        body += ["number += 1", "last = number % accumulation == 0"]
+    lines.append("for x, y in loader:  # once an epoch" if several else "for x, y in loader:")
     body += [forward.strip(), f"    {loss}"] if forward else [loss]
     if several:
         body += ["with contextlib.nullcontext() if last else optimizer.reducer.no_sync():",

@@ -3,7 +3,6 @@
 import json
 from os import PathLike
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 
@@ -25,21 +24,29 @@ def checkpoint_file(path: str | PathLike[str], output: str | PathLike[str],
     output  a new file, written by torch.save: {"model": ..., "optimizer": ...}
     groups  a JSON file, a list of lists of names or patterns, see `adamw_state`
 
-    Raises CheckpointError where it cannot be read, or `output` is there already.
+    Raises CheckpointError where it cannot be read, or `output` is there already or cannot be
+    written.
     """
     if Path(output).exists():
         raise CheckpointError(f"{output} is there already: type another name after --output")
+    if not Path(output).resolve().parent.is_dir():
+        raise CheckpointError(f"{output}: the folder {Path(output).parent} is not there: make it, "
+                              "or type another name after --output")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    except (UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # damaged bytes raise of every kind
+        said = str(error).splitlines() or [type(error).__name__]
         raise CheckpointError(
             f"{path} cannot be read with weights_only=True, which runs no code of the file ("
-            f"{str(error).splitlines()[0]}): it is damaged, or your script has put objects of "
+            f"{said[0]}): it is damaged, or your script has put objects of "
             "classes of its own into client_state; save it without them") from None
     result, notes = adamw_state(found, None if groups is None else _groups(groups))
-    torch.save(result, output)
+    try:
+        torch.save(result, output)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{output} cannot be written: {error}") from None
     return notes
 
 
