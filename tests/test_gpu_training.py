@@ -27,7 +27,8 @@ pytestmark = [pytest.mark.mpi, pytest.mark.skipif(
                              "run on the CPU")]
 STEPS = 3
 METHODS = ["dense", "bf16", "onebit", "strom:tau=0.003", "terngrad", "dropping:rate=0.9", "adacomp",
-           "dryden:proportion=8", "dorefa", "chunks:k=8,block=64,decay=0.9", "randomk:density=0.3"]
+           "dryden:proportion=8", "dorefa", "chunks:k=8,block=64,decay=0.9", "randomk:density=0.3",
+           "powersgd:rank=1,rate=1"]
 EXCHANGES = ["dense:exchange=allgather", "terngrad:packing=int8,exchange=allreduce",
              "onebit:exchange=sharded", "terngrad:exchange=sharded",
              "dryden:proportion=8,exchange=sharded", "onebit:exchange=sharded,adagrad=yes",
