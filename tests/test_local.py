@@ -15,8 +15,9 @@ from training import digest, examples, network, parameters, same_error
 
 import mpicomp
 from mpicomp import checkpoint
-from mpicomp.errors import MismatchError, NonFiniteError, SpecError
+from mpicomp.errors import MismatchError, NonFiniteError, SpecError, StallError
 from mpicomp.local.fragment import divided, layer
+from mpicomp.reducer.replicas import fingerprint, leaves
 
 pytestmark = pytest.mark.mpi
 
@@ -163,6 +164,40 @@ def test_applied_and_owed_is_how_far_ranks_have_come(spec, weighted, comm):
         assert np.allclose(owed - p.detach().numpy(), given[name], atol=1e-4)
 
 
+def walk(local, named, count):
+    """Steps of SGD that move each parameter by -lr * (rank + 1)."""
+    for _ in range(count):
+        for _, p in named:
+            p.grad = torch.full_like(p, local.comm.rank + 1.0)
+        local.step()
+
+
+def walking(comm, spec="dense", outer="average", inner=None, names=("0.w", "1.w"), **options):
+    """(parameters of zeros, LocalUpdates of them): see `walk`."""
+    named = parameters(**dict.fromkeys(names, 2))
+    inner = (inner or (lambda p: torch.optim.SGD(p, lr=1.0)))([p for _, p in named])
+    return named, mpicomp.LocalUpdates(named, inner, options.pop("every", 4), spec, outer, comm,
+                                       **options)
+
+
+def pace(comm):
+    """By how much the mean of all ranks' parameters falls in a step of `walk`."""
+    return (comm.size + 1) / 2
+
+
+def values(named):
+    """The first element of each parameter."""
+    return [float(p.detach()[0]) for _, p in named]
+
+
+def test_where_all_weights_are_0_it_is_counted(comm):
+    named, local = walking(comm, every=2, weight=lambda: float(local.steps > 2))
+    walk(local, named, 2)
+    assert values(named) == [0, 0] and (local.stats.skipped, local.stats.steps) == (1, 0)
+    walk(local, named, 2)
+    assert np.allclose(values(named), -2 * pace(comm)) and local.stats.skipped == 1
+
+
 def test_a_rank_may_have_more_examples(comm):
     named = parameters(w=2)
     local = mpicomp.LocalUpdates(named, still(named), 1, "dense", "average", comm,
@@ -204,6 +239,64 @@ def test_at_the_end_a_round_may_be_shorter(comm):
     steps(model, local, comm, 4)
     local.sync()
     assert local.rounds == 3 and equal(comm, digest(model.parameters()))
+
+
+def test_the_last_round_has_all_that_was_not_dropped(comm):
+    """With mix=0 the steps between sending and applying are dropped; sync() drops none."""
+    named, local = walking(comm, fragments=2, lag=1)
+    walk(local, named, 7)  # dropped: steps 3 and 7 of the first fragment, 5 of the second
+    local.sync()
+    assert np.allclose(values(named), [-5 * pace(comm), -6 * pace(comm)])
+
+
+@pytest.mark.parametrize("saved", ["not", "before", "and loaded"])
+@pytest.mark.parametrize("outer, expected", [
+    ("average", 6.0), ("nesterov", 0.7 * (4 + 0.9 * 4) + 0.7 * (2 + 0.9 * (0.9 * 4 + 2)))])
+def test_sync_loses_nothing_that_moved_since_it_was_sent(outer, expected, saved, comm):
+    """Two differences, of 4 steps and of 2."""
+    named, local = walking(comm, outer=outer, lag=3)
+    walk(local, named, 6)
+    if saved != "not":
+        state = local.state_dict()  # waits for what is under way
+    if saved == "and loaded":
+        named, local = walking(comm, outer=outer, lag=3)
+        local.load_state_dict(state)
+    local.sync()
+    assert np.allclose(values(named), -expected * pace(comm))
+
+
+def test_sync_exchanges_no_zeros(comm):
+    """Right after parameters have become the anchor a momentum must not move it once more."""
+    named, local = walking(comm, outer="nesterov", lag=3)
+    walk(local, named, 7)
+    local.sync()
+    assert np.allclose(values(named), -5.32 * pace(comm)) and local.averagers[0].step == 1
+
+
+@pytest.mark.parametrize("count, lag", [(4, 0), (3, 0), (6, 2)])
+def test_after_an_error_in_an_exchange_sync_has_the_round(count, lag, comm, monkeypatch):
+    named, local = walking(comm, lag=lag)
+    averager = local.averagers[0]
+    finish, failed = averager.finish, []
+
+    def once():
+        if failed:
+            return finish()
+        failed.append(finish())  # the packets have gone, so that the next exchange is another
+        for difference in local.fragments[0].differences.values():
+            difference.zero_()
+        raise StallError("an exchange failed")
+
+    monkeypatch.setattr(averager, "finish", once)
+    with pytest.raises(StallError):
+        walk(local, named, count)
+        local.sync()
+    assert local.fragments[0].due is None
+    if lag:
+        local.step()  # makes no step of its own, and with a lag no exchange
+        assert averager.step == 1
+    local.sync()
+    assert np.allclose(values(named), -count * pace(comm)) and local.steps == count
 
 
 # ---- parameters of all kinds
@@ -261,6 +354,38 @@ def test_tied_frozen_and_unused_parameters(comm):
     assert "rank 0: the inner optimizer has a parameter" in text
 
 
+def test_unfrozen_while_under_way_it_is_owed_once(comm):
+    """What was frozen as differences were sent has not moved, and so all of it is owed."""
+    named, local = walking(comm, "onebit", lag=2, names=("w", "late"))
+    late = named[1][1]
+    late.requires_grad_(False)
+    late.data -= 3
+    walk(local, named[:1], 5)
+    late.requires_grad_(True)
+    walk(local, named[:1], 1)
+    state = local.state_dict()
+    assert torch.equal(state["anchor/late"], torch.zeros(2))
+    assert torch.equal(state["error/late"], torch.full((2,), 3.0))
+
+
+def test_frozen_at_different_steps_while_under_way(comm):
+    """It was moving on all ranks as differences were sent, so its anchor moves on all."""
+    named, local = walking(comm, lag=2)
+    walk(local, named, 5)
+    if comm.rank == 0:
+        named[1][1].requires_grad_(False)
+    state = local.state_dict()
+    walk(local, named, 1)
+    named[1][1].requires_grad_(False)
+    walk(local, named[:1], 4)
+    assert np.allclose(local.state_dict()["anchor/1.w"], -4 * pace(comm))
+    named, local = walking(comm, lag=2)
+    named[1][1].requires_grad_(False)  # loaded, too: what was sent counts
+    local.load_state_dict(state)
+    walk(local, named[:1], 1)
+    assert np.allclose(local.state_dict()["anchor/1.w"], -4 * pace(comm))
+
+
 # ---- what goes wrong
 
 
@@ -292,6 +417,28 @@ def test_nan_on_one_rank_leaves_anchor_and_residuals(spec, nonfinite, comm):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("fragments, lag", [(2, 0), (2, 1), (2, 2), (1, 2)])
+def test_one_nan_costs_one_exchange(fragments, lag, comm):
+    """The next forward pass reads all fragments, so all of the rank go back to their anchors."""
+    model, local = made(comm, fragments=fragments, lag=lag, nonfinite="skip")
+    for number in range(16):
+        if number == 5 and comm.rank == comm.size - 1:
+            for p in model.parameters():
+                p.data.fill_(torch.nan)
+        step(model, local, comm, number)
+    local.sync()
+    assert local.stats.skipped == 1
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert equal(comm, digest(model.parameters()))
+
+
+def test_a_closure_and_a_scaler_are_refused(comm):
+    named, local = walking(comm)
+    with pytest.raises(SpecError, match="a closure and a scaler"):
+        local.step(lambda: 1.0, scaler=torch.amp.GradScaler("cpu"))
+    assert local.steps == 0 and values(named) == [0, 0]
+
+
 def test_what_cannot_be_is_refused(comm):
     for words, options in (
             ("every=0", dict(every=0)), ("every=True", dict(every=True)),
@@ -305,6 +452,8 @@ def test_what_cannot_be_is_refused(comm):
                 outer="nesterov:momentum=0")),
             ("outer: NoneType found", dict(outer=lambda anchors: None)),
             ("outer: int found", dict(outer=3)),
+            ("SGD found without some", dict(
+                outer=lambda anchors: torch.optim.SGD(anchors[:1], lr=1.0))),
             ("delay=1 found", dict(spec="onebit:delay=1")),
             ("exchange=peers found", dict(spec="strom:exchange=peers")),
             ("no method", dict(spec="twobit")),
@@ -356,6 +505,13 @@ def test_ranks_that_differ(comm):
             step(model, local, comm, number)
 
     assert "plan digest" in same_error(comm, MismatchError, meet)
+    text = same_error(comm, MismatchError, lambda: made(comm, outer=lambda anchors: torch.optim.SGD(
+        [{"params": anchors, "lr": 0.5 + last}], lr=0.1)))
+    assert "lr of group 0=" in text
+    named, local = walking(comm, every=1)
+    walk(local, named, 1)
+    local.outer.param_groups[0]["lr"] = 1.0 - 0.5 * last
+    same_error(comm, MismatchError, lambda: walk(local, named, 1))
 
 
 # ---- fragments, lag, mix
@@ -482,27 +638,110 @@ def test_on_another_number_of_ranks_nothing_that_is_owed_is_lost(spec, former, c
     assert local.rounds == 3 and equal(comm, digest([a for _, a in local._pairs()]))
 
 
+def facts(local):
+    return [(name, fingerprint(leaf)) for name, leaf in leaves(local.state_dict())]
+
+
 def test_a_state_that_does_not_fit_changes_nothing(comm):
-    model, local = made(comm, "onebit")
+    """On no rank, also where only one rank's state does not fit."""
+    model, local = made(comm, "onebit", outer="nesterov")
     steps(model, local, comm, 5)
     state, last = local.state_dict(), comm.rank == comm.size - 1
+    steps(model, local, comm, 4)
+    before = facts(local)
     name = next(key for key in state if key.startswith("anchor/"))
+    twice = {**state["outer"], "param_groups": state["outer"]["param_groups"] * 2}
+    kind = SpecError if comm.size == 1 else MismatchError
     for words, odd in (("lacks", {k: v for k, v in state.items() if k != name}),
                        ("does not know", {**state, "anchor/x": torch.zeros(1)}),
                        ("has shape", {**state, name: torch.zeros(1)}),
-                       ("saved with fragments=2", {**state, "fragments": [[0, 0, 0]] * 2})):
+                       ("saved with fragments=2", {**state, "fragments": [[0, 0, 0]] * 2}),
+                       ("lacks 'mean/", {**state, "fragments": [
+                           {**state["fragments"][0], "under way": [4, 6, [], True, True]}]}),
+                       ("saved with SGD as the inner", {**state, "optimizers": ["SGD", "SGD"]}),
+                       ("the outer optimizer has groups of", {**state, "outer": twice})):
         given = odd if last else state
-        kind = SpecError if comm.size == 1 else MismatchError
         text = same_error(comm, kind, lambda given=given: local.load_state_dict(given))
         assert words in text
-        if last:
-            assert all(torch.equal(local.state_dict()[key], value) for key, value in state.items()
-                       if isinstance(value, torch.Tensor))
-        local.load_state_dict(state)
+        assert facts(local) == before, words
     if comm.size > 1:
         later = {**state, name: state[name] + 1} if last else state
         text = same_error(comm, MismatchError, lambda: local.load_state_dict(later))
         assert f"replicas differ in anchor '{name}'" in text
+        assert facts(local) == before
+    other, mine = made(comm, "onebit", outer="nesterov",
+                       inner=lambda p: torch.optim.SGD(p, lr=0.1))
+    text = same_error(comm, SpecError, lambda: mine.load_state_dict(state))
+    assert "saved with AdamW as the inner optimizer, this has SGD" in text
+    local.load_state_dict(state)
+    assert local.steps == 5
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_a_nan_that_is_under_way_is_saved(nonfinite, comm):
+    """Loaded, the same follows: anchors, restarted moments, and the error."""
+    def adam(p):
+        return torch.optim.Adam(p, lr=1.0)
+
+    def after(local, named):
+        found = []
+        for _ in range(5):
+            try:
+                walk(local, named, 1)
+            except NonFiniteError as error:
+                found.append(str(error))
+            found.append(digest(p for _, p in named))
+        return found
+
+    named, local = walking(comm, inner=adam, lag=2, nonfinite=nonfinite)
+    walk(local, named, 3)
+    if comm.rank == comm.size - 1:
+        named[0][1].data.fill_(torch.nan)
+    walk(local, named, 2)
+    state = local.state_dict()
+    expected = after(local, named)
+    assert len(expected) == (6 if nonfinite == "raise" else 5)
+    assert all(torch.isfinite(p).all() for _, p in named)
+    named, local = walking(comm, inner=adam, lag=2, nonfinite=nonfinite)
+    local.load_state_dict(state)
+    assert after(local, named) == expected
+
+
+def test_the_inner_state_at_the_start_is_saved(comm):
+    def warm(p):
+        inner = torch.optim.SGD(p, lr=1.0, momentum=0.9)
+        inner.zero_grad()
+        for q in p:
+            q.grad = torch.ones(2)
+        inner.step()
+        for q in p:
+            q.data.zero_()
+        return inner
+
+    def cold(p):
+        return torch.optim.SGD(p, lr=1.0, momentum=0.9)
+
+    named, local = walking(comm, inner=warm, every=2, keep_inner=False)
+    walk(local, named, 1)
+    state = local.state_dict()
+    walk(local, named, 5)
+    expected = values(named)
+    named, local = walking(comm, inner=cold, every=2, keep_inner=False)
+    local.load_state_dict(state)
+    walk(local, named, 5)
+    assert values(named) == expected
+
+
+def test_what_is_under_way_loads_by_names_with_prefixes(comm):
+    named, local = walking(comm, lag=2)
+    walk(local, named, 5)
+    state = {key.replace("/", "/_orig_mod."): value for key, value in local.state_dict().items()}
+    walk(local, named, 3)
+    expected = values(named)
+    named, local = walking(comm, lag=2)  # fresh: nothing is under way here
+    local.load_state_dict(state)
+    walk(local, named, 3)
+    assert values(named) == expected != [0, 0]
 
 
 def test_the_anchor_may_be_looked_at(comm):
@@ -552,6 +791,7 @@ def test_regrouped_in_the_middle_of_a_round(spec, comm):
 
 
 def test_with_recovery_where_nothing_dies(comm):
+    """Pieces change no bit; without --with-ft, Recovery runs them as they are."""
     model, local = made(comm, "onebit")
     expected = steps(model, local, comm, 8)
     model, local = made(comm, "onebit")
@@ -647,10 +887,12 @@ def test_fedopt_and_muon(comm):
 
 def test_sparseloco_is_a_preset(comm):
     model = network()
-    local = mpicomp.SparseLoCo(model, torch.optim.AdamW(model.parameters(), lr=0.01), 2,
-                               "dropping:rate=0.98", comm=comm)
+    local = mpicomp.SparseLoCo(model, torch.optim.AdamW(model.parameters(), lr=0.01), 2, comm=comm)
+    assert local.averagers[0].method == mpicomp.method(
+        "chunks:k=64,block=4096,bits=2,decay=0.95")
+    assert type(local.outer) is torch.optim.SGD and local.outer.defaults["lr"] == 1.0
     steps(model, local, comm, 4)
-    assert equal(comm, digest(model.parameters())) and local.outer.defaults["lr"] == 1.0
+    assert equal(comm, digest(model.parameters())) and local.rounds == 2
 
 
 def test_bytes_are_told_against_an_exchange_in_every_step(comm):
@@ -660,137 +902,3 @@ def test_bytes_are_told_against_an_exchange_in_every_step(comm):
     assert local.stats.dense == 4 * size * 10 and local.stats.steps == 2
     sent = sum(averager.stats.sent for averager in local.averagers)
     assert local.stats.sent == sent and local.stats.reasons["dense"] == sent
-
-
-# ---- what was found wrong once
-
-
-def test_one_nan_heals_also_where_fragments_are_sent_in_turn(comm):
-    """The other fragment's NaN came back with the next forward pass, for ever."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
-    local = mpicomp.LocalUpdates(model, torch.optim.AdamW(model.parameters(), lr=0.01), 4, "dense",
-                                 "average", comm, fragments=2, nonfinite="skip")
-    for number in range(16):
-        local.inner.zero_grad()
-        x = torch.full((3, 4), float("nan") if number == 1 and comm.rank == 0 else 1.0)
-        model(x).square().sum().backward()
-        local.step()
-    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
-    assert sum(averager.stats.skipped for averager in local.averagers) <= 2
-
-
-def test_after_an_exchange_that_failed_sync_sends_the_round(comm, monkeypatch):
-    """It took the round for sent, and set parameters back to the anchor."""
-    named = parameters(w=3)
-    local = mpicomp.LocalUpdates(named, still(named), 2, "dense", "average", comm)
-    start = named[0][1].detach().clone()
-    moved(local, named, [start - 1])
-    with monkeypatch.context() as patch:
-        patch.setattr(local.averagers[0], "finish", lambda: exec("raise OSError('no such luck')"))
-        with pytest.raises(OSError, match="no such luck"):
-            moved(local, named, [start - 2 - comm.rank])
-    local.averagers[0].finish()
-    local.sync()
-    assert torch.allclose(named[0][1], start - 2 - (comm.size - 1) / 2)
-
-
-def test_sync_makes_one_outer_step_of_what_is_under_way(comm):
-    named = parameters(w=3)
-    local = mpicomp.LocalUpdates(named, still(named), 4, "dense", "nesterov", comm, lag=3)
-    start = named[0][1].detach().clone()
-    for number in range(1, 7):
-        moved(local, named, [start - number])
-    local.sync()
-    assert torch.allclose(named[0][1], start - 1.33 * 4, atol=1e-5)
-
-
-@pytest.mark.parametrize("later", [True, False])
-def test_what_moves_is_decided_when_it_is_sent(later, comm):
-    """Frozen or not when the mean is applied: counted twice, or another anchor on each rank."""
-    named = parameters(w=3, b=2)
-    local = mpicomp.LocalUpdates(named, still(named), 2, "dense", "average", comm, lag=1)
-    start = named[0][1].detach().clone()
-    named[0][1].requires_grad_(not later)
-    moved(local, named, [start - 1, named[1][1].detach()])
-    moved(local, named, [start - 2, named[1][1].detach()])
-    named[0][1].requires_grad_(later)
-    moved(local, named, [start - 2, named[1][1].detach()])
-    (anchor,) = [part.anchors["w"] for part in local.fragments]
-    assert torch.allclose(anchor, start if later else start - 2)
-
-
-@pytest.mark.mpi(min_size=2)
-def test_ranks_whose_outer_rates_differ(comm):
-    named = parameters(w=3)
-    local = mpicomp.LocalUpdates(named, still(named), 1, "dense", "average", comm)
-    moved(local, named, [named[0][1].detach() - 1])
-    local.outer.param_groups[0]["lr"] = 0.5 if comm.rank else 1.0
-    same_error(comm, MismatchError, lambda: moved(local, named, [named[0][1].detach() - 1]))
-
-
-def test_an_outer_optimizer_of_other_tensors(comm):
-    named = parameters(w=3)
-    text = same_error(comm, SpecError, lambda: mpicomp.LocalUpdates(
-        named, still(named), 1, "dense", lambda anchors: torch.optim.SGD([torch.zeros(2)], lr=1.0),
-        comm))
-    assert "and of no others" in text
-
-
-def test_a_state_that_fits_on_some_ranks_only_is_loaded_on_none(comm):
-    model, local = made(comm, every=2)
-    steps(model, local, comm, 2)
-    state, before = local.state_dict(), digest(model.parameters())
-    steps(model, local, comm, 2)
-    after = digest(model.parameters())
-    assert after != before
-    if comm.rank == 0:
-        del state["anchor/" + next(iter(local.fragments[0].anchors))]
-    same_error(comm, SpecError if comm.size == 1 else MismatchError,
-               lambda: local.load_state_dict(state))
-    assert digest(model.parameters()) == after
-
-
-def test_a_state_of_another_inner_optimizer(comm):
-    model, local = made(comm)
-    other, sgd = made(comm, inner=lambda p: torch.optim.SGD(p, lr=0.1))
-    text = same_error(comm, SpecError, lambda: sgd.load_state_dict(local.state_dict()))
-    assert "the saved inner optimizer" in text
-
-
-def test_saved_while_a_nan_is_under_way(comm):
-    """The error and the inner state at the start are a part of the state."""
-    def go(model, local, first, last):
-        found = []
-        for number in range(first, last):
-            local.inner.zero_grad()
-            model(torch.full((2, 3), float("nan") if number == 1 else 1.0)).sum().backward()
-            try:
-                local.step()
-            except NonFiniteError as error:
-                found.append(str(error))
-        return found
-
-    def fresh():
-        torch.manual_seed(1)
-        model = torch.nn.Linear(3, 2)
-        inner = torch.optim.AdamW(model.parameters(), lr=0.1)
-        return model, mpicomp.LocalUpdates(model, inner, 4, "dense", "average", comm, lag=2)
-
-    model, local = fresh()
-    go(model, local, 0, 5)
-    other, resumed = fresh()
-    resumed.load_state_dict(local.state_dict())
-    assert len(go(model, local, 5, 9)) == len(go(other, resumed, 5, 9)) == 1
-    assert digest(model.parameters()) == digest(other.parameters())
-    assert all(bool(torch.isfinite(p).all()) for p in other.parameters())
-
-
-def test_the_preset_is_sparseloco(comm):
-    model, inner = network(), None
-    inner = torch.optim.AdamW(model.parameters(), lr=0.01)
-    local = mpicomp.SparseLoCo(model, inner, every=2, comm=comm)
-    steps(model, local, comm, 4)
-    assert equal(comm, digest(model.parameters()))
-    assert repr(local.averagers[0].method).startswith("chunks:k=64,block=4096,bits=2")
-    assert local.averagers[0].method.compressor.decay == 0.95

@@ -116,10 +116,13 @@ def parse(about, refuse, rank):
         refuse("--survive with --flush-epochs: a flush cannot be taken back; leave out either")
     if args.outer and not args.local:
         refuse("--outer is for --local H; add that, or leave it out")
-    for name in ("flush_epochs", "log_layers", "require_ratio", "survive"):
+    if args.local and args.survive:
+        refuse("--survive with --local: mpicomp.Recovery takes LocalUpdates, but this program does "
+               "not offer both together; leave out either")
+    for name in ("flush_epochs", "log_layers", "require_ratio"):
         if args.local and getattr(args, name):
-            refuse(f"--{name.replace('_', '-')} with --local: not offered together here; leave out "
-                   "either")
+            refuse(f"--{name.replace('_', '-')} with --local: it is for an exchange in every step; "
+                   "leave out either")
     if args.local and args.optimizer == "onebitadam":
         refuse("--optimizer onebitadam with --local: it has momenta exchanged in every step; take "
                "adamw")

@@ -229,11 +229,6 @@ class Averager(Engine):
     def _values(self, slots):
         return {slot.name: staging.fetched(slot.flat).copy().reshape(slot.shape) for slot in slots}
 
-    def require_settled(self, what):
-        super().require_settled(what)
-        if not self.current.finished:
-            self.buckets.require_no_step(self.comm.rank, what)
-
     def clear_outputs(self):
         """Nothing is handed out; in an asynchronous exchange what others have sent still is."""
         if not self.exchange.asynchronous:

@@ -62,12 +62,17 @@ class Bucket:
             owed["error"] = kernels.of(self.grad).zeros(self.layout.size)
             self.codec.restore(owed)
 
+    def owed(self) -> dict:
+        """What this rank owes, with what `hold` has kept, by kind; nothing changes."""
+        owed = self.codec.persistent()
+        if self._held is not None:
+            owed["error"] = owed["error"] + self._held
+        return owed
+
     def release(self):
         """What `hold` has kept is owed again."""
         if self._held is not None:
-            owed = self.codec.persistent()
-            owed["error"] = owed["error"] + self._held
-            self.codec.restore(owed)
+            self.codec.restore(self.owed())
             self._held = None
 
     def first_bad(self) -> str | None:
@@ -252,6 +257,7 @@ class Buckets:
         self.order.restart(noting=not int(state["step"]))
         if order != self.order.now:
             self._rebuild(order)
+        self.release()
         for bucket in self._all:
             bucket.codec.restore({
                 kind: np.concatenate([_flat(state[f"{kind}/{s.name}"])
@@ -260,11 +266,10 @@ class Buckets:
 
     def residuals(self) -> dict:
         """{"error/<name>": float32 array with the shape of that array, a copy on the host} ..."""
-        self.release()
         return {f"{kind}/{s.name}": array[s.slice].copy().reshape(s.shape)
                 for bucket in self._all
                 for kind, array in ((kind, staging.fetched(array))
-                                    for kind, array in bucket.codec.persistent().items())
+                                    for kind, array in bucket.owed().items())
                 for s in bucket.layout.segments}
 
     def require_no_step(self, rank, what):

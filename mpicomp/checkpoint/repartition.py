@@ -17,7 +17,7 @@ def repartition(states: Sequence[Mapping[str, Any]], ranks: int, *,
     """The states for `ranks` Reducers that go on from those of len(states) others.
 
     states   state_dict() of the Reducer, Averager or LocalUpdates of every former rank, in rank
-             order; what comes back are torch tensors
+             order
     keep     "sum" keeps the sum over ranks of "error" and of "error2", element by element. "mean"
              keeps that sum divided by the number of ranks, which is what a Reducer with
              average=True will still add to the parameters; the sum changes by ranks / len(states)
@@ -30,9 +30,10 @@ def repartition(states: Sequence[Mapping[str, Any]], ranks: int, *,
     that owns the element (exchange/shards.py). AdaGrad's sums of squares go to all ranks, each of
     which loads the part that it owns. All else, such as the anchors of LocalUpdates and the
     parameters of a rank in the middle of a round, new rank r takes over from former rank r modulo
-    their number. The given states do not change. If the number of ranks is the same, load the
-    states themselves: only that continues to the bit. MismatchError if the states are of different
-    steps or parameters.
+    their number. What is divided comes back as torch tensors, also where an Averager gave NumPy
+    arrays: its load_state_dict takes both. The given states do not change. If the number of ranks
+    is the same, load the states themselves: only that continues to the bit. MismatchError if the
+    states are of different steps or parameters.
     """
     if keep not in ("sum", "mean"):
         raise ValueError(f"keep={keep!r}: expected 'sum' or 'mean'")

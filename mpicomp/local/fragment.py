@@ -1,6 +1,7 @@
 """Fragments: parameters that are exchanged together, with the anchors that they left from."""
 
 import re
+from dataclasses import dataclass
 
 import torch
 
@@ -36,6 +37,25 @@ class Differences(Averager):
             self.current.bad.setdefault("problem", text)
 
 
+@dataclass
+class UnderWay:
+    """What a fragment has sent and not applied yet.
+
+    step     the local step after which it was sent; it is applied after the step `due`
+    frozen   names of the parameters that stood still as it was sent
+    sent     {name: the parameter as it was sent}, where training goes on meanwhile
+    arrived  is there a mean? None: not known yet
+    finite   where there is none: were this rank's own differences finite?
+    """
+
+    step: int
+    due: int
+    frozen: tuple
+    sent: dict
+    arrived: bool | None = None
+    finite: bool = True
+
+
 class Fragment:
     """Parameters of some layers: their anchors, and the differences that are exchanged.
 
@@ -43,18 +63,20 @@ class Fragment:
     anchors     {name: float32 tensor}, equal on all ranks
     differences {name: float32 tensor}: this rank's, then their mean
     averager    of the differences
-    sent        the local step after which they were sent last
-    due         the local step after which what was sent is applied; None: nothing is under way
+    covered     local steps whose progress has been exchanged or given up
+    under_way   an UnderWay, or None
     """
 
     def __init__(self, parameters, anchors, averager):
         self.parameters, self.anchors = parameters, anchors
         self.differences = {name: torch.zeros_like(anchor) for name, anchor in anchors.items()}
         self.averager = averager(parameters, self.differences)
-        self.sent, self.due = 0, None
-        self._sent_before, self._moving = 0, []  # names of what moved when it was sent
-        self._arrived = None  # was there a mean? None: not known yet
-        self._error = None
+        self.covered, self.under_way, self._error = 0, None, None
+
+    @property
+    def due(self) -> int | None:
+        """The local step after which what was sent is applied; None: nothing is under way."""
+        return self.under_way and self.under_way.due
 
     @torch.no_grad()
     def send(self, step, lag, weight):
@@ -65,97 +87,124 @@ class Fragment:
             difference.copy_(self.anchors[name].to(p.dtype))
             difference.sub_(p)
         ordered = dict(reversed(self.differences.items()))
-        under_way = self.averager.send(ordered, weight)
-        self._arrived, self._error = None if under_way else False, None
-        self._moving = [name for name, p in self.parameters.items() if p.requires_grad]
-        self.sent, self._sent_before, self.due = step, self.sent, step + lag
+        begun, self._error = self.averager.send(ordered, weight), None
+        sent = {name: p.clone() for name, p in self.parameters.items()} if lag else {}
+        self.under_way = UnderWay(step, step + lag, self.averager.buckets.frozen, sent)
+        if not begun:  # all weights are 0
+            self.averager.stats.skipped += 1
+            self._arrive(False)
 
     def land(self):
         """Wait for what is under way; the differences are the mean, if there is one."""
-        if self.due is not None and self._arrived is None:
+        if self.under_way is not None and self.under_way.arrived is None:
             try:
-                self._arrived = self.averager.finish()
+                self._arrive(self.averager.finish())
             except NonFiniteError as error:
-                self._arrived, self._error = False, error
+                self._error = error
+                self._arrive(False)
             except Exception:  # it is not under way any more, and can be sent again
-                self._take_back()
+                self.under_way = None
                 raise
 
-    def _take_back(self):
-        self.due = self._arrived = None
-        self.sent = self._sent_before
+    def _arrive(self, arrived):
+        self.under_way.arrived = arrived
+        self.under_way.finite = arrived or all(bool(torch.isfinite(d).all())
+                                               for d in self.differences.values())
 
     @torch.no_grad()
-    def apply(self, outer, mix) -> bool:
-        """Move the anchors by the mean, and the parameters to them; was there a mean?
+    def apply(self, outer, now, mix=0.0, rest=False) -> bool:
+        """Move the anchors by the mean, and the parameters to them, after the local step `now`.
 
-        mix  the share of its own value that a parameter keeps
+        mix   the share of its own value that a parameter keeps
+        rest  does it keep, on top, what it has moved by since it was sent?
+
+        Without a mean parameters become the anchors. False where that is because this rank's own
+        differences were not finite.
         """
         self.land()
-        arrived, self.due, self._arrived = self._arrived, None, None
-        if arrived:
-            for name in self._moving:
-                self.anchors[name].grad = self.differences[name]
-            outer.step()
-            for name in self._moving:
-                self.anchors[name].grad = None
+        done, self.under_way = self.under_way, None
+        if not done.arrived:
+            self.covered = now
+            self.reset()
+            return done.finite
+        moving = [name for name in self.anchors if name not in done.frozen]
+        for name in moving:
+            self.anchors[name].grad = self.differences[name]
+        outer.step()
+        for name in moving:
+            self.anchors[name].grad = None
+        # where parameters are the anchors nothing is left to be exchanged
+        self.covered = done.step if mix or rest else now
         for name, p in self.parameters.items():
-            own = mix if arrived else 0.0
-            if own:
-                p.copy_(torch.lerp(self.anchors[name], p.float(), own))
+            anchor = self.anchors[name]
+            if rest and done.sent:
+                p.copy_(anchor + (p.float() - done.sent[name].float()))
+            elif mix:
+                p.copy_(torch.lerp(anchor, p.float(), mix))
             else:
-                p.copy_(self.anchors[name])
-        return arrived
+                p.copy_(anchor)
+        return True
+
+    @torch.no_grad()
+    def reset(self):
+        """Parameters become the anchors; what is under way goes on."""
+        sent = self.under_way.sent if self.under_way else {}
+        for name, p in self.parameters.items():
+            p.copy_(self.anchors[name])
+            if name in sent:  # what has moved since is gone
+                sent[name].copy_(p)
 
     def take_error(self):
         """The NonFiniteError of the last exchange, or None; it is told once."""
         error, self._error = self._error, None
         return error
 
-    @property
-    def finite(self) -> bool:
-        """After an exchange without a mean: were this rank's own differences finite?"""
-        return all(bool(torch.isfinite(d).all()) for d in self.differences.values())
-
     def regroup(self, comm):
         """Go on over fewer ranks; what was under way has never been sent."""
         self.averager.regroup(comm)
-        if self.due is not None:
-            self._take_back()
+        self.under_way = None
 
     # ---- state
 
     def state(self) -> dict:
         """What of a checkpoint is this fragment's; what is under way has landed."""
         self.land()
-        owed = in_torch(self.averager.state_dict())
-        due = -1 if self.due is None else self.due
-        error = None if self._error is None else str(self._error)
+        owed, flight = in_torch(self.averager.state_dict()), self.under_way
         found = {f"anchor/{name}": anchor.clone() for name, anchor in self.anchors.items()}
         found |= {f"parameter/{name}": p.detach().clone() for name, p in self.parameters.items()}
         found |= {key: value for key, value in owed.items() if key != "step"}
-        if self._arrived:
-            found |= {f"mean/{name}": self.differences[name].clone() for name in self._moving}
-        return found | {"fragment": [owed["step"], self.sent, due, bool(self._arrived), error,
-                                     self.finite]}
+        place = {"step": owed["step"], "covered": self.covered, "under way": None,
+                 "error": self._error and str(self._error)}
+        if flight:
+            found |= {f"sent/{name}": p.clone() for name, p in flight.sent.items()}
+            if flight.arrived:
+                found |= {f"mean/{name}": d.clone() for name, d in self.differences.items()}
+            place["under way"] = [flight.step, flight.due, list(flight.frozen), flight.arrived,
+                                  flight.finite]
+        return found | {"fragment": place}
+
+    def late(self, place) -> dict:
+        """{key: tensor of that shape} of what a state has besides, where this is its "fragment"."""
+        kinds = ["sent", *["mean"] * place["under way"][3]] if place["under way"] else []
+        return {f"{kind}/{name}": anchor for kind in kinds for name, anchor in self.anchors.items()}
 
     @torch.no_grad()
-    def restore(self, state, fragment):
-        """Take over what `state` gave: `fragment` is its entry of that name."""
-        step, self.sent, due, arrived, error, finite = fragment
+    def restore(self, state, place):
+        """Take over what `state` gave: `place` is its entry "fragment"."""
         mine = {key: state[key] for key in self.averager.state_dict() if key != "step"}
-        self.averager.load_state_dict({"step": step, **mine})
-        self.due, self._arrived = (None, None) if due < 0 else (due, arrived)
-        self._sent_before, self._error = self.sent, NonFiniteError(error) if error else None
+        self.averager.load_state_dict({"step": place["step"], **mine})
+        self.covered, self.under_way = place["covered"], None
+        self._error = NonFiniteError(place["error"]) if place["error"] else None
         for name, anchor in self.anchors.items():
             anchor.copy_(state[f"anchor/{name}"])
             self.parameters[name].copy_(state[f"parameter/{name}"])
-        self._moving = [name for name in self.anchors if f"mean/{name}" in state]
-        for name, difference in self.differences.items():
-            if name in self._moving:
-                difference.copy_(state[f"mean/{name}"])
-            else:  # what is not finite need not be known in full
-                difference.fill_(0.0 if finite else float("nan"))
+        if place["under way"]:
+            step, due, frozen, arrived, finite = place["under way"]
+            sent = {name: torch.empty_like(p).copy_(state[f"sent/{name}"])
+                    for name, p in self.parameters.items()}
+            self.under_way = UnderWay(step, due, tuple(frozen), sent, arrived, finite)
+            for name in self.anchors if arrived else ():
+                self.differences[name].copy_(state[f"mean/{name}"])
 
 
 def layer(name) -> str:

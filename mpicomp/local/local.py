@@ -50,10 +50,11 @@ class LocalUpdates:
     fragments  n: parameters are divided by layer into n parts, exchanged in turn, one every H / n
                steps
     lag        what is sent after step t is applied after step t + lag, of at most H; meanwhile
-               training goes on
+               training goes on. Costs a copy of the parameters that are under way
     mix        the share of its own value that a parameter keeps where the anchor is applied
     weight     this rank's share in the mean, such as its number of examples, or a function that
-               gives it, asked at each exchange; None: all are equal
+               gives it, asked at each exchange; None: all are equal. Where all ranks give 0 there
+               is no mean: all go back to the anchor, and stats.skipped counts it
     seed, bucket_bytes, nonfinite, stall_timeout, progress: as of an Averager
 
     With anchor a, equal on all ranks, and parameters p of rank i after H steps, a round ends with
@@ -62,9 +63,9 @@ class LocalUpdates:
 
     so D stands where a gradient would ("pseudo-gradient"). Anchors are float32 also where
     parameters have 16 bits. Where one rank's difference is not finite nothing is applied: anchor
-    and residuals are as before, all parameters of the fragment become the anchor, and the ranks
-    that diverged get the inner state back that there was at the start; nonfinite="raise" then
-    raises NonFiniteError on all ranks, and the next step() begins the next round.
+    and residuals are as before, and all parameters of the fragment become the anchor. On the ranks
+    that diverged those of all fragments do, and `inner` gets the state back that it had at the
+    start; nonfinite="raise" then raises NonFiniteError on all ranks, and the next step() goes on.
 
     Sources: local SGD (Stich 2019), post-local SGD (Lin et al. 2020), FedOpt (Reddi et al. 2021),
     DiLoCo (Douillard et al. 2023, arXiv 2311.08105), Streaming DiLoCo (arXiv 2501.18512).
@@ -137,6 +138,10 @@ class LocalUpdates:
         if text := self._objection():
             raise SpecError(text)
 
+    def _place(self):
+        """What headers compare in each exchange: this step, and the outer optimizer's options."""
+        return f"{self._rounds.place()}, outer {outer_optimizers.facts(self.outer)}"
+
     def _objection(self):
         """Why this rank's parameters would differ from others', in words, or None."""
         if any(p.requires_grad and id(p) not in self._known
@@ -145,10 +150,6 @@ class LocalUpdates:
                     "LocalUpdates does not know, so it would differ from rank to rank: make "
                     "LocalUpdates anew after unfreezing a layer, with all parameters")
         return None
-
-    def _place(self):
-        """What ranks must agree on in each exchange."""
-        return f"{self._rounds.place()}, outer {outer_optimizers.facts(self.outer)}"
 
     def _agree(self, comm, problem):
         """Raise on all ranks alike if arguments differ or any rank has a problem."""
@@ -174,12 +175,13 @@ class LocalUpdates:
 
         Must be called equally often on all ranks. Raises NonFiniteError (nonfinite="raise"),
         MismatchError or StallError, on all ranks alike. After an error in the exchange, such as the
-        death of a rank, the next call makes no step of its own, and repeats the exchange; with a
-        lag it goes on instead, and what was under way is sent with the fragment's next difference.
+        death of a rank, the next call makes no step of its own, and repeats the exchange. With a
+        lag it does not repeat it: parameters stay as they are, and the next exchange of the
+        fragment, or sync(), has all that has moved since the last one that arrived.
         """
-        if scaler is not None and closure is not None:
-            raise SpecError("step(closure, scaler) found: a GradScaler cannot call a closure; call "
-                            "backward() before, and step(scaler=scaler)")
+        if closure and scaler:
+            raise SpecError("step: a closure and a scaler found, expected one of them: a "
+                            "GradScaler makes steps without closures")
         loss = None
         if not self._interrupted:
             self._rounds.check()  # before anything is done
@@ -208,35 +210,34 @@ class LocalUpdates:
     def sync(self) -> None:
         """End the round now, on all ranks: every parameter is its anchor afterwards.
 
-        What is under way is applied, and the steps of that fragment since it was sent are given up;
-        what other fragments have moved is exchanged, without lag and mix. For the end of a training
+        What is under way is applied, and what has moved since it was sent is exchanged, without lag
+        and mix: nothing is lost, also not after an error in an exchange. For the end of a training
         that does not end with a round, and before parameters are compared. Not needed to evaluate
         or save: see `anchored` and `state_dict`.
         """
         for fragment in self.fragments:
-            if fragment.due is None and fragment.sent < self._rounds.step:
-                self._send(fragment, 0)
             if fragment.due is not None:
-                self._apply(fragment, 0.0)
+                self._apply(fragment, rest=True)
+            if fragment.covered < self._rounds.step:
+                self._send(fragment, 0)
+                self._apply(fragment)
         if self._rounds.step > self._rounds.began:
             self._end_round()
         self._interrupted = False
-        self._to_anchors()
+        for fragment in self.fragments:
+            fragment.reset()
         self._tell(self.fragments)
 
     def _send(self, fragment, lag):
         fragment.send(self._rounds.step, lag, self.weight() if callable(self.weight)
                       else self.weight)
 
-    def _apply(self, fragment, mix):
-        if not fragment.apply(self.outer, mix) and not fragment.finite:
-            self._to_anchors()  # other fragments may hold NaN, too, and so may the moments
+    def _apply(self, fragment, mix=0.0, rest=False):
+        if not fragment.apply(self.outer, self._rounds.step, mix, rest):
+            # what the next forward pass reads is not finite either, nor are moments
+            for each in self.fragments:
+                each.reset()
             self._restart_inner()
-
-    @torch.no_grad()
-    def _to_anchors(self):
-        for p, anchor in self._pairs():
-            p.copy_(anchor)
 
     def _end_round(self):
         self._rounds.end()
@@ -318,11 +319,12 @@ class LocalUpdates:
         """All that this rank needs to go on to the bit, also from the middle of a round.
 
         "anchor/<name>", "parameter/<name>" (this rank's own), "error/<name>" (its residuals, also
-        "error2/..."), "mean/<name>" of what has arrived and is not applied yet, "inner" and
-        "outer", the optimizers' states, "fresh", the inner one's at the start, "step", "round" and
-        "fragments". The model's buffers, random states, schedulers and a GradScaler are yours to
-        save. It waits for what is under way, so all ranks call it. Copies. Save it
-        with checkpoint.save as each rank's own, and on another number of ranks load what
+        "error2/..."), "sent/<name>" and "mean/<name>" of what has arrived and is not applied yet,
+        "inner" and "outer", the optimizers' states, "optimizers", their classes, "fresh", the inner
+        state that a diverged rank gets back, "step", "round" and "fragments". Not in it: the
+        model's buffers, and what is the program's own, such as generators of random numbers,
+        schedulers and a GradScaler. It waits for what is under way, so all ranks call it. Copies.
+        Save it with checkpoint.save as each rank's own, and on another number of ranks load what
         checkpoint.repartition(states, ranks, keep="mean") gives: new rank r goes on from what
         former rank r (modulo their number) had, and what all owe is shared out.
         """
@@ -332,7 +334,8 @@ class LocalUpdates:
                  "began": self._rounds.began, "interrupted": self._interrupted,
                  "fragments": places, "inner": copy.deepcopy(self.inner.state_dict()),
                  "outer": copy.deepcopy(self.outer.state_dict()),
-                 "fresh": copy.deepcopy(self._fresh)}
+                 "fresh": copy.deepcopy(self._fresh),
+                 "optimizers": [type(self.inner).__name__, type(self.outer).__name__]}
         for part in parts:
             state |= part
         return state
@@ -340,40 +343,50 @@ class LocalUpdates:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave on this rank, to the bit; sets parameters, too.
 
-        Collective. With nothing changed it raises SpecError on all ranks if the state fits on none
-        of them, and MismatchError if it fits on some only, or if the ranks' states are not of one
-        step and anchor.
+        Collective. On all ranks, with nothing changed on any, raises MismatchError where the state
+        of some does not fit in names, shapes or optimizers, or where states are not of one step and
+        anchor; SpecError where all have the same state that does not fit.
         """
         now = self.state_dict()
-        means = {f"mean/{name}": None for part in self.fragments for name in part.anchors}
-        state = dict(zip(known_as(state, now | means), state.values()))
-        compare(self.comm, lambda: self._fitting(state, now), self.averagers[0].link.timeout,
+        found = {}  # the state, by the names that are known here
+        compare(self.comm, lambda: self._facts(state, now, found), self.averagers[0].link.timeout,
                 {"anchor": "load the states of one checkpoint on every rank",
                  "outer": "load the states of one checkpoint on every rank"})
-        self.inner.load_state_dict(copy.deepcopy(state["inner"]))  # torch takes its tensors over
-        self.outer.load_state_dict(copy.deepcopy(state["outer"]))
-        for fragment, place in zip(self.fragments, state["fragments"], strict=True):
-            fragment.restore(state, place)
-        self._rounds.step, self._rounds.number = state["step"], state["round"]
-        self._rounds.began, self._interrupted = state["began"], state["interrupted"]
-        self._before, self._fresh = self._rounds.step, copy.deepcopy(state["fresh"])
+        self.inner.load_state_dict(copy.deepcopy(found["inner"]))  # torch takes its tensors over
+        self.outer.load_state_dict(copy.deepcopy(found["outer"]))
+        self._fresh = copy.deepcopy(found["fresh"])
+        for fragment, place in zip(self.fragments, found["fragments"], strict=True):
+            fragment.restore(found, place)
+        self._rounds.step, self._rounds.number = found["step"], found["round"]
+        self._rounds.began, self._interrupted = found["began"], found["interrupted"]
+        self._before = self._rounds.step
 
-    def _fitting(self, state, now):
-        """SpecError unless this state fits; what must be the same on all ranks of it."""
-        odd = sorted(key for key in set(now) ^ set(state) if not key.startswith("mean/"))
-        if odd:
-            raise SpecError(f"the saved state {'lacks' if odd[0] in now else 'has'} {odd[0]!r}, "
-                            f"which this model {'needs' if odd[0] in now else 'does not know'}")
+    def _facts(self, state, now, found):
+        """Put a state into `found` that fits this one, `now`; what all ranks must have alike."""
+        late = [f"{kind}/{name}" for kind in ("sent", "mean")
+                for fragment in self.fragments for name in fragment.anchors]
+        state = dict(zip(known_as(state, dict.fromkeys([*now, *late])), state.values()))
+        needed = {key: value for key, value in now.items() if key not in late}
+        _same_names(needed, state.keys() - late)
         if len(state["fragments"]) != len(self.fragments):
             raise SpecError(f"saved with fragments={len(state['fragments'])}, this has "
                             f"{len(self.fragments)}")
-        for key, value in now.items():
-            if key in state and hasattr(value, "shape") and state[key].shape != value.shape:
+        for fragment, place in zip(self.fragments, state["fragments"], strict=True):
+            needed |= fragment.late(place)
+        _same_names(needed, state.keys())
+        for key, value in needed.items():
+            if hasattr(value, "shape") and state[key].shape != value.shape:
                 raise SpecError(f"saved {key!r} has shape {list(state[key].shape)}, expected "
                                 f"{list(value.shape)}")
-        for kind in "inner", "outer":
-            refuse_other(kind, state[kind], now[kind])
-        return [("step", "", f"{state['step']}, {state['round']}, {state['fragments']}"),
+        kinds = dict(zip(("inner", "outer"), state["optimizers"], strict=True))
+        for name, optimizer in (("inner", self.inner), ("outer", self.outer)):
+            if text := outer_optimizers.objection(name, optimizer, kinds[name], state[name]):
+                raise SpecError(text)
+        found |= state
+        # whether its own differences were finite is each rank's own
+        places = [[place["step"], place["covered"], place["under way"] and place["under way"][:-1]]
+                  for place in state["fragments"]]
+        return [("step", "", f"{state['step']}, {state['round']}, {places}"),
                 *(("anchor", key, fingerprint(value)) for key, value in state.items()
                   if key.startswith("anchor/")),
                 *(("outer", name, fingerprint(leaf)) for name, leaf in leaves(state["outer"]))]
@@ -410,13 +423,11 @@ class LocalUpdates:
             averager.close()
 
 
-def refuse_other(kind, saved, now) -> None:
-    """SpecError unless the saved state is of such an optimizer."""
-    had, has = ([(sorted(set(group) - {"params"}), len(group["params"]))
-                 for group in state["param_groups"]] for state in (saved, now))
-    if had != has:
-        raise SpecError(f"the saved {kind} optimizer has parameter groups with {had}, this one "
-                        f"with {has}: load the state into an optimizer of the same kind")
+def _same_names(needed, found):
+    """SpecError where a saved state lacks a key, or has another."""
+    for key in sorted(needed.keys() ^ found):
+        raise SpecError(f"the saved state {'lacks' if key in needed else 'has'} {key!r}, "
+                        f"which this model {'needs' if key in needed else 'does not know'}")
 
 
 def SparseLoCo(model: Named, inner: torch.optim.Optimizer, every: int = 30,

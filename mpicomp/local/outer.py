@@ -23,10 +23,11 @@ def made(outer, anchors) -> torch.optim.Optimizer:
                 f"outer: {type(optimizer).__name__} found, expected one of {', '.join(KNOWN)}, or "
                 "a function that makes an optimizer of a list of tensors: "
                 "outer=lambda anchors: torch.optim.Adam(anchors, lr=0.01)")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if held != {id(anchor) for anchor in anchors}:
-            raise SpecError(f"outer: an optimizer of {len(held)} tensors found, expected one of "
-                            f"the {len(anchors)} that the function is given, and of no others")
+        given = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not given.issuperset(map(id, anchors)):
+            raise SpecError(f"outer: {type(optimizer).__name__} found without some of the tensors "
+                            "that the function was given, expected with all: "
+                            "outer=lambda anchors: torch.optim.Adam(anchors, lr=0.01)")
         return optimizer
     name, inner, options = split_spec(outer)
     if name not in KNOWN or inner is not None:
@@ -47,8 +48,21 @@ def made(outer, anchors) -> torch.optim.Optimizer:
 
 
 def facts(optimizer) -> list[str]:
-    """What all ranks must agree on of an outer optimizer, a line each."""
-    groups = [{key: value for key, value in group.items() if key != "params"}
-              for group in optimizer.param_groups]
+    """What all ranks must agree on of an outer optimizer now, a line each."""
     return [type(optimizer).__name__,
-            *(f"{name}={fingerprint(leaf)}" for name, leaf in leaves(groups))]
+            *(f"{name} of group {number}={fingerprint(leaf)}"
+              for number, group in enumerate(optimizer.param_groups)
+              for name, leaf in leaves({**group, "params": len(group["params"])}))]
+
+
+def objection(name, optimizer, kind, state) -> str | None:
+    """Why the saved state of an optimizer of this class does not fit this one, or None."""
+    now = type(optimizer).__name__
+    if kind != now:
+        return f"saved with {kind} as the {name} optimizer, this has {now}"
+    found, expected = ([len(group["params"]) for group in groups]
+                       for groups in (state["param_groups"], optimizer.param_groups))
+    if found != expected:
+        return (f"the saved state of the {name} optimizer has groups of {found} parameters, "
+                f"expected {expected}")
+    return None
